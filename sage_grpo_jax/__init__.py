@@ -1,0 +1,1 @@
+"""SAGE-GRPO in JAX: reinforcement learning for flow-matching video generators."""

@@ -1,0 +1,1 @@
+"""Prompts, the embedding cache, and the moving-shapes world."""

@@ -1,0 +1,1 @@
+"""Flow-matching samplers: schedules, stochastic transitions, rollouts. Pure math."""

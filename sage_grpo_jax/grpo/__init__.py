@@ -1,0 +1,1 @@
+"""The GRPO objective: advantages, equalizer, losses, trust region. Pure math."""

@@ -1,0 +1,1 @@
+"""The device mesh and the mapping of logical axis names onto it."""

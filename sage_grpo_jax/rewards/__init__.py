@@ -1,0 +1,1 @@
+"""Video rewards behind gRPC: protocol, client, server, backends."""

@@ -1,0 +1,1 @@
+"""One reinforcement-learning step, and the loop around it."""

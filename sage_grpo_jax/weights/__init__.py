@@ -1,0 +1,1 @@
+"""Reading and writing model weights in the layouts that others use."""
