@@ -1,0 +1,84 @@
+"""Pretraining of the small moving-shapes model on 2 CPU cores; see docs/pretraining.md."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The recipe of the shipped weights."""
+    config = ConfigDict()
+    config.seed = 0
+    config.vae_model = vae_model()
+    config.transformer = transformer()
+    config.vae = ConfigDict(
+        {
+            "steps": 4000,
+            "batch_size": 16,
+            "learning_rate": 2e-3,
+            "warmup_steps": 100,
+            "weight_decay": 0.0,
+            "beta2": 0.99,
+            "gradient_clip": 1.0,
+            "ema_decay": 0.998,
+            "log_every": 50,
+            "checkpoint_every": 500,
+            "l1_weight": 1.0,
+            "l2_weight": 0.0,
+            "edge_weight": 1.0,
+            "kl_weight": 1e-4,
+        }
+    )
+    config.latents = ConfigDict({"num_clips": 16384, "batch_size": 64})
+    config.flow = ConfigDict(
+        {
+            "steps": 6000,
+            "batch_size": 32,
+            "learning_rate": 1e-3,
+            "warmup_steps": 200,
+            "weight_decay": 0.01,
+            "beta2": 0.99,
+            "gradient_clip": 1.0,
+            "ema_decay": 0.999,
+            "log_every": 50,
+            "checkpoint_every": 500,
+            "shift": 3.0,
+            "sigma_mean": 0.0,
+            "sigma_std": 1.0,
+            "caption_drop": 0.1,
+        }
+    )
+    config.report = ConfigDict(
+        {
+            "sampling_steps": (10, 40),
+            "shift": 3.0,
+            "num_samples": 64,
+            "sheet_rows": 10,
+            "sheet_frames": 6,
+        }
+    )
+    return config
+
+
+def vae_model() -> ConfigDict:
+    """4x in time, 8x in space, 16 channels: a clip of 17x32x32 is 5x4x4 tokens."""
+    return ConfigDict({})
+
+
+def transformer() -> ConfigDict:
+    """A HunyuanVideo-1.5 transformer of width 128, eight times its token, without ByT5."""
+    return ConfigDict(
+        {
+            "in_channels": 33,
+            "out_channels": 16,
+            "num_attention_heads": 4,
+            "attention_head_dim": 32,
+            "num_layers": 3,
+            "num_refiner_layers": 1,
+            "mlp_ratio": 3.0,
+            "patch_size": 1,
+            "patch_size_t": 1,
+            "text_embed_dim": 32,
+            "text_embed_2_dim": None,
+            "image_embed_dim": None,
+            "rope_axes_dim": (8, 12, 12),
+        }
+    )

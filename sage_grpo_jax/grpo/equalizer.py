@@ -1,0 +1,86 @@
+"""Temporal gradient equalizer: weights that give every denoising step the same gradient scale.
+
+The gradient of a step's log-probability with respect to the predicted velocity has the scale
+N_t = λ_t / std_t, λ_t = |∂mean/∂v|, which spans two orders of magnitude over a schedule. The
+weights are S_t = median(N) / N_t (SAGE-GRPO, temporal gradient equalizer).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sage_grpo_jax.flow import sde
+from sage_grpo_jax.flow.schedules import Schedule
+
+MEDIANS = ("lower", "mean")
+
+
+def gradient_scale(
+    kind: str, schedule: Schedule, eta: float, *, log_prob: str = "gaussian"
+) -> np.ndarray:
+    """Returns N_t, float64[T], 0 for steps without noise. On the host; the schedule is concrete.
+
+    The Gaussian log-probability has N_t = λ_t / std_t. The squared one, -(x' - mean)², has the
+    gradient 2·std_t·ε·λ_t, so N_t = std_t·λ_t (constant factors drop out of the weights).
+    """
+    if log_prob not in sde.LOG_PROBS:
+        raise ValueError(f"log_prob={log_prob!r}: must be one of {', '.join(sde.LOG_PROBS)}")
+    sigmas = np.asarray(schedule.sigmas, np.float64)
+    sigma, sigma_next = sigmas[:-1], sigmas[1:]
+    removed, std = sde.step_coefficients(kind, sigma, sigma_next, float(eta), xp=np)
+    sensitivity = (sigma - sigma_next) + removed * (1.0 - sigma)
+    if log_prob == "squared":
+        return sensitivity * std
+    return np.where(std > 0, sensitivity / np.where(std > 0, std, 1.0), 0.0)
+
+
+def equalizer_weights(
+    kind: str,
+    schedule: Schedule,
+    eta: float,
+    trained: np.ndarray,
+    *,
+    median: str = "lower",
+    log_prob: str = "gaussian",
+) -> jax.Array:
+    """Returns S_t = median(N) / N_t, f32[T]; 0 for steps that are not trained or have no noise.
+
+    Args:
+        kind, eta: transition of the stochastic steps, see `flow.sde.transition`.
+        schedule: T steps, concrete.
+        trained: bool[T], concrete; the median is taken over these steps.
+        median: of an even count, the `lower` middle value (as torch.median, and so the official
+            code) or the `mean` of the two.
+        log_prob: form of the log-probability, see `gradient_scale`.
+    """
+    if median not in MEDIANS:
+        raise ValueError(f"median={median!r}: must be one of {', '.join(MEDIANS)}")
+    scale = gradient_scale(kind, schedule, eta, log_prob=log_prob)
+    trained = _as_mask(trained, scale) & (scale > 0)
+    weights = np.zeros_like(scale)
+    if trained.any():
+        ordered = np.sort(scale[trained])
+        lower, upper = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+        middle = lower if median == "lower" else 0.5 * (lower + upper)
+        weights[trained] = middle / scale[trained]
+    return _on_device(weights)
+
+
+def uniform_weights(kind: str, schedule: Schedule, eta: float, trained: np.ndarray) -> jax.Array:
+    """Returns the weights without an equalizer, f32[T]: 1 for trained steps with noise, else 0."""
+    scale = gradient_scale(kind, schedule, eta)
+    return _on_device((_as_mask(trained, scale) & (scale > 0)).astype(np.float64))
+
+
+def _as_mask(trained: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    trained = np.asarray(trained, bool)
+    if trained.shape != scale.shape:
+        raise ValueError(f"trained: must have shape {scale.shape}, has {trained.shape}")
+    return trained
+
+
+def _on_device(weights: np.ndarray) -> jax.Array:
+    with jax.ensure_compile_time_eval():
+        return jnp.asarray(weights, jnp.float32)

@@ -1,0 +1,242 @@
+"""The dual trust region: reference parameters and the weight of the KL penalty.
+
+The loss that goes with it is loss_policy + weight·kl, kl = Σ beta·KL(π ‖ π_reference) over
+`references`. This module is the part with memory, an optax transformation to be chained last:
+
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5), trust_region(config))
+
+so that it sees the update that is really applied. It leaves updates as they are, and keeps
+
+  * anchor: the initial parameters (fixed kinds), or those of every N-th update (moving kinds);
+  * previous: the parameters before the last update, so that the penalty damps the motion;
+  * the weight, warmed up linearly (SAGE-GRPO Eq. 41), then steered by the mean of the last KLs.
+
+Call it once per applied update, with the KL of the whole batch on all devices. An update that is
+skipped must keep the old optimizer state as a whole: counts count applied updates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+KINDS = ("none", "fixed", "stepwise", "moving", "dual", "fixed_stepwise")
+FEEDBACKS = ("tighten", "paper", "none")
+
+_FIXED_KINDS = ("fixed", "fixed_stepwise")
+_MOVING_KINDS = ("moving", "dual")
+_PREVIOUS_KINDS = ("stepwise", "dual", "fixed_stepwise")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrustRegionConfig:
+    """Settings of `trust_region`. The defaults are the official recipe's, `tighten` apart.
+
+    Attributes:
+        kind: none; fixed (anchor = initial parameters); stepwise (previous parameters); moving
+            (anchor renewed every `anchor_every` updates); dual (moving + stepwise);
+            fixed_stepwise.
+        anchor_every: N, in applied updates.
+        anchor_weight, previous_weight: beta of each reference within the KL.
+        initial_weight, final_weight, warmup_steps: linear warm-up of the weight, in updates.
+        min_weight, max_weight: the range that feedback keeps the weight in.
+        target: D, the KL (mean over elements) that feedback aims at. A shift of the means by d
+            standard deviations is a KL of d²/2.
+        feedback: after the warm-up. `tighten`: high KL raises the weight; `paper`: lowers it, as
+            Eq. 42 is printed and the official code does; `none`: the weight stays.
+        history: H, feedback acts on the mean of the last H KLs.
+        high, low: feedback acts above high·target and below low·target ...
+        up, down: ... and multiplies the weight by up or down.
+    """
+
+    kind: str = "dual"
+    anchor_every: int = 10
+    anchor_weight: float = 1.0
+    previous_weight: float = 0.1
+    initial_weight: float = 1e-7
+    final_weight: float = 1e-5
+    warmup_steps: int = 100
+    min_weight: float = 1e-7
+    max_weight: float = 100.0
+    target: float = 1e-4
+    feedback: str = "tighten"
+    history: int = 10
+    high: float = 1.5
+    low: float = 0.5
+    up: float = 1.1
+    down: float = 0.9
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for the first field that is out of range."""
+        finite = [name for name, value in vars(self).items() if isinstance(value, float)]
+        for name in finite:
+            self._require(name, math.isfinite(getattr(self, name)), "finite")
+        self._require("kind", self.kind in KINDS, f"one of {', '.join(KINDS)}")
+        self._require("feedback", self.feedback in FEEDBACKS, f"one of {', '.join(FEEDBACKS)}")
+        for name, lowest in (("anchor_every", 1), ("history", 1), ("warmup_steps", 0)):
+            value = getattr(self, name)
+            self._require(
+                name, isinstance(value, int) and value >= lowest, f"an integer >= {lowest}"
+            )
+        for name in ("anchor_weight", "previous_weight", "initial_weight", "min_weight", "low"):
+            self._require(name, getattr(self, name) >= 0, ">= 0")
+        self._require("target", self.target > 0, "> 0")
+        self._require("high", self.high > self.low, f"> low={self.low}")
+        self._require("up", self.up >= 1, ">= 1")
+        self._require("down", 0 < self.down <= 1, "in (0, 1]")
+        self._require("max_weight", self.max_weight >= self.min_weight, ">= min_weight")
+        self._require("final_weight", self.final_weight >= 0, ">= 0")
+        if self.feedback != "none":
+            allowed = f"in [min_weight, max_weight] = [{self.min_weight}, {self.max_weight}]"
+            inside = self.min_weight <= self.final_weight <= self.max_weight
+            self._require("final_weight", inside, allowed)
+
+    def _require(self, name: str, condition: bool, allowed: str) -> None:
+        if not condition:
+            raise ValueError(f"trust region: {name}={getattr(self, name)!r}: must be {allowed}")
+
+    @property
+    def has_anchor(self) -> bool:
+        """Whether the loss needs KL(π ‖ π_anchor)."""
+        return self.kind in _FIXED_KINDS + _MOVING_KINDS
+
+    @property
+    def has_previous(self) -> bool:
+        """Whether the loss needs KL(π ‖ π_previous)."""
+        return self.kind in _PREVIOUS_KINDS
+
+
+class TrustRegionState(NamedTuple):
+    """State of `trust_region`; anchor and previous are trees of their own buffers, or None."""
+
+    anchor: Any  # like the parameters
+    previous: Any  # like the parameters, those before the last applied update
+    weight: jax.Array  # f32[], λ of the next loss
+    history: jax.Array  # f32[H], ring buffer of KLs, the latest at (count - 1) mod H
+    count: jax.Array  # i32[], applied updates
+
+
+class Reference(NamedTuple):
+    """One term beta·KL(π ‖ π_params) of the penalty."""
+
+    name: str
+    params: Any
+    beta: float
+
+
+def trust_region(config: TrustRegionConfig) -> optax.GradientTransformationExtraArgs:
+    """Returns the transformation; its update takes `kl`, the β-weighted sum that is in the loss.
+
+    update(updates, state, params, *, kl): params are those before the update, θ_k, at which kl
+    was measured. Afterwards previous = θ_k, and every N-th update a moving anchor becomes θ_k+1.
+    With kind `none` kl may be left out.
+    """
+
+    def init(params: Any) -> TrustRegionState:
+        return TrustRegionState(
+            anchor=_copy(params) if config.has_anchor else None,
+            previous=_copy(params) if config.has_previous else None,
+            weight=_warmup_weight(config, jnp.zeros([], jnp.int32)),
+            history=jnp.zeros([config.history], jnp.float32),
+            count=jnp.zeros([], jnp.int32),
+        )
+
+    def update(
+        updates: Any,
+        state: TrustRegionState,
+        params: Any = None,
+        *,
+        kl: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, TrustRegionState]:
+        del extra_args
+        if params is None:
+            raise ValueError("trust_region: update needs the parameters")
+        if kl is None:
+            if config.kind != "none":
+                raise ValueError(f"trust_region: update needs kl for kind={config.kind!r}")
+            kl = 0.0
+        history = state.history.at[state.count % config.history].set(kl)
+        count = optax.safe_increment(state.count)
+        return updates, TrustRegionState(
+            anchor=_next_anchor(config, state.anchor, params, updates, count),
+            previous=_copy(params) if config.has_previous else None,
+            weight=_next_weight(config, state.weight, history, count),
+            history=history,
+            count=count,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def references(state: TrustRegionState, config: TrustRegionConfig) -> list[Reference]:
+    """Returns the references of the KL penalty; each costs one more forward per trained step."""
+    terms = []
+    if config.has_anchor:
+        terms.append(Reference("anchor", state.anchor, config.anchor_weight))
+    if config.has_previous:
+        terms.append(Reference("previous", state.previous, config.previous_weight))
+    return terms
+
+
+def find_state(optimizer_state: Any) -> TrustRegionState:
+    """Returns the TrustRegionState within the state of a chain.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+
+    def is_trust_region(node: Any) -> bool:
+        return isinstance(node, TrustRegionState)
+
+    nodes = jax.tree.leaves(optimizer_state, is_leaf=is_trust_region)
+    found = [node for node in nodes if is_trust_region(node)]
+    if len(found) != 1:
+        raise ValueError(f"optimizer state: must hold one TrustRegionState, holds {len(found)}")
+    return found[0]
+
+
+def _next_anchor(
+    config: TrustRegionConfig, anchor: Any, params: Any, updates: Any, count: jax.Array
+) -> Any:
+    if config.kind not in _MOVING_KINDS:
+        return anchor
+    refresh = count % config.anchor_every == 0
+    new_params = optax.apply_updates(params, updates)
+    return jax.tree.map(lambda new, old: jnp.where(refresh, new, old), new_params, anchor)
+
+
+def _next_weight(
+    config: TrustRegionConfig, weight: jax.Array, history: jax.Array, count: jax.Array
+) -> jax.Array:
+    if config.kind == "none" or config.feedback == "none":
+        return _warmup_weight(config, count)
+    # The history starts as zeros: the sum over it is the sum over its filled part.
+    mean_kl = history.sum() / jnp.minimum(count, config.history)
+    if_high, if_low = config.up, config.down
+    if config.feedback == "paper":
+        if_high, if_low = if_low, if_high
+    factor = jnp.where(mean_kl < config.low * config.target, if_low, 1.0)
+    factor = jnp.where(mean_kl > config.high * config.target, if_high, factor)
+    steered = jnp.clip(weight * factor, config.min_weight, config.max_weight)
+    return jnp.where(count > config.warmup_steps, steered, _warmup_weight(config, count))
+
+
+def _warmup_weight(config: TrustRegionConfig, count: jax.Array) -> jax.Array:
+    if config.kind == "none":
+        return jnp.zeros([], jnp.float32)
+    progress = jnp.minimum(count / max(config.warmup_steps, 1), 1.0)
+    if config.warmup_steps == 0:
+        progress = 1.0
+    change = config.final_weight - config.initial_weight
+    return jnp.asarray(config.initial_weight + change * progress, jnp.float32)
+
+
+def _copy(params: Any) -> Any:
+    # Aliases would be donated twice with parameters and state; jit keeps jnp.copy a real copy.
+    return jax.tree.map(jnp.copy, params)

@@ -1,0 +1,210 @@
+"""Attention with a key mask: one function, three implementations.
+
+- "splash": the Pallas TPU kernel, inside `jax.shard_map`; the mask travels as segment ids.
+- "cudnn": fused attention on NVIDIA GPUs (bfloat16 or float16).
+- "xla": plain einsums, everywhere.
+
+Parallelism over tokens is Ulysses: image tokens are sharded over the `context` mesh axis outside of
+attention and heads inside, so XLA inserts one all-to-all on each side.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
+
+from sage_grpo_jax.models.layers import constrain, mesh_axes, mesh_axis_size
+
+IMPLEMENTATIONS = ("auto", "splash", "cudnn", "xla")
+LANES = 128  # the TPU's vector width: splash wants head and block sizes in multiples of it
+MAX_BLOCK = 512
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: an all-masked row must not be NaN
+
+
+class Qkv(NamedTuple):
+    """Queries (already scaled by head_size**-0.5), keys and values, each [B, S, H, D]."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+
+
+def joint_attention(
+    image: Qkv, text: Qkv, key_mask_BxS: jax.Array | None, implementation: str = "auto"
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over the concatenation [image | text]; returns both parts, [B, N, H*D], [B, L, H*D].
+
+    Args:
+      image: image tokens, sharded over `context` where the mesh has that axis.
+      text: text tokens.
+      key_mask_BxS: bool [B, N + L], True where a key may be attended to; None for all.
+      implementation: one of IMPLEMENTATIONS.
+
+    Raises:
+      ValueError: the context axis of the mesh does not divide the head count, or the
+        implementation cannot run these shapes.
+    """
+    num_image, heads = image.query.shape[1:3]
+    if heads % mesh_axis_size("context"):
+        raise ValueError(
+            f"num_attention_heads={heads}: must be a multiple of the mesh's context axis,"
+            f" {mesh_axis_size('context')}"
+        )
+    # Token-sharded to head-sharded before concatenating: text then joins without communication.
+    image, text = jax.tree.map(lambda x: constrain(x, "batch", None, "heads", None), (image, text))
+    query, key, value = (jnp.concatenate(pair, axis=1) for pair in zip(image, text, strict=True))
+    out = attention(query, key, value, key_mask_BxS, implementation)
+    out = out.reshape(*out.shape[:2], -1)
+    return constrain(out[:, :num_image], "batch", "tokens", None), out[:, num_image:]
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    key_mask_BxS: jax.Array | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Softmax attention; query already scaled; [B, S, H, D] in and out; float32 softmax.
+
+    Masked queries return finite numbers of no meaning. `implementation` is one of IMPLEMENTATIONS;
+    "auto" goes by the platform of the current mesh's devices, or the default backend without one.
+    """
+    chex.assert_rank([query, key, value], 4)
+    chex.assert_equal_shape([key, value])
+    if key_mask_BxS is not None:
+        chex.assert_shape(key_mask_BxS, (key.shape[0], key.shape[1]))
+    implementation = resolve(implementation, query.shape[-1], query.dtype)
+    function = {"splash": splash_attention, "cudnn": cudnn_attention, "xla": xla_attention}
+    return function[implementation](query, key, value, key_mask_BxS)
+
+
+def resolve(implementation: str, head_size: int, dtype: jnp.dtype) -> str:
+    """Turns "auto" into the implementation for the platform at hand."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention={implementation!r}: use one of {IMPLEMENTATIONS}")
+    if implementation != "auto":
+        return implementation
+    platform = current_platform()
+    if platform == "tpu" and head_size % LANES == 0:
+        return "splash"
+    if platform in ("gpu", "cuda") and dtype in (jnp.bfloat16, jnp.float16):
+        return "cudnn"
+    return "xla"
+
+
+def current_platform() -> str:
+    """Platform of the current mesh (also of a topology that is only compiled for), or the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = getattr(device, "platform", None)
+    return platform if platform is not None else jax.default_backend()
+
+
+def xla_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, key_mask_BxS: jax.Array | None
+) -> jax.Array:
+    """Attention as two einsums with the whole logits matrix in memory."""
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+    if key_mask_BxS is not None:
+        logits = jnp.where(key_mask_BxS[:, None, None, :], logits, MASKED)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def cudnn_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, key_mask_BxS: jax.Array | None
+) -> jax.Array:
+    """cuDNN's fused kernel. It knows lengths, not masks: valid keys are moved to the front."""
+    lengths = None
+    if key_mask_BxS is not None:
+        order = jnp.argsort(~key_mask_BxS, axis=1, stable=True)[:, :, None, None]
+        key, value = (jnp.take_along_axis(x, order, axis=1) for x in (key, value))
+        lengths = jnp.sum(key_mask_BxS, axis=1, dtype=jnp.int32)
+    return jax.nn.dot_product_attention(
+        query, key, value, scale=1.0, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+
+
+def splash_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    key_mask_BxS: jax.Array | None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """The splash kernel per device: batch over (data, fsdp), heads over context, whole sequences.
+
+    Sequences are padded to a multiple of the block size under the mask. `interpret` runs the kernel
+    in Python, on any platform.
+    """
+    batch, length, heads, head_size = query.shape
+    if head_size % LANES and not interpret:
+        raise ValueError(f"attention_head_dim={head_size}: splash needs a multiple of {LANES}")
+    if key.shape[1] != length:
+        raise ValueError(f"splash: {length} queries but {key.shape[1]} keys; must be equal")
+    batch_axes, head_axes = mesh_axes("batch"), mesh_axes("heads")
+    if batch % mesh_axis_size(*batch_axes):
+        raise ValueError(f"batch={batch}: must be a multiple of the mesh axes {batch_axes}")
+    block = min(MAX_BLOCK, -(-length // LANES) * LANES)
+    pad = -length % block
+    if key_mask_BxS is None:
+        key_mask_BxS = jnp.ones((batch, length), bool)
+    query, key, value = (
+        jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2) for x in (query, key, value)
+    )
+    segments = jnp.pad(key_mask_BxS, ((0, 0), (0, pad))).astype(jnp.int32)
+
+    kernel = functools.partial(_splash_local, block=block, interpret=interpret)
+    if batch_axes or head_axes:
+        spec = jax.P(batch_axes, head_axes)
+        kernel = jax.shard_map(
+            kernel, in_specs=(spec, spec, spec, jax.P(batch_axes)), out_specs=spec, check_vma=False
+        )
+    return kernel(query, key, value, segments).swapaxes(1, 2)[:, :length]
+
+
+def _splash_local(
+    query_BxHxSxD: jax.Array,
+    key_BxHxSxD: jax.Array,
+    value_BxHxSxD: jax.Array,
+    segments_BxS: jax.Array,
+    *,
+    block: int,
+    interpret: bool,
+) -> jax.Array:
+    heads, length = query_BxHxSxD.shape[1:3]
+    mask = splash_attention_mask.MultiHeadMask(
+        [splash_attention_mask.FullMask((length, length))] * heads
+    )
+    kernel = splash_attention_kernel.make_splash_mha(
+        mask=mask,
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        interpret=interpret,
+    )
+
+    def one_sample(query, key, value, segments):
+        # Every query is in segment 1, so only keys are masked.
+        ids = splash_attention_kernel.SegmentIds(q=jnp.ones_like(segments), kv=segments)
+        return kernel(query, key, value, segment_ids=ids)
+
+    return jax.vmap(one_sample)(query_BxHxSxD, key_BxHxSxD, value_BxHxSxD, segments_BxS)

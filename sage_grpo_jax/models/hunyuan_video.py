@@ -1,0 +1,497 @@
+"""The HunyuanVideo-1.5 diffusion transformer: velocity of the latents, given time and text.
+
+Functions on nested dicts of arrays; Flax Linen stays inside. Equal to diffusers'
+`HunyuanVideo15Transformer3DModel`, except that text tokens keep their places under a key mask (the
+reference moves valid tokens to the front: text has no positions, so the result is the same).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sage_grpo_jax.models.attention import IMPLEMENTATIONS, Qkv, joint_attention
+from sage_grpo_jax.models.layers import (
+    Mlp,
+    Modulation,
+    RMSNorm,
+    VectorEmbed,
+    constrain,
+    dense,
+    float32_dense,
+    layer_norm,
+    mesh_axis_size,
+    normal,
+    sinusoid,
+    xavier,
+    zeros,
+)
+from sage_grpo_jax.models.rope import apply_rotary, rotary_angles, rotary_tables
+from sage_grpo_jax.models.text_refiner import ByT5Mapper, ImageProjection, TextRefiner
+
+EPSILON = 1e-6
+CLASS_NAME = "HunyuanVideo15Transformer3DModel"
+RUNTIME_FIELDS = ("dtype", "attention", "remat", "unroll")
+DTYPES = ("float32", "bfloat16")
+# Rows of the condition-type embedding.
+TEXT, BYT5, IMAGE = 0, 1, 2
+
+
+class Condition(NamedTuple):
+    """What the velocity is conditioned on. Masks are True at valid tokens.
+
+    Attributes:
+      text: [B, L, text_embed_dim].
+      text_mask: bool [B, L]; a sample may have no valid token.
+      byt5: [B, L2, text_embed_2_dim], or None for no such tokens.
+      byt5_mask: bool [B, L2]; None for all valid.
+      image: [B, N, image_embed_dim] from a vision encoder, or None for no such tokens.
+      image_mask: bool [B, N]; None masks the samples whose embeddings are all zero
+        (text-to-video, as in diffusers, but sample by sample).
+      latents: [B, T, H, W, in_channels - out_channels], channels appended to the noisy latents
+        (condition latents, then their mask); None for zeros (text-to-video).
+      timestep_r: float32 [B], the end of the step, for models with use_meanflow; or None.
+    """
+
+    text: jax.Array
+    text_mask: jax.Array
+    byt5: jax.Array | None = None
+    byt5_mask: jax.Array | None = None
+    image: jax.Array | None = None
+    image_mask: jax.Array | None = None
+    latents: jax.Array | None = None
+    timestep_r: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class HunyuanVideoConfig:
+    """Architecture in diffusers' field names (defaults: the full model), then how to run it.
+
+    Attributes:
+      text_embed_2_dim: width of ByT5 embeddings; None builds no ByT5 mapper.
+      image_embed_dim: width of vision embeddings; None builds no vision projection.
+      rope_axes_dim: head channels that encode time, height, width.
+      target_size, task_type: carried along for pipelines; no influence on the model.
+      use_meanflow: builds the second time embedding.
+      dtype: compute dtype of matmuls and activations; norms, softmax, modulation are float32.
+      attention: "auto" | "splash" | "cudnn" | "xla".
+      remat: recompute each block in the backward pass.
+      unroll: blocks per iteration of the scan over layers.
+    """
+
+    in_channels: int = 65
+    out_channels: int = 32
+    num_attention_heads: int = 16
+    attention_head_dim: int = 128
+    num_layers: int = 54
+    num_refiner_layers: int = 2
+    mlp_ratio: float = 4.0
+    patch_size: int = 1
+    patch_size_t: int = 1
+    qk_norm: str = "rms_norm"
+    text_embed_dim: int = 3584
+    text_embed_2_dim: int | None = 1472
+    image_embed_dim: int | None = 1152
+    rope_theta: float = 256.0
+    rope_axes_dim: tuple[int, int, int] = (16, 56, 56)
+    target_size: int = 640
+    task_type: str = "t2v"
+    use_meanflow: bool = False
+    dtype: str = "float32"
+    attention: str = "auto"
+    remat: bool = True
+    unroll: int = 1
+
+    def __post_init__(self):
+        object.__setattr__(self, "rope_axes_dim", tuple(self.rope_axes_dim))
+        for field in ("num_attention_heads", "attention_head_dim", "num_layers", "patch_size",
+                      "num_refiner_layers", "patch_size_t", "out_channels", "unroll"):  # fmt: skip
+            _require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
+        _require(self.in_channels >= self.out_channels, "in_channels", self.in_channels,
+                 f"at least out_channels={self.out_channels}")  # fmt: skip
+        axes = self.rope_axes_dim
+        _require(
+            len(axes) == 3
+            and all(dim % 2 == 0 for dim in axes)
+            and sum(axes) == self.attention_head_dim,
+            "rope_axes_dim",
+            axes,
+            f"three even numbers that sum to attention_head_dim={self.attention_head_dim}",
+        )
+        _require(self.qk_norm == "rms_norm", "qk_norm", self.qk_norm, "'rms_norm'")
+        _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {DTYPES}")
+        _require(self.attention in IMPLEMENTATIONS, "attention", self.attention,
+                 f"one of {IMPLEMENTATIONS}")  # fmt: skip
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Patch size along time, height, width."""
+        return (self.patch_size_t, self.patch_size, self.patch_size)
+
+    @classmethod
+    def from_json(cls, text: str, **runtime: Any) -> HunyuanVideoConfig:
+        """From the text of a diffusers config.json; `runtime` sets dtype, attention, remat, unroll.
+
+        Raises:
+          ValueError: another model's config, or fields that this model does not have.
+        """
+        values = json.loads(text)
+        class_name = values.get("_class_name", CLASS_NAME)
+        _require(class_name == CLASS_NAME, "_class_name", class_name, CLASS_NAME)
+        values = {name: value for name, value in values.items() if not name.startswith("_")}
+        known = {field.name for field in dataclasses.fields(cls)} - set(RUNTIME_FIELDS)
+        unknown = sorted(set(values) - known)
+        _require(not unknown, "config.json", unknown, f"only {sorted(known)}")
+        return cls(**values, **runtime)
+
+    def to_json(self) -> str:
+        """The text of a diffusers config.json; how to run the model is left out."""
+        values = dataclasses.asdict(self)
+        for field in RUNTIME_FIELDS:
+            del values[field]
+        return json.dumps({"_class_name": CLASS_NAME, **values}, indent=2, sort_keys=True) + "\n"
+
+
+def init_params(config: HunyuanVideoConfig, key: jax.Array) -> dict[str, Any]:
+    """Fresh float32 parameters as a nested dict; works under `jax.eval_shape`.
+
+    Modulation and the last projection start at zero (DiT): every block is the identity at first.
+    """
+    return nn.unbox(_init_boxed(config, key))
+
+
+def partition_names(config: HunyuanVideoConfig) -> dict[str, Any]:
+    """The tree of `init_params` with a tuple of logical axis names (or None) at each leaf."""
+    boxed = jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0))
+    return jax.tree.map(
+        lambda box: tuple(box.names),
+        boxed,
+        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
+    )
+
+
+def velocity(
+    params: dict[str, Any],
+    latents: jax.Array,
+    timestep: jax.Array,
+    condition: Condition,
+    config: HunyuanVideoConfig,
+) -> jax.Array:
+    """The model's velocity dz/dsigma (noise minus clean latents).
+
+    Args:
+      params: as from `init_params`.
+      latents: noisy latents [B, T, H, W, out_channels].
+      timestep: float [B], 1000 * sigma.
+      condition: see `Condition`.
+      config: static.
+
+    Returns:
+      float32 [B, T, H, W, out_channels].
+
+    Raises:
+      ValueError: shapes that do not fit the config.
+    """
+    _check_inputs(latents, timestep, condition, config)
+    return _Transformer(config).apply({"params": params}, latents, timestep, condition)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init_boxed(config: HunyuanVideoConfig, key: jax.Array) -> dict[str, Any]:
+    """Parameters in boxes that carry the logical axis names; jit drops the forward pass."""
+    # One token of everything, so that optional parts get parameters too. A batch of one fits no
+    # sharded kernel, and initialisation needs none.
+    config = dataclasses.replace(config, attention="xla")
+    latents = jnp.zeros((1, *config.patch, config.out_channels))
+
+    def tokens(width: int | None) -> jax.Array | None:
+        return None if width is None else jnp.zeros((1, 1, width))
+
+    condition = Condition(
+        text=tokens(config.text_embed_dim),
+        text_mask=jnp.ones((1, 1), bool),
+        byt5=tokens(config.text_embed_2_dim),
+        image=tokens(config.image_embed_dim),
+        timestep_r=jnp.zeros(1) if config.use_meanflow else None,
+    )
+    return _Transformer(config).init(key, latents, jnp.zeros(1), condition)["params"]
+
+
+class _Stream(nn.Module):
+    """The image or the text half of a double-stream block."""
+
+    config: HunyuanVideoConfig
+
+    def setup(self):
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        width = config.hidden_size
+        self.modulation = Modulation(6, width)
+        self.query = dense(width, ("embed", "heads"), dtype)
+        self.key = dense(width, ("embed", "heads"), dtype)
+        self.value = dense(width, ("embed", "heads"), dtype)
+        self.query_norm = RMSNorm(EPSILON)
+        self.key_norm = RMSNorm(EPSILON)
+        self.proj = dense(width, ("heads", "embed"), dtype)
+        gelu = functools.partial(nn.gelu, approximate=True)
+        self.mlp = Mlp(int(width * config.mlp_ratio), width, gelu, dtype)
+
+    def modulate(self, vector_BxD: jax.Array) -> tuple[jax.Array, ...]:
+        """shift, scale, gate of attention, then of the MLP; float32 [B, 1, D] each."""
+        return self.modulation(vector_BxD)
+
+    def qkv(self, x_BxNxD: jax.Array, modulation: tuple[jax.Array, ...], rope=None) -> Qkv:
+        """Queries (scaled), keys and values [B, N, heads, head_dim]; `rope`: (cos, sin) tables."""
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        shift, scale = modulation[:2]
+        x = (layer_norm(x_BxNxD, EPSILON) * (1 + scale) + shift).astype(dtype)
+        shape = (*x.shape[:2], config.num_attention_heads, config.attention_head_dim)
+        query = self.query_norm(self.query(x).reshape(shape), config.attention_head_dim**-0.5)
+        key = self.key_norm(self.key(x).reshape(shape))
+        if rope is not None:
+            query, key = apply_rotary(query, *rope), apply_rotary(key, *rope)
+        return Qkv(query.astype(dtype), key.astype(dtype), self.value(x).reshape(shape))
+
+    def update(
+        self, x_BxNxD: jax.Array, attended_BxNxD: jax.Array, modulation: tuple[jax.Array, ...]
+    ) -> jax.Array:
+        """Residual updates by attention, then by the MLP."""
+        dtype = jnp.dtype(self.config.dtype)
+        gate_attention, shift, scale, gate_mlp = modulation[2:]
+        x = (x_BxNxD + gate_attention * self.proj(attended_BxNxD)).astype(dtype)
+        normed = (layer_norm(x, EPSILON) * (1 + scale) + shift).astype(dtype)
+        return (x + gate_mlp * self.mlp(normed)).astype(dtype)
+
+
+class _Block(nn.Module):
+    """A double-stream block: joint attention, everything else per stream."""
+
+    config: HunyuanVideoConfig
+
+    @nn.compact
+    def __call__(self, carry, vector_BxD, key_mask_BxS, rope):
+        image_BxNxD, text_BxLxD = carry
+        image_stream = _Stream(self.config, name="image")
+        text_stream = _Stream(self.config, name="text")
+        image_modulation = image_stream.modulate(vector_BxD)
+        text_modulation = text_stream.modulate(vector_BxD)
+        image_attended, text_attended = joint_attention(
+            image_stream.qkv(image_BxNxD, image_modulation, rope),
+            text_stream.qkv(text_BxLxD, text_modulation),
+            key_mask_BxS,
+            self.config.attention,
+        )
+        image = image_stream.update(image_BxNxD, image_attended, image_modulation)
+        text = text_stream.update(text_BxLxD, text_attended, text_modulation)
+        return (
+            constrain(image, "batch", "tokens", None),
+            constrain(text, "batch", None, None),
+        ), None
+
+
+class _PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens. The kernel keeps the layout of a 3-D convolution.
+
+    Absent condition channels are zeros: their part of the kernel is left out of the product.
+    """
+
+    config: HunyuanVideoConfig
+
+    @nn.compact
+    def __call__(self, latents_BxTxHxWxC: jax.Array) -> jax.Array:
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        patch, width = config.patch, config.hidden_size
+
+        names = (None, None, None, "conv_in", "embed")
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(_xavier_of_patches, names),
+            (*patch, config.in_channels, width),
+        )
+        bias = self.param("bias", nn.with_logical_partitioning(zeros, (None,)), (width,))
+        channels = latents_BxTxHxWxC.shape[-1]
+        tokens = patchify(latents_BxTxHxWxC, patch).astype(dtype)
+        kernel = kernel[..., :channels, :].reshape(-1, width).astype(dtype)
+        return tokens @ kernel + bias.astype(dtype)
+
+
+def _xavier_of_patches(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """Xavier for a patch kernel, seen as the dense layer that it is."""
+    return xavier(key, (math.prod(shape[:-1]), shape[-1]), dtype).reshape(shape)
+
+
+class _FinalLayer(nn.Module):
+    """Modulated norm and projection to patches; float32."""
+
+    config: HunyuanVideoConfig
+
+    @nn.compact
+    def __call__(self, x_BxNxD: jax.Array, vector_BxD: jax.Array) -> jax.Array:
+        config = self.config
+        # Scale before shift here, unlike in the blocks.
+        scale, shift = Modulation(2, config.hidden_size, name="modulation")(vector_BxD)
+        x = layer_norm(x_BxNxD, EPSILON) * (1 + scale) + shift
+        channels = config.patch_size_t * config.patch_size**2 * config.out_channels
+        return float32_dense(channels, ("embed", "conv_out"), init=zeros, name="proj")(x)
+
+
+class _Transformer(nn.Module):
+    config: HunyuanVideoConfig
+
+    @nn.compact
+    def __call__(
+        self, latents_BxTxHxWxC: jax.Array, timestep_B: jax.Array, condition: Condition
+    ) -> jax.Array:
+        config = self.config
+        grid = tuple(
+            n // p for n, p in zip(latents_BxTxHxWxC.shape[1:4], config.patch, strict=True)
+        )
+        vector = VectorEmbed(config.hidden_size, name="time_embed")(sinusoid(timestep_B))
+        if condition.timestep_r is not None:
+            embed_r = VectorEmbed(config.hidden_size, name="time_embed_r")
+            vector = vector + embed_r(sinusoid(condition.timestep_r))
+
+        text, text_mask = self._text_tokens(condition, timestep_B)
+        if condition.latents is not None:
+            latents_BxTxHxWxC = jnp.concatenate([latents_BxTxHxWxC, condition.latents], axis=-1)
+        image = _PatchEmbed(config, name="patch_embed")(latents_BxTxHxWxC)
+        num_tokens = image.shape[1]
+        # Sharded over `context`, tokens must come out even; the rest is padding under the mask.
+        padding = -num_tokens % mesh_axis_size("context")
+        image = jnp.pad(image, ((0, 0), (0, padding), (0, 0)))
+        image = constrain(image, "batch", "tokens", None)
+        image_mask = jnp.broadcast_to(
+            jnp.arange(num_tokens + padding) < num_tokens, image.shape[:2]
+        )
+        key_mask = jnp.concatenate([image_mask, text_mask], axis=1)
+        rope = rotary_tables(
+            rotary_angles(grid, config.rope_axes_dim, config.rope_theta), num_tokens + padding
+        )
+        rope = tuple(constrain(table, "tokens", None) for table in rope)
+
+        image = self._blocks(image, text, vector, key_mask, rope)[:, :num_tokens]
+        out = _FinalLayer(config, name="final")(image, vector)
+        return unpatchify(out, grid, config.patch)
+
+    def _text_tokens(
+        self, condition: Condition, timestep_B: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """All text-side tokens [B, S, D] and their mask [B, S]."""
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        type_embed = self.param(
+            "cond_type_embed", nn.with_logical_partitioning(normal, (None, "embed")),
+            (3, config.hidden_size),
+        ).astype(dtype)  # fmt: skip
+        refiner = TextRefiner(
+            config.num_attention_heads,
+            config.attention_head_dim,
+            config.num_refiner_layers,
+            dtype,
+            config.attention,
+            config.remat,
+            name="text_refiner",
+        )
+        tokens = [refiner(condition.text, condition.text_mask, timestep_B) + type_embed[TEXT]]
+        masks = [condition.text_mask]
+        if condition.byt5 is not None:
+            mapper = ByT5Mapper(config.hidden_size, dtype, name="byt5_embed")
+            tokens.append(mapper(condition.byt5) + type_embed[BYT5])
+            mask = condition.byt5_mask
+            masks.append(jnp.ones(condition.byt5.shape[:2], bool) if mask is None else mask)
+        if condition.image is not None:
+            projection = ImageProjection(config.hidden_size, dtype, name="image_embed")
+            tokens.append(projection(condition.image) + type_embed[IMAGE])
+            mask = condition.image_mask
+            if mask is None:
+                given = jnp.any(condition.image != 0, axis=(1, 2))
+                mask = jnp.broadcast_to(given[:, None], condition.image.shape[:2])
+            masks.append(mask)
+        return jnp.concatenate(tokens, axis=1), jnp.concatenate(masks, axis=1).astype(bool)
+
+    def _blocks(self, image, text, vector, key_mask, rope) -> jax.Array:
+        """All double-stream blocks, one scan; returns the image tokens."""
+        block = _Block
+        if self.config.remat:
+            block = nn.remat(block, prevent_cse=False)
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+            length=self.config.num_layers,
+            unroll=min(self.config.unroll, self.config.num_layers),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        (image, _), _ = blocks(self.config, name="blocks")((image, text), vector, key_mask, rope)
+        return image
+
+
+def patchify(x_BxTxHxWxC: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
+    """[B, T, H, W, C] -> [B, tokens, pt * ph * pw * C], tokens in t-major order."""
+    b, t, h, w, c = x_BxTxHxWxC.shape
+    pt, ph, pw = patch
+    x = x_BxTxHxWxC.reshape(b, t // pt, pt, h // ph, ph, w // pw, pw, c)
+    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, pt * ph * pw * c)
+
+
+def unpatchify(
+    x_BxNxP: jax.Array, grid: tuple[int, int, int], patch: tuple[int, int, int]
+) -> jax.Array:
+    """[B, tokens, C * pt * ph * pw] -> [B, T, H, W, C]; channels lead in a token, unlike above."""
+    (t, h, w), (pt, ph, pw) = grid, patch
+    x = x_BxNxP.reshape(-1, t, h, w, x_BxNxP.shape[-1] // (pt * ph * pw), pt, ph, pw)
+    x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.reshape(-1, t * pt, h * ph, w * pw, x.shape[-1])
+
+
+def _check_inputs(latents, timestep, condition: Condition, config: HunyuanVideoConfig) -> None:
+    chex.assert_rank([latents, timestep, condition.text, condition.text_mask], [5, 1, 3, 2])
+    batch = latents.shape[0]
+    for size, patch, axis in zip(latents.shape[1:4], config.patch, "THW", strict=True):
+        _require(
+            size % patch == 0, f"latents axis {axis}", size, f"a multiple of the patch {patch}"
+        )
+    _require_shape("latents", latents, (*latents.shape[:4], config.out_channels))
+    _require_shape("timestep", timestep, (batch,))
+    _require_shape("condition.text", condition.text, (batch, None, config.text_embed_dim))
+    _require_shape("condition.text_mask", condition.text_mask, condition.text.shape[:2])
+    for name, width in (("byt5", config.text_embed_2_dim), ("image", config.image_embed_dim)):
+        value, mask = getattr(condition, name), getattr(condition, f"{name}_mask")
+        if value is None:
+            _require(mask is None, f"condition.{name}_mask", "given", f"None without {name}")
+            continue
+        _require(
+            width is not None, f"condition.{name}", "given", "None: the model has no part for it"
+        )
+        _require_shape(f"condition.{name}", value, (batch, None, width))
+        if mask is not None:
+            _require_shape(f"condition.{name}_mask", mask, value.shape[:2])
+    if condition.latents is not None:
+        extra = config.in_channels - config.out_channels
+        _require_shape("condition.latents", condition.latents, (*latents.shape[:4], extra))
+    if condition.timestep_r is not None:
+        _require(config.use_meanflow, "condition.timestep_r", "given", "None without use_meanflow")
+        _require_shape("condition.timestep_r", condition.timestep_r, (batch,))
+
+
+def _require_shape(name: str, value: jax.Array, shape: tuple[int | None, ...]) -> None:
+    fits = len(value.shape) == len(shape) and all(
+        want is None or have == want for have, want in zip(value.shape, shape, strict=True)
+    )
+    _require(fits, f"{name}.shape", tuple(value.shape), shape)
+
+
+def _require(condition: bool, field: str, value: Any, allowed: Any) -> None:
+    if not condition:
+        raise ValueError(f"{field}={value}: must be {allowed}")

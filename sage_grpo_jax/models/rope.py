@@ -1,0 +1,55 @@
+"""Rotary position embedding over the (time, height, width) grid of image tokens.
+
+Interleaved pairs (channels 2i and 2i + 1 form one rotation), integer grid positions, tokens in
+t-major order, as in HunyuanVideo-1.5 (diffusers `HunyuanVideo15RotaryPosEmbed`).
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def rotary_angles(
+    grid: tuple[int, int, int], axes_dim: tuple[int, int, int], theta: float
+) -> jax.Array:
+    """Angles of every pair of channels at every token.
+
+    Args:
+      grid: number of tokens along time, height and width.
+      axes_dim: channels that encode each axis; even, their sum is the head size.
+      theta: base of the frequencies.
+
+    Returns:
+      float32 [t * h * w, sum(axes_dim) / 2], radians.
+    """
+    angles = []
+    for axis, dim in enumerate(axes_dim):
+        # float32 in this order of operations, as the reference computes its frequencies.
+        exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+        frequencies = np.float32(1.0) / np.power(np.float32(theta), exponent, dtype=np.float32)
+        position = jax.lax.broadcasted_iota(jnp.float32, grid, axis).reshape(-1, 1)
+        angles.append(position * frequencies)
+    return jnp.concatenate(angles, axis=-1)
+
+
+def rotary_tables(angles_NxK: jax.Array, padded_length: int) -> tuple[jax.Array, jax.Array]:
+    """Cosine and signed sine per channel: float32 [padded_length, 2K]; padding rotates by zero.
+
+    The sine carries the sign of the rotation (minus on even channels), so that `apply_rotary` is
+    two products and a swap of neighbours.
+    """
+    n, k = angles_NxK.shape
+    angles = jnp.pad(angles_NxK, ((0, padded_length - n), (0, 0)))
+    cos = jnp.repeat(jnp.cos(angles), 2, axis=-1)
+    sin = jnp.stack([-jnp.sin(angles), jnp.sin(angles)], axis=-1).reshape(padded_length, 2 * k)
+    return cos, sin
+
+
+def apply_rotary(x_BxNxHxD: jax.Array, cos_NxD: jax.Array, sin_NxD: jax.Array) -> jax.Array:
+    """Rotates the channel pairs of queries or keys; float32 in, float32 out."""
+    chex.assert_rank([x_BxNxHxD, cos_NxD, sin_NxD], [4, 2, 2])
+    even = jnp.arange(x_BxNxHxD.shape[-1]) % 2 == 0
+    # Swapping neighbours by two rolls keeps every access contiguous; strided slices do not.
+    swapped = jnp.where(even, jnp.roll(x_BxNxHxD, -1, axis=-1), jnp.roll(x_BxNxHxD, 1, axis=-1))
+    return x_BxNxHxD * cos_NxD[:, None, :] + swapped * sin_NxD[:, None, :]

@@ -1,0 +1,310 @@
+"""The causal video VAE of HunyuanVideo-1.5: encoder and decoder.
+
+Same architecture, and same numbers in float32, as `AutoencoderKLHunyuanVideo15` of diffusers
+(`autoencoders/autoencoder_kl_hunyuanvideo15.py`), channels last. A clip has 1 + k * temporal ratio
+frames; the first frame is coded by itself, and no frame sees a later one.
+
+Latents here are unscaled: the diffusion model works on `mean * config.scaling_factor`, and the caller
+divides by it once before `decode`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sage_grpo_jax.models import vae_layers as layers
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class VaeConfig:
+    """Shape of the VAE. Field names and defaults are those of diffusers, except `dtype`.
+
+    Attributes:
+      in_channels: channels of the encoded video.
+      out_channels: channels of the decoded video.
+      latent_channels: channels of the latents.
+      block_out_channels: width of each level, finest first.
+      layers_per_block: resnets per encoder level; decoder levels have one more.
+      spatial_compression_ratio: a power of two.
+      temporal_compression_ratio: a power of two, at most the spatial one.
+      downsample_match_channel: whether downsampling already changes to the next level's width.
+      upsample_match_channel: the same for upsampling.
+      scaling_factor: latents of the diffusion model = mean * scaling_factor.
+      dtype: compute dtype of convolutions and attention; parameters stay as they are given.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 32
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 1024, 1024)
+    layers_per_block: int = 2
+    spatial_compression_ratio: int = 16
+    temporal_compression_ratio: int = 4
+    downsample_match_channel: bool = True
+    upsample_match_channel: bool = True
+    scaling_factor: float = 1.03682
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
+        _validate(self)
+
+    @property
+    def spatial_steps(self) -> int:
+        return int(math.log2(self.spatial_compression_ratio))
+
+    @property
+    def temporal_steps(self) -> int:
+        return int(math.log2(self.temporal_compression_ratio))
+
+    def downsampled_width(self, level: int) -> int:
+        """Width after the downsampling of encoder level `level` (0 = finest)."""
+        return self.block_out_channels[level + self.downsample_match_channel]
+
+    def upsampled_width(self, level: int) -> int:
+        """Width after the upsampling of decoder level `level` (0 = coarsest)."""
+        return self.block_out_channels[::-1][level + self.upsample_match_channel]
+
+    def encoder_input_width(self, level: int) -> int:
+        """Width that enters encoder level `level`."""
+        if level == 0:
+            return self.block_out_channels[0]
+        if level <= self.spatial_steps:
+            return self.downsampled_width(level - 1)
+        return self.block_out_channels[level - 1]
+
+    def decoder_input_width(self, level: int) -> int:
+        """Width that enters decoder level `level`."""
+        if level == 0:
+            return self.block_out_channels[-1]
+        if level <= self.spatial_steps:
+            return self.upsampled_width(level - 1)
+        return self.block_out_channels[::-1][level - 1]
+
+    @classmethod
+    def from_json(cls, text: str, **overrides: Any) -> VaeConfig:
+        """From the text of a diffusers `config.json`; keys starting with "_" are ignored."""
+        fields = {f.name for f in dataclasses.fields(cls)}
+        given = {k: v for k, v in json.loads(text).items() if not k.startswith("_")}
+        unknown = sorted(set(given) - fields)
+        if unknown:
+            raise ValueError(f"VAE config has unknown keys {unknown}; known are {sorted(fields)}")
+        return cls(**(given | overrides))
+
+    def to_json(self) -> str:
+        """The text of a diffusers `config.json` (without `dtype`, which diffusers does not know)."""
+        values = dataclasses.asdict(self)
+        del values["dtype"]
+        return json.dumps({"_class_name": "AutoencoderKLHunyuanVideo15", **values}, indent=2) + "\n"
+
+
+def _validate(config: VaeConfig) -> None:
+    for name in ("spatial_compression_ratio", "temporal_compression_ratio"):
+        value = getattr(config, name)
+        if value < 1 or value & (value - 1):
+            raise ValueError(f"{name}={value}: must be a power of two")
+    if config.temporal_compression_ratio > config.spatial_compression_ratio:
+        raise ValueError(
+            f"temporal_compression_ratio={config.temporal_compression_ratio}: must be at most "
+            f"spatial_compression_ratio={config.spatial_compression_ratio}"
+        )
+    if config.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={config.dtype!r}: must be float32, bfloat16 or float16")
+    for name in ("in_channels", "out_channels", "latent_channels", "layers_per_block"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)}: must be at least 1")
+    _validate_widths(config)
+
+
+def _validate_widths(config: VaeConfig) -> None:
+    """The shortcuts average or repeat whole runs of channels: the widths have to divide."""
+    widths = config.block_out_channels
+
+    def require(condition: bool, what: str) -> None:
+        if not condition:
+            raise ValueError(f"block_out_channels={widths}: {what}")
+
+    matching = config.downsample_match_channel or config.upsample_match_channel
+    levels = config.spatial_steps + matching
+    require(len(widths) >= max(levels, 1), f"needs at least {levels} levels")
+    require(
+        widths[-1] % (2 * config.latent_channels) == 0,
+        f"the last must be a multiple of 2 * latent_channels = {2 * config.latent_channels}",
+    )
+    for level in range(config.spatial_steps):
+        temporal = level >= config.spatial_steps - config.temporal_steps
+        _validate_resampling(require, config.downsampled_width(level), widths[level], temporal)
+        level_up, temporal = len(widths) - 1 - level, level < config.temporal_steps
+        _validate_resampling(require, widths[level_up], config.upsampled_width(level), temporal)
+
+
+def _validate_resampling(require, coarse: int, fine: int, temporal: bool) -> None:
+    factor = 8 if temporal else 4
+    require(coarse % factor == 0, f"{coarse} must be a multiple of {factor}")
+    # At temporal levels half a run of channels serves the first frame, so the run must be even.
+    unit = coarse * (2 if temporal else 1)
+    require(factor * fine % unit == 0, f"{factor} * {fine} must be a multiple of {unit}")
+
+
+class Encoder(nn.Module):
+    """Video [B, F, H, W, 3] -> moments [B, T, h, w, 2 * latent_channels]."""
+
+    config: VaeConfig
+
+    @nn.compact
+    def __call__(self, videos_BxFxHxWxC: jax.Array) -> jax.Array:
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        h = layers.CausalConv(config.block_out_channels[0], dtype, name="conv_in")(videos_BxFxHxWxC)
+        for level in range(len(config.block_out_channels)):
+            h = DownBlock(config, level, name=f"down_{level}")(h)
+        h = layers.MidBlock(dtype, name="mid")(h)
+        shortcut = layers.group_mean(h, 2 * config.latent_channels)
+        h = nn.silu(layers.RmsNorm(name="norm_out")(h))
+        return layers.CausalConv(2 * config.latent_channels, dtype, name="conv_out")(h) + shortcut
+
+
+class DownBlock(nn.Module):
+    """Resnets of one encoder level, then downsampling where the level has it."""
+
+    config: VaeConfig
+    level: int
+
+    @nn.compact
+    def __call__(self, h_BxTxHxWxC: jax.Array) -> jax.Array:
+        config, h, dtype = self.config, h_BxTxHxWxC, jnp.dtype(self.config.dtype)
+        for i in range(config.layers_per_block):
+            width = config.block_out_channels[self.level]
+            h = layers.ResnetBlock(width, dtype, name=f"resnet_{i}")(h)
+        if self.level >= config.spatial_steps:
+            return h
+        temporal = self.level >= config.spatial_steps - config.temporal_steps
+        width = config.downsampled_width(self.level)
+        return layers.Downsample(width, temporal, dtype, name="downsample")(h)
+
+
+class Decoder(nn.Module):
+    """Latents [B, T, h, w, latent_channels] -> video [B, F, H, W, 3]."""
+
+    config: VaeConfig
+
+    @nn.compact
+    def __call__(self, latents_BxTxHxWxC: jax.Array) -> jax.Array:
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        width = config.block_out_channels[-1]
+        h = layers.CausalConv(width, dtype, name="conv_in")(latents_BxTxHxWxC)
+        h += jnp.repeat(latents_BxTxHxWxC, width // config.latent_channels, axis=-1).astype(dtype)
+        h = layers.MidBlock(dtype, name="mid")(h)
+        for level in range(len(config.block_out_channels)):
+            h = UpBlock(config, level, name=f"up_{level}")(h)
+        h = nn.silu(layers.RmsNorm(name="norm_out")(h))
+        return layers.CausalConv(config.out_channels, dtype, name="conv_out")(h)
+
+
+class UpBlock(nn.Module):
+    """Resnets of one decoder level (0 = coarsest), then upsampling where the level has it."""
+
+    config: VaeConfig
+    level: int
+
+    @nn.compact
+    def __call__(self, h_BxTxHxWxC: jax.Array) -> jax.Array:
+        config, h, dtype = self.config, h_BxTxHxWxC, jnp.dtype(self.config.dtype)
+        for i in range(config.layers_per_block + 1):
+            width = config.block_out_channels[::-1][self.level]
+            h = layers.ResnetBlock(width, dtype, name=f"resnet_{i}")(h)
+        if self.level >= config.spatial_steps:
+            return h
+        temporal = self.level < config.temporal_steps
+        width = config.upsampled_width(self.level)
+        return layers.Upsample(width, temporal, dtype, name="upsample")(h)
+
+
+def _init_boxed(config: VaeConfig, key: jax.Array) -> Params:
+    """Both parameter trees, each array in Flax's box of logical axis names."""
+    side = config.spatial_compression_ratio
+    video = jnp.zeros((1, 1, side, side, config.in_channels))
+    latent = jnp.zeros((1, 1, 1, 1, config.latent_channels))
+    encoder_key, decoder_key = jax.random.split(key)
+    return {
+        "encoder": Encoder(config).init(encoder_key, video)["params"],
+        "decoder": Decoder(config).init(decoder_key, latent)["params"],
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_params(config: VaeConfig, key: jax.Array) -> Params:
+    """Random float32 parameters {"encoder": ..., "decoder": ...} as nested dicts of arrays.
+
+    Under jit, so that the forward pass which Linen uses to find the shapes is never run; works under
+    `jax.eval_shape`, also at the full size.
+    """
+    return nn.unbox(_init_boxed(config, key))
+
+
+def partition_names(config: VaeConfig) -> Params:
+    """Tree like the parameters; each leaf the tuple of logical axis names of that parameter."""
+    boxed = jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0))
+    return jax.tree.map(
+        lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+    )
+
+
+def encode(
+    params: Params, videos_BxFxHxWxC: jax.Array, config: VaeConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Posterior of the latents of each clip.
+
+    Args:
+      params: as from `init_params`; only "encoder" is used.
+      videos_BxFxHxWxC: in [-1, 1]; F = 1 + k * temporal ratio, H and W multiples of the spatial ratio.
+      config: shape of the VAE.
+
+    Returns:
+      (mean, logvar), each float32 [B, T, H / s, W / s, latent_channels], unscaled, with
+      T = 1 + (F - 1) / t. logvar is clipped to [-30, 20], as in diffusers.
+
+    Raises:
+      ValueError: if the clip does not fit the compression ratios.
+    """
+    chex.assert_rank(videos_BxFxHxWxC, 5)
+    _, frames, height, width, channels = videos_BxFxHxWxC.shape
+    s, t = config.spatial_compression_ratio, config.temporal_compression_ratio
+    if (frames - 1) % t:
+        raise ValueError(f"frames={frames}: must be 1 plus a multiple of {t}")
+    if height % s or width % s:
+        raise ValueError(f"height={height}, width={width}: must be multiples of {s}")
+    if channels != config.in_channels:
+        raise ValueError(f"channels={channels}: must be in_channels={config.in_channels}")
+    moments = Encoder(config).apply({"params": params["encoder"]}, videos_BxFxHxWxC)
+    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    return mean, jnp.clip(logvar, -30.0, 20.0)
+
+
+def decode(params: Params, latents_BxTxHxWxC: jax.Array, config: VaeConfig) -> jax.Array:
+    """Videos float32 [B, 1 + (T - 1) * t, H * s, W * s, out_channels], nominally in [-1, 1].
+
+    Args:
+      params: as from `init_params`; only "decoder" is used.
+      latents_BxTxHxWxC: unscaled latents.
+      config: shape of the VAE.
+
+    Raises:
+      ValueError: if the latents do not have `latent_channels` channels.
+    """
+    chex.assert_rank(latents_BxTxHxWxC, 5)
+    channels = latents_BxTxHxWxC.shape[-1]
+    if channels != config.latent_channels:
+        raise ValueError(f"channels={channels}: must be latent_channels={config.latent_channels}")
+    videos = Decoder(config).apply({"params": params["decoder"]}, latents_BxTxHxWxC)
+    return videos.astype(jnp.float32)

@@ -1,0 +1,68 @@
+"""What several processes need: arrays from host data, host data from arrays, agreement."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def to_global(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """Puts a tree of numpy arrays, equal on every process, onto the devices of `sharding`."""
+
+    def put(array: np.ndarray) -> jax.Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put, tree)
+
+
+def local_rows(array: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
+    """(row, value) for every row of axis 0 that this process owns.
+
+    A row that several devices hold is owned by exactly one of them (replica 0), so over all
+    processes each row comes once.
+    """
+    for shard in array.addressable_shards:
+        if shard.replica_id != 0:
+            continue
+        start = shard.index[0].start or 0
+        for offset, value in enumerate(np.asarray(shard.data)):
+            yield start + offset, value
+
+
+def gather_rows(values: np.ndarray, owned: np.ndarray) -> np.ndarray:
+    """Rows from whichever process owns them, equal on every process afterwards.
+
+    Args:
+      values: [rows, ...]; only the rows in `owned` mean anything here.
+      owned: bool [rows].
+
+    Raises:
+      RuntimeError: a row has no owner.
+    """
+    if jax.process_count() > 1:
+        all_values = multihost_utils.process_allgather(values)
+        all_owned = multihost_utils.process_allgather(owned)
+        values, owned = np.array(values), np.zeros_like(owned)
+        for theirs, mask in zip(all_values, all_owned, strict=True):
+            values[mask] = theirs[mask]
+            owned |= mask
+    if not owned.all():
+        raise RuntimeError(f"no process owns the rows {np.flatnonzero(~owned).tolist()}")
+    return values
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole array on every process."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def agree(flag: bool) -> bool:
+    """True on every process when it is true on any of them."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))

@@ -1,0 +1,74 @@
+"""Logical axis names of parameters -> mesh axes.
+
+The models name the axes of their parameters (`models.*.partition_names`); this table alone says
+where those names go. The model-width axis is cut over `fsdp` and `context`, so that the devices of
+one context group also share the parameters; everything else is replicated.
+"""
+
+import math
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sage_grpo_jax.parallel import mesh as mesh_lib
+
+RULES: dict[str, tuple[str, ...]] = {
+    "embed": ("fsdp", "context"),
+    "batch": mesh_lib.BATCH_AXES,
+}
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
+    """The samples of axis `axis` are divided over the batch axes of the mesh."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, RULES["batch"]))
+
+
+def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: jax.sharding.Mesh):
+    """The spec of one array; an axis that does not divide evenly stays whole."""
+    if len(names) != len(shape):
+        raise ValueError(f"partition names {names} do not fit the shape {shape}")
+    entries, taken = [], set()
+    for name, size in zip(names, shape, strict=True):
+        axes = tuple(a for a in RULES.get(name, ()) if a not in taken) if name else ()
+        while axes and size % math.prod(mesh.shape[a] for a in axes):
+            axes = axes[:-1]
+        taken.update(axes)
+        entries.append(axes or None)
+    return PartitionSpec(*entries)
+
+
+def parameter_shardings(mesh: jax.sharding.Mesh, names: Any, abstract: Any) -> Any:
+    """Shardings for a tree of parameters.
+
+    Args:
+      mesh: the device mesh.
+      names: tree of tuples of logical names, as `models.*.partition_names` returns.
+      abstract: the same tree with anything that has `.shape`.
+    """
+    return jax.tree.map(
+        lambda array, axis_names: NamedSharding(mesh, _spec(axis_names, array.shape, mesh)),
+        abstract,
+        names,
+    )
+
+
+def optimizer_shardings(
+    tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, abstract_params: Any, shardings: Any
+) -> Any:
+    """Shardings for `tx.init(params)`: what mirrors the parameters follows them, the rest is
+    replicated. Without it `jit(tx.init)` replicates the moments on every device."""
+    abstract_state = jax.eval_shape(tx.init, abstract_params)
+    return optax.tree.map_params(
+        tx,
+        lambda _, sharding: sharding,
+        abstract_state,
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )

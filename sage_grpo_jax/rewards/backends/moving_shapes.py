@@ -1,0 +1,316 @@
+"""VQ, MQ and TA of moving-shapes clips, measured on pixels.
+
+Eleven errors are measured (`measure`); each is 0 for a perfect clip. A reward is a weighted sum of
+-log(error + floor) over its errors (`TERMS`): every improvement raises it down to the floor, which
+is about the error of a good generator, and no input makes it infinite.
+
+- VQ, blind to the caption: `palette` (root mean square distance of the pixels to the line from a
+  background grey to one palette colour, the best pair for the whole clip), `softness` (partly
+  covered pixels that no one-pixel ramp explains, per pixel of outline), `presence` (how far the
+  covered area of a frame is, in log units, outside of what shapes of the world cover).
+- MQ: `velocity` (fitted velocity of the centroid against the captioned one, pixels a frame),
+  `jitter` (deviation of the centroid from uniform motion, pixels), `unsteadiness` (relative change
+  of area and spread over the frames).
+- TA: `colour` (mean colour of the object against the captioned one), `shape` (correlation with the
+  captioned silhouette, absolute and against the best other one), `direction` (angle between fitted
+  and captioned velocity), `size` (log ratio of the areas), `background` (grey against captioned).
+
+Known exploits, all of which the manifold distance sees:
+
+- VQ sees one frame at a time and no outline: any blob, any number of blobs of about the right total
+  area, with crisp one-pixel edges and exact colours is perfect. A few wrong pixels inside the
+  palette cost little.
+- MQ sees only mass, centroid and spread of what differs from the background: a shape that turns,
+  morphs or falls apart symmetrically, or two shapes moving together, is steady motion. A shape that
+  fades in place while its copy ahead appears moves its centroid too.
+- TA sees the mean colour (a half yellow, half cyan object counts as green), the average correlation
+  (details under a pixel, a changing orientation of the disk) and the net displacement (any path).
+- The shape and the captioned size may be exaggerated where that separates a shape better from the
+  others: half of `shape` is relative.
+- Nothing ties the first frame to the frame border: where a shape starts, and whether it would leave
+  the frame in a longer clip, is free.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from sage_grpo_jax.data import moving_shapes_spec as spec
+from sage_grpo_jax.rewards.backends.base import Backend, Limits, Score
+
+VERSION = 1  # To be raised with every change of a score that the tables below do not show.
+
+
+class Term(NamedTuple):
+    reward: str
+    weight: float
+    floor: float
+
+
+TERMS = {
+    "palette": Term("VQ", 1.0, 0.01),
+    "softness": Term("VQ", 0.5, 0.05),
+    "presence": Term("VQ", 2.0, 0.2),
+    "velocity": Term("MQ", 1.0, 0.03),
+    "jitter": Term("MQ", 0.5, 0.05),
+    "unsteadiness": Term("MQ", 0.5, 0.02),
+    "colour": Term("TA", 1.0, 0.03),
+    "shape": Term("TA", 1.0, 0.01),
+    "direction": Term("TA", 1.0, 0.02),
+    "size": Term("TA", 0.5, 0.1),
+    "background": Term("TA", 0.5, 0.03),
+}
+
+# Mean and standard deviation of the raw rewards over real clips degraded by random amounts of
+# noise, blur, jitter and colour error; normalised = (raw - mean) / std.
+NORMALISATION = {"VQ": (0.0, 1.0), "MQ": (0.0, 1.0), "TA": (0.0, 1.0)}
+
+# Area of a shape of radius 1, in the order of spec.SHAPES.
+_UNIT_AREA = np.array(
+    [np.pi, (2 * spec.SQUARE_HALF_SIDE) ** 2, 27**0.5 * spec.TRIANGLE_INRADIUS**2]
+)
+_AREAS = _UNIT_AREA[:, None] * spec.RADIUS**2
+_X = (np.arange(spec.WIDTH) + 0.5).astype(np.float32)
+_Y = (np.arange(spec.HEIGHT) + 0.5).astype(np.float32)
+# Spread (root mean square distance from the centroid) above which a mask is no single shape.
+_WIDEST_SPREAD = 5.0
+# Speed, in pixels a frame, under which a direction means little.
+_STILL = 0.05
+
+
+class Track(NamedTuple):
+    """What moves in front of the background, found without looking at the caption."""
+
+    ground: np.ndarray  # [3] in 0..1
+    colour: np.ndarray  # [3] in 0..1
+    mask: np.ndarray  # [F, H, W] in 0..1
+    area: np.ndarray  # [F], pixels
+    centroid: np.ndarray  # [F, 2], (x, y)
+    spread: np.ndarray  # [F], pixels
+    velocity: np.ndarray  # [2], pixels a frame, least squares
+    jitter: float  # root mean square deviation from uniform motion, pixels
+
+
+class MovingShapesBackend(Backend):
+    """Rewards of the moving-shapes world; numpy only, a few milliseconds a clip."""
+
+    names = ("VQ", "MQ", "TA")
+    limits = Limits(max_frames=64, min_side=spec.WIDTH, max_side=spec.WIDTH)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the version and every constant that decides a score."""
+        world = {
+            name: getattr(spec, name).tolist()
+            for name in ("COLOUR_RGB", "BACKGROUND_RGB", "RADIUS", "PIXELS_PER_FRAME", "EXTENT")
+        }
+        parts = [VERSION, spec.VERSION, spec.FPS, spec.CHOICES, world, TERMS, NORMALISATION]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def score(
+        self, video_uint8_FxHxWx3: np.ndarray, prompt: str, fps: float
+    ) -> Mapping[str, Score]:
+        """Scores one clip. See the base class.
+
+        Raises:
+          ValueError: the prompt is no caption of this world, or the video no clip of its size.
+        """
+        errors = measure(video_uint8_FxHxWx3, prompt, fps)
+        raw = dict.fromkeys(self.names, 0.0)
+        for name, term in TERMS.items():
+            raw[term.reward] -= term.weight * float(np.log(errors[name] + term.floor))
+        scores = {}
+        for name in self.names:
+            mean, std = NORMALISATION[name]
+            scores[name] = Score(raw[name], (raw[name] - mean) / std)
+        return scores
+
+    def warm_up(self) -> None:
+        video = np.zeros((spec.NUM_FRAMES, spec.HEIGHT, spec.WIDTH, 3), np.uint8)
+        self.score(video, spec.example_caption(), spec.FPS)
+
+
+def measure(video_uint8_FxHxWx3: np.ndarray, prompt: str, fps: float) -> dict[str, float]:
+    """The errors of a clip by name (the keys of `TERMS`): finite, 0 is perfect.
+
+    Args:
+      video_uint8_FxHxWx3: two frames or more of 32x32 RGB.
+      prompt: a caption of the world.
+      fps: frames a second; captioned speeds are pixels a second.
+
+    Raises:
+      ValueError: the prompt is no caption of this world, or the video no clip of its size.
+    """
+    _check(video_uint8_FxHxWx3, fps)
+    words = spec.Words(*spec.indices(spec.parse_caption(prompt)))
+    video = video_uint8_FxHxWx3.astype(np.float32) / 255
+    track = find_object(video)
+    errors = {**_visual_errors(video), **_motion_errors(track, words, fps)}
+    errors |= _alignment_errors(track, words)
+    return {name: float(value) for name, value in errors.items()}
+
+
+def _check(video: np.ndarray, fps: float) -> None:
+    if video.dtype != np.uint8:
+        raise ValueError(f"video has type {video.dtype}, allowed: uint8")
+    if video.ndim != 4 or len(video) < 2 or video.shape[1:] != (spec.HEIGHT, spec.WIDTH, 3):
+        allowed = f"(F >= 2, {spec.HEIGHT}, {spec.WIDTH}, 3)"
+        raise ValueError(f"video has shape {video.shape}, allowed: {allowed}")
+    if not 0 < fps < float("inf"):
+        raise ValueError(f"fps is {fps}, allowed: a positive number")
+
+
+# VQ.
+
+
+def _visual_errors(video: np.ndarray) -> dict[str, float]:
+    coverage, palette = _explain_by_palette(video.reshape(-1, 3))
+    coverage = coverage.reshape(video.shape[:3])
+    area = coverage.sum((1, 2))
+    low, high = np.log(_AREAS.min() + 1), np.log(_AREAS.max() + 1)
+    amount = np.log(area + 1)
+    outside = np.maximum(low - amount, 0) + np.maximum(amount - high, 0)
+    # Pixels next to both full and empty ones lie on a one-pixel ramp, whatever its phase.
+    partial = (4 * coverage * (1 - coverage)) ** 2
+    soft = (partial * (1 - _local_contrast(coverage))).sum((1, 2))
+    outline = 4 * np.sqrt(area + 10)
+    return {
+        "palette": palette,
+        "softness": np.mean(soft / outline),
+        "presence": np.mean(outside),
+    }
+
+
+def _explain_by_palette(pixels_Px3: np.ndarray) -> tuple[np.ndarray, float]:
+    """The best (background, colour) pair for all pixels: coverage [P], root mean square error."""
+    best_error, best = np.inf, np.zeros(len(pixels_Px3), np.float32)
+    for ground in spec.BACKGROUND_RGB / 255:
+        above = pixels_Px3 - ground
+        total = np.einsum("pc,pc->", above, above, dtype=np.float64)
+        contrast = spec.COLOUR_RGB / 255 - ground
+        power = (contrast**2).sum(1)
+        along = (contrast / power[:, None]) @ above.T  # [colour, P]
+        coverage = np.clip(along, 0, 1)
+        explained = np.einsum("cp,cp->c", coverage, 2 * along - coverage, dtype=np.float64) * power
+        errors = total - explained
+        if errors.min() < best_error:
+            best_error, best = errors.min(), coverage[errors.argmin()]
+    return best, float(np.sqrt(max(best_error, 0.0) / pixels_Px3.size))
+
+
+def _local_contrast(images_FxHxW: np.ndarray) -> np.ndarray:
+    """Maximum minus minimum over the 3x3 neighbourhood, edges repeated."""
+    high = low = np.pad(images_FxHxW, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    for axis in (1, 2):
+        first, middle, last = (
+            (slice(None),) * axis + (part,)
+            for part in (slice(None, -2), slice(1, -1), slice(2, None))
+        )
+        high = np.maximum(np.maximum(high[first], high[middle]), high[last])
+        low = np.minimum(np.minimum(low[first], low[middle]), low[last])
+    return high - low
+
+
+# What moves.
+
+
+def find_object(video_FxHxWx3: np.ndarray) -> Track:
+    """Separates what differs from the background (the median pixel) and follows its centroid.
+
+    Args:
+      video_FxHxWx3: float32 in [0, 1].
+    """
+    pixels = video_FxHxWx3.reshape(-1, 3)
+    ground = np.median(pixels, axis=0)
+    above = pixels - ground
+    weight = np.einsum("pc,pc->p", above, above) ** 2
+    contrast = weight @ above / (weight.sum() + 1e-3)
+    # The offset keeps the faint texture of an empty clip from counting as an object.
+    coverage = above @ (contrast / (contrast @ contrast + 0.01))
+    mask = _harden(coverage).reshape(video_FxHxWx3.shape[:3])
+    area, centroid, spread = _moments(mask)
+    time = np.arange(len(mask)) - (len(mask) - 1) / 2
+    velocity = time @ centroid / (time @ time)
+    deviation = centroid - centroid.mean(0) - time[:, None] * velocity
+    jitter = float(np.sqrt((deviation**2).sum(1).mean()))
+    return Track(ground, ground + contrast, mask, area, centroid, spread, velocity, jitter)
+
+
+def _harden(coverage: np.ndarray) -> np.ndarray:
+    """Pushes coverage away from 0.5, so that faint noise does not add up to an object."""
+    return np.clip((coverage - 0.2) / 0.6, 0, 1)
+
+
+def _moments(mask_FxHxW: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Area [F], centroid [F, 2] and spread [F]; an empty frame sits in the middle, without spread."""
+    across, down = mask_FxHxW.sum(1, dtype=np.float64), mask_FxHxW.sum(2, dtype=np.float64)
+    area = across.sum(1)
+    weight = area + 0.1
+    x = (across @ _X + 0.1 * spec.WIDTH / 2) / weight
+    y = (down @ _Y + 0.1 * spec.HEIGHT / 2) / weight
+    second = (across * (_X - x[:, None]) ** 2).sum(1) + (down * (_Y - y[:, None]) ** 2).sum(1)
+    return area, np.stack([x, y], 1), np.sqrt(second / weight)
+
+
+# MQ.
+
+
+def _motion_errors(track: Track, words: spec.Words, fps: float) -> dict[str, float]:
+    wanted = spec.DIRECTION_XY[words.direction] * _captioned_speed(words, fps)
+    # Nothing, or everything, moves steadily: what is not one shape counts as unsteady.
+    wide = np.log((track.spread + 1) / (_WIDEST_SPREAD + 1))
+    nothing = np.mean(np.exp(-track.area / 6) + np.maximum(wide, 0))
+    area = np.std(track.area) / (np.mean(track.area) + 1)
+    spread = np.std(np.log(track.spread + 1))
+    return {
+        "velocity": np.linalg.norm(track.velocity - wanted),
+        "jitter": track.jitter + 3 * nothing,
+        "unsteadiness": np.hypot(area, spread) + nothing,
+    }
+
+
+def _captioned_speed(words: spec.Words, fps: float) -> float:
+    return float(spec.PIXELS_PER_FRAME[words.speed]) * spec.FPS / fps
+
+
+# TA.
+
+
+def _alignment_errors(track: Track, words: spec.Words) -> dict[str, float]:
+    direction = spec.DIRECTION_XY[words.direction]
+    cosine = track.velocity @ direction / np.hypot(np.linalg.norm(track.velocity), _STILL)
+    wanted_area = _AREAS[words.shape, words.size]
+    return {
+        "colour": _distance(track.colour, spec.COLOUR_RGB[words.colour] / 255),
+        "shape": _shape_error(track, words.shape),
+        "direction": (1 - cosine) / 2,
+        "size": abs(np.log((track.area.mean() + 1) / (wanted_area + 1))),
+        "background": _distance(track.ground, spec.BACKGROUND_RGB[words.background] / 255),
+    }
+
+
+def _distance(colour: np.ndarray, wanted: np.ndarray) -> float:
+    """Root mean square over the channels."""
+    return np.sqrt(np.mean((colour - wanted) ** 2))
+
+
+def _shape_error(track: Track, wanted: int) -> float:
+    """How badly the mask correlates with the captioned silhouette, absolute and against the others.
+
+    The silhouettes have the mean area of the mask and follow its centroid. 0.01 keeps the ratio
+    finite; the result lies between 0 and about 3.
+    """
+    x = _X - track.centroid[:, 0, None, None].astype(np.float32)
+    y = _Y[:, None] - track.centroid[:, 1, None, None].astype(np.float32)
+    radii = np.sqrt(np.maximum(track.area.mean(), 4) / _UNIT_AREA).astype(np.float32)
+    energy = np.einsum("fhw,fhw->f", track.mask, track.mask)
+    errors = []
+    for shape, radius in enumerate(radii):
+        silhouette = _harden(0.5 - spec.signed_distances(radius, x, y)[shape])
+        overlap = np.einsum("fhw,fhw->f", track.mask, silhouette)
+        size = np.einsum("fhw,fhw->f", silhouette, silhouette)
+        errors.append(np.mean(1 - overlap / np.sqrt(energy * size + 1e-6)))
+    other = min(error for shape, error in enumerate(errors) if shape != wanted)
+    return errors[wanted] * np.sqrt((errors[wanted] + 0.01) / (other + 0.01))

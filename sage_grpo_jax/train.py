@@ -1,0 +1,57 @@
+"""Trains a video generator by SAGE-GRPO.
+
+    python -m sage_grpo_jax.train --config=configs/moving_shapes.py:method=sage --workdir=runs/a
+
+Any field can be overridden: --config.rollout.eta=0.7. The same command with the same workdir goes
+on from the newest checkpoint.
+"""
+
+import pathlib
+import sys
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from sage_grpo_jax.training import config as config_lib
+from sage_grpo_jax.training import learner, loop, metrics
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="Recipe, with an argument behind a colon.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+
+
+def main(argv: list[str]) -> None:
+    """Parses, validates, trains; bad input ends with one line and exit status 2."""
+    if len(argv) > 1:
+        sys.exit(f"unexpected arguments: {' '.join(argv[1:])}")
+    # Before any other use of JAX; a single process has nothing to join.
+    if jax.config.jax_platforms != "cpu" and _on_several_hosts():
+        jax.distributed.initialize()
+    try:
+        config = config_lib.from_config_dict(_CONFIG.value)
+        metrics.log_versions()
+        summary = loop.train(config, pathlib.Path(_WORKDIR.value))
+    except ValueError as error:
+        if logging.level_debug():
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (loop.TooManySkips, learner.NumericsError) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(1)
+    if summary is not None:
+        print(f"done: {summary['steps']} steps; see {_WORKDIR.value}")
+
+
+def _on_several_hosts() -> bool:
+    """Whether this is one of several hosts of a TPU slice or cluster."""
+    import os
+
+    names = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return "," in names or "JAX_COORDINATOR_ADDRESS" in os.environ
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,155 @@
+"""The evaluation: fixed prompts, fixed seeds, the ODE sampler; numbers, sheets and animations."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from sage_grpo_jax.flow import noise
+from sage_grpo_jax.training import learner as learner_lib
+from sage_grpo_jax.training import metrics as metrics_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    metrics: dict[str, float]  # names start with eval/
+    videos: np.ndarray  # uint8 [N, F, H, W, 3]
+    prompts: list[str]
+    scores: dict[str, np.ndarray]  # dimension -> [N]; NaN where the reward failed
+
+
+def evaluate(learner: learner_lib.Learner, params: Any, prompts: learner_lib.PromptBatch):
+    """Samples, scores and measures the evaluation prompts.
+
+    The noise depends on `eval.seed`, prompt and sample only, so every evaluation of a run (and of
+    another run) starts from the same noise.
+
+    Args:
+      learner: gives programs and scorer.
+      params: the policy's parameters.
+      prompts: N prompts, `eval.samples_per_prompt` of each already repeated.
+    """
+    config = learner.config
+    size = config.batch_size
+    count = len(prompts.ids)
+    occurrence = _occurrence(prompts.ids)
+    keys = noise.sample_keys(
+        config.eval.seed,
+        0,
+        np.zeros(count, np.uint32),
+        np.array([noise.prompt_hash(i) for i in prompts.ids], np.uint32),
+        occurrence,
+    )
+    timer = learner_lib.PhaseTimer()
+    videos, parts = [], []
+    for start in range(0, count, size):
+        # The last batch is filled up with its own samples: one shape, one compilation.
+        rows = np.arange(start, start + size) % count
+        batch = take(prompts, rows)
+        latents = learner.sample_videos(params, batch, keys[rows])
+        parts.append(learner.score(latents, batch, f"eval{start}", timer, config.rollout))
+        videos.append(learner.decode(latents, config.rollout.decode_batch))
+    videos = np.concatenate(videos)[:count]
+    scores = learner_lib.Scores(
+        {n: np.concatenate([p.values[n] for p in parts])[:count] for n in parts[0].values},
+        np.concatenate([p.valid for p in parts])[:count],
+        [],
+    )
+    return Evaluation(_metrics(config, scores, videos), videos, prompts.prompts, scores.values)
+
+
+def take(batch: learner_lib.PromptBatch, rows: np.ndarray) -> learner_lib.PromptBatch:
+    """The rows of a batch."""
+    return learner_lib.PromptBatch(
+        [batch.ids[r] for r in rows],
+        [batch.prompts[r] for r in rows],
+        batch.text[rows],
+        batch.mask[rows],
+    )
+
+
+def _occurrence(ids: list[str]) -> np.ndarray:
+    """How often each id came before: the sample number; uint32 [N]."""
+    seen: dict[str, int] = {}
+    numbers = []
+    for name in ids:
+        numbers.append(seen.get(name, 0))
+        seen[name] = numbers[-1] + 1
+    return np.array(numbers, np.uint32)
+
+
+def _metrics(config, scores: learner_lib.Scores, videos: np.ndarray) -> dict[str, float]:
+    weights = dataclasses.asdict(config.rewards.weights)
+    values = learner_lib.reward_metrics(scores, weights)
+    overall = scores.weighted(dict.fromkeys(weights, 1.0))[scores.valid]
+    if len(overall) > 1:
+        values["reward/overall_standard_error"] = float(overall.std(ddof=1) / len(overall) ** 0.5)
+    if config.eval.manifold_distance:
+        # Only the moving-shapes world knows its manifold.
+        from sage_grpo_jax.data import moving_shapes
+
+        distance = np.asarray(moving_shapes.manifold_distance(videos))
+        values["manifold_distance"] = float(distance.mean())
+    return {f"eval/{name}": value for name, value in values.items()}
+
+
+def contact_sheet(videos: np.ndarray, captions: list[str], frames: int = 6, scale: int = 3):
+    """A picture with one clip a row: `frames` of its frames, evenly spaced, and the caption.
+
+    Args:
+      videos: uint8 [N, F, H, W, 3].
+      captions: N texts.
+      frames: pictures a clip.
+      scale: how many times to enlarge small clips.
+    """
+    count, total, height, width, _ = videos.shape
+    chosen = np.linspace(0, total - 1, min(frames, total)).round().astype(int)
+    gap, text = 4, 14
+    row = height * scale + gap + text
+    sheet = Image.new("RGB", ((width * scale + gap) * len(chosen) + gap, row * count + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i in range(count):
+        top = i * row + gap
+        draw.text((gap, top), captions[i], fill="black")
+        for column, frame in enumerate(chosen):
+            image = Image.fromarray(videos[i, frame]).resize(
+                (width * scale, height * scale), Image.Resampling.NEAREST
+            )
+            sheet.paste(image, (gap + column * (width * scale + gap), top + text))
+    return sheet
+
+
+def tile(videos: np.ndarray, columns: int) -> np.ndarray:
+    """Clips side by side in a grid, with a white line between; uint8 [F, H', W', 3]."""
+    count, frames, height, width, _ = videos.shape
+    rows = -(-count // columns)
+    canvas = np.full(
+        (frames, rows * (height + 1) + 1, columns * (width + 1) + 1, 3), 255, np.uint8
+    )
+    for i in range(count):
+        top, left = (i // columns) * (height + 1) + 1, (i % columns) * (width + 1) + 1
+        canvas[:, top : top + height, left : left + width] = videos[i]
+    return canvas
+
+
+def save_samples(result: Evaluation, workdir: pathlib.Path, name: str, config) -> bytes:
+    """Writes `samples/NAME.png`, `.gif` and `.npz`; returns the GIF."""
+    count = min(config.eval.sheet_prompts, len(result.videos))
+    folder = workdir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    videos = result.videos[:count]
+    scale = max(1, 96 // config.video.height)
+    total = sum(result.scores.values())
+    captions = [f"{p}   {s:+.2f}" for p, s in zip(result.prompts, total, strict=True)]
+    sheet = contact_sheet(videos, captions[:count], scale=scale)
+    sheet.save(folder / f".{name}.tmp.png")
+    (folder / f".{name}.tmp.png").replace(folder / f"{name}.png")
+    gif = metrics_lib.encode_gif(tile(videos, columns=4), config.video.fps, scale)
+    metrics_lib.write_atomically(folder / f"{name}.gif", gif)
+    return gif
+
+

@@ -1,0 +1,354 @@
+"""One step of SAGE-GRPO: rollout -> decode -> rewards -> advantages -> update."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from sage_grpo_jax.flow import noise
+from sage_grpo_jax.grpo import advantage
+from sage_grpo_jax.models import hunyuan_video
+from sage_grpo_jax.parallel import hosts, sharding
+from sage_grpo_jax.rewards import types as reward_types
+from sage_grpo_jax.training import programs as programs_lib
+from sage_grpo_jax.training import state as state_lib
+
+
+class NumericsError(RuntimeError):
+    """The run can't go on in these numerics; nothing was applied."""
+
+
+class Scorer(Protocol):
+    """What scores videos: `rewards.client.RewardClient`, or a local function in tests."""
+
+    def submit(
+        self, video: np.ndarray, prompt: str, request_id: str, fps: float
+    ) -> futures.Future[reward_types.RewardResult]:
+        """Scores uint8 frames [F, H, W, 3]; a failed sample is a result, not an exception."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptBatch:
+    """P prompts with their text embeddings."""
+
+    ids: list[str]
+    prompts: list[str]
+    text: np.ndarray  # [P, L, D]
+    mask: np.ndarray  # bool [P, L]
+
+    def repeat(self, count: int) -> "PromptBatch":
+        """Every prompt `count` times in a row: the members of a group."""
+        return PromptBatch(
+            [i for i in self.ids for _ in range(count)],
+            [p for p in self.prompts for _ in range(count)],
+            np.repeat(self.text, count, axis=0),
+            np.repeat(self.mask, count, axis=0),
+        )
+
+
+@dataclasses.dataclass
+class Scores:
+    """Rewards of B samples, equal on every process."""
+
+    values: dict[str, np.ndarray]  # dimension -> float32 [B]; NaN where invalid
+    valid: np.ndarray  # bool [B]
+    codes: list[str]  # "OK", or why a sample of this process failed
+
+    def weighted(self, weights: Mapping[str, float]) -> np.ndarray:
+        """The reward that is optimised; float32 [B]."""
+        return sum(weights[name] * self.values[name] for name in self.values)
+
+
+class PhaseTimer:
+    """Seconds by phase: `with timer("rollout"): ...` adds to `time/rollout`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._name: str | None = None
+        self._start = 0.0
+
+    def __call__(self, name: str) -> "PhaseTimer":
+        self._name = f"time/{name}"
+        return self
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *exc_info: object) -> None:
+        elapsed = time.perf_counter() - self._start
+        self.seconds[self._name] = self.seconds.get(self._name, 0.0) + elapsed
+
+
+class Learner:
+    """The algorithm around the compiled programs; holds no trained state itself."""
+
+    def __init__(
+        self,
+        programs: programs_lib.Programs,
+        vae_params: Any,
+        negative: PromptBatch,
+        scorer: Scorer,
+        mesh: jax.sharding.Mesh,
+        check_interrupt: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+          programs: of `training.programs.build`.
+          vae_params: on the mesh.
+          negative: the one unconditional prompt of guidance.
+          scorer: scores videos.
+          mesh: the device mesh.
+          check_interrupt: called between phases; raises to abandon the step.
+        """
+        self.programs = programs
+        self.recipe = programs.recipe
+        self.config = programs.recipe.config
+        self._vae_params = vae_params
+        self._scorer = scorer
+        self._mesh = mesh
+        self._check_interrupt = check_interrupt
+        self._rows = sharding.batch_sharding(mesh)
+        self._negative = self._condition(negative, sharding.replicated(mesh))
+
+    def step(
+        self, state: state_lib.LearnerState, batch: PromptBatch
+    ) -> tuple[state_lib.LearnerState, dict[str, float]]:
+        """One rollout of P prompts × G samples and the updates on it.
+
+        Args:
+          state: the trained state; its buffers are given away.
+          batch: P prompts.
+
+        Returns:
+          The next state (step + 1) and the metrics of the step.
+
+        Raises:
+          NumericsError: the ratio gate failed.
+        """
+        timer, started = PhaseTimer(), time.perf_counter()
+        samples = batch.repeat(self.config.rollout.group_size)
+        keys = self.sample_keys(batch, int(state.step))
+        condition = self._condition(samples, self._rows)
+        with timer("rollout"):
+            trajectory = self.programs.rollout(state.params, condition, self._negative, keys)
+            jax.block_until_ready(trajectory)
+        self._check_interrupt()
+        scores = self.score(
+            trajectory.latents[-1], samples, f"step{int(state.step)}", timer, self.config.rollout
+        )
+        advantages, reward_metrics = self.advantages(scores)
+        self._check_interrupt()
+        update_batch = programs_lib.UpdateBatch(
+            trajectory.latents,
+            keys,
+            condition,
+            hosts.to_global(advantages, self._rows),
+            hosts.to_global(scores.valid, self._rows),
+        )
+        if self._enough(scores):
+            with timer("update"):
+                state, metrics = self.update(state, update_batch)
+        else:
+            metrics = {"update/applied": 0.0}
+        state = state._replace(step=state.step + 1)
+        timer.seconds["time/step"] = time.perf_counter() - started
+        return state, {**reward_metrics, **metrics, **timer.seconds}
+
+    def sample_keys(self, batch: PromptBatch, step: int) -> jax.Array:
+        """One key per sample, [P·G]: a function of seed, step, slot, prompt and sample alone."""
+        group = self.config.rollout.group_size
+        count = len(batch.ids)
+        hashes = np.array([noise.prompt_hash(i) for i in batch.ids], np.uint32)
+        keys = noise.sample_keys(
+            self.config.seed,
+            step,
+            np.repeat(np.arange(count, dtype=np.uint32), group),
+            np.repeat(hashes, group),
+            np.tile(np.arange(group, dtype=np.uint32), count),
+        )
+        return jax.device_put(keys, self._rows)
+
+    def sample_videos(
+        self, params: Any, batch: PromptBatch, keys: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Clean latents of the evaluation sampler (ODE); [B, t, h, w, C] and the condition."""
+        condition = self._condition(batch, self._rows)
+        return self.programs.sample(params, condition, self._negative, keys).latents[-1]
+
+    def score(
+        self, latents: jax.Array, samples: PromptBatch, name: str, timer: PhaseTimer, rollout: Any
+    ) -> Scores:
+        """Decodes piece by piece and scores each while the next one decodes."""
+        size = rollout.decode_batch
+        count = latents.shape[0] // size
+        pending: dict[int, futures.Future] = {}
+        for piece in range(count):
+            with timer("decode"):
+                frames = self._decode(latents, piece, size)
+            for row, video in frames:
+                b = piece + count * row
+                pending[b] = self._scorer.submit(
+                    video, samples.prompts[b], f"{name}/{samples.ids[b]}/{b}", self.config.video.fps
+                )
+            self._check_interrupt()
+        with timer("reward"):
+            return self._collect(pending, len(samples.ids))
+
+    def decode(self, latents: jax.Array, size: int) -> np.ndarray:
+        """All frames of a batch on every process; uint8 [B, F, H, W, 3]."""
+        count = latents.shape[0] // size
+        pieces = [
+            hosts.to_host(self.programs.decode(self._vae_params, latents, p, size=size))
+            for p in range(count)
+        ]
+        return np.stack(pieces, 1).reshape(latents.shape[0], *pieces[0].shape[1:])
+
+    def _decode(self, latents: jax.Array, piece: int, size: int) -> list[tuple[int, np.ndarray]]:
+        """The frames of a piece that this process owns."""
+        frames = self.programs.decode(self._vae_params, latents, piece, size=size)
+        return list(hosts.local_rows(frames))
+
+    def _collect(self, pending: dict[int, futures.Future], count: int) -> Scores:
+        """Waits for the answers of this process, then joins those of all processes."""
+        names = tuple(dataclasses.asdict(self.config.rewards.weights))
+        table = np.full((count, len(names)), np.nan, np.float32)
+        owned = np.zeros(count, bool)
+        codes = []
+        for b, future in pending.items():
+            while not futures.wait([future], timeout=0.5).done:
+                self._check_interrupt()
+            result = future.result()
+            owned[b] = True
+            codes.append(result.code if not result.ok else "OK")
+            if result.ok:
+                table[b] = [result.scores[name] for name in names]
+            else:
+                logging.warning("sample %d has no reward: %s %s", b, result.code, result.message)
+        # Never raise before this point: the other processes wait in the gather.
+        table = hosts.gather_rows(table, owned)
+        valid = np.isfinite(table).all(axis=1)
+        table[~valid] = np.nan
+        return Scores({n: table[:, i] for i, n in enumerate(names)}, valid, codes)
+
+    def advantages(self, scores: Scores) -> tuple[np.ndarray, dict[str, float]]:
+        """Group-normalised advantages [B] and the reward metrics."""
+        config = self.config
+        shape = (-1, config.rollout.group_size)
+        weighted = scores.weighted(dataclasses.asdict(config.rewards.weights))
+        advantages = advantage.group_advantages(
+            jnp.asarray(weighted.reshape(shape)),
+            jnp.asarray(scores.valid.reshape(shape)),
+            config.advantage.epsilon,
+            config.advantage.clip,
+        )
+        advantages = np.asarray(advantages).reshape(-1)
+        metrics = reward_metrics(scores, dataclasses.asdict(config.rewards.weights))
+        metrics["advantage/nonzero_fraction"] = float(np.mean(advantages != 0))
+        return advantages, metrics
+
+    def _enough(self, scores: Scores) -> bool:
+        """Whether enough samples have a reward for an update; the same on every process."""
+        fraction = float(np.mean(scores.valid))
+        if fraction >= self.config.rewards.min_valid_fraction:
+            return True
+        logging.warning(
+            "update skipped: only %.0f %% of the samples have a reward (at least %.0f %% needed)",
+            100 * fraction,
+            100 * self.config.rewards.min_valid_fraction,
+        )
+        return False
+
+    def update(
+        self, state: state_lib.LearnerState, batch: programs_lib.UpdateBatch
+    ) -> tuple[state_lib.LearnerState, dict[str, float]]:
+        """`updates_per_rollout` updates; the first one passes the ratio gate.
+
+        Raises:
+          NumericsError: |ratio - 1| above `loss.ratio_tolerance` and `ratio_action` is "stop".
+        """
+        loss = self.config.loss
+        tolerance = np.float32(np.inf if loss.ratio_action == "log" else loss.ratio_tolerance)
+        metrics: dict[str, float] = {}
+        for index in range(loss.updates_per_rollout):
+            limit = tolerance if index == 0 else np.float32(np.inf)
+            state, device_metrics = self.programs.update(state, batch, self._negative, limit)
+            values = _floats(device_metrics)
+            if index == 0 and not values["update/ratio_in_tolerance"]:
+                batch = self._replayed(state, batch, values)
+                state, device_metrics = self.programs.update(
+                    state, batch, self._negative, np.float32(np.inf)
+                )
+                # The metric keeps the mismatch that made the replay necessary.
+                mismatch = values["ratio/max_deviation"]
+                values = {**_floats(device_metrics), "ratio/rollout_mismatch": mismatch}
+            for name in ("loss", "gradient", "params"):
+                if not values[f"update/finite_{name}"]:
+                    logging.warning("update skipped: the %s is not finite", name)
+            # With several updates the metrics of the last one tell how far the policy has gone.
+            metrics = values
+        return state, _summarise(metrics)
+
+    def _replayed(self, state, batch, values) -> programs_lib.UpdateBatch:
+        deviation = values["ratio/max_deviation"]
+        text = (
+            f"before the first update the ratio is off 1 by {deviation:.2e} "
+            f"(config.loss.ratio_tolerance = {self.config.loss.ratio_tolerance:g})"
+        )
+        if not np.isfinite(deviation):
+            raise NumericsError(f"{text}: the model's output is not finite")
+        if self.config.loss.ratio_action == "stop":
+            raise NumericsError(
+                f"{text}: rollout and update disagree. Nothing was applied. Allowed: a higher "
+                "tolerance, or ratio_action=replay (recompute the old means) or log"
+            )
+        logging.info("%s: replaying the old means", text)
+        means = self.programs.replay(state.params, batch, self._negative)
+        return batch._replace(mean_old=means)
+
+    def _condition(self, batch: PromptBatch, place: jax.sharding.Sharding) -> Any:
+        return hunyuan_video.Condition(
+            text=hosts.to_global(batch.text.astype(np.float32), place),
+            text_mask=hosts.to_global(batch.mask, place),
+        )
+
+
+def reward_metrics(scores: Scores, weights: Mapping[str, float]) -> dict[str, float]:
+    """Means over the valid samples: `reward/overall` is the plain sum, `weighted` the objective."""
+    valid = scores.valid
+
+    def mean(values: np.ndarray) -> float:
+        return float(np.mean(values[valid], dtype=np.float64)) if valid.any() else float("nan")
+
+    return {
+        "reward/overall": mean(scores.weighted(dict.fromkeys(scores.values, 1.0))),
+        "reward/weighted": mean(scores.weighted(weights)),
+        **{f"reward/{name.lower()}": mean(values) for name, values in scores.values.items()},
+        "reward/valid_fraction": float(np.mean(valid)),
+    }
+
+
+def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+    return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+
+
+def _summarise(values: dict[str, float]) -> dict[str, float]:
+    """Turns accumulated sums into means and leaves the internal names out."""
+    count = max(values.pop("ratio/count", 1.0), 1.0)
+    for name in ("ratio/mean", "ratio/clip_fraction"):
+        values[name] = values.pop(f"{name}_sum", values.get(name, 0.0) * count) / count
+    for name in ("finite_loss", "finite_gradient", "finite_params", "ratio_in_tolerance"):
+        values.pop(f"update/{name}")
+    return values
+
+
+def batches(iterator: Iterator[dict[str, Any]]) -> Iterator[PromptBatch]:
+    """`PromptBatch`es from the dicts of `data.prompts.make_prompt_iterator`."""
+    for item in iterator:
+        yield PromptBatch(list(item["ids"]), list(item["prompts"]), item["text"], item["mask"])

@@ -1,0 +1,182 @@
+"""The settings of pretraining as frozen dataclasses, validated once when a run starts."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
+from sage_grpo_jax.models.vae import VaeConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What every gradient stage has: AdamW, warm-up then cosine to zero, and an average of weights.
+
+    `steps` counts optimizer updates. `ema_decay` is the decay of the exponential moving average
+    that is shipped; early in a run a faster decay is used, so that the average never remembers
+    the random initialisation.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int = 100
+    weight_decay: float = 0.0
+    beta2: float = 0.99
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.999
+    log_every: int = 50
+    checkpoint_every: int = 500
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+            _require(getattr(self, name) >= 1, self, name, "at least 1")
+        for name in ("learning_rate", "gradient_clip"):
+            _require(getattr(self, name) > 0, self, name, "a number above 0")
+        for name in ("warmup_steps", "weight_decay"):
+            _require(getattr(self, name) >= 0, self, name, "0 or more")
+        for name in ("ema_decay", "beta2"):
+            _require(0 <= getattr(self, name) < 1, self, name, "0 <= value < 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VaeStageConfig(StageConfig):
+    """Weights of the reconstruction loss; every term is a mean over its own elements.
+
+    `edge_weight` multiplies the L1 distance of the spatial differences between neighbouring
+    pixels: it asks for sharp borders where plain L1 accepts a soft one.
+    """
+
+    l1_weight: float = 1.0
+    l2_weight: float = 0.0
+    edge_weight: float = 1.0
+    kl_weight: float = 1e-4
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("l1_weight", "l2_weight", "edge_weight", "kl_weight"):
+            _require(getattr(self, name) >= 0, self, name, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentsStageConfig:
+    """How many training clips are encoded once, and how many at a time."""
+
+    num_clips: int
+    batch_size: int
+
+    def __post_init__(self):
+        _require(self.batch_size >= 1, self, "batch_size", "at least 1")
+        allowed = f"a positive multiple of latents.batch_size ({self.batch_size})"
+        valid = self.num_clips > 0 and self.num_clips % self.batch_size == 0
+        _require(valid, self, "num_clips", allowed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowStageConfig(StageConfig):
+    """Flow matching: sigma = shifted sigmoid of a normal variable, captions dropped at random."""
+
+    shift: float = 3.0
+    sigma_mean: float = 0.0
+    sigma_std: float = 1.0
+    caption_drop: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.shift > 0, self, "shift", "a number above 0")
+        _require(self.sigma_std > 0, self, "sigma_std", "a number above 0")
+        _require(0 <= self.caption_drop < 1, self, "caption_drop", "0 <= value < 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Samples of held-out captions after the last stage, with the ODE sampler."""
+
+    sampling_steps: tuple[int, ...] = (10, 40)
+    shift: float = 3.0
+    num_samples: int = 64
+    sheet_rows: int = 8
+    sheet_frames: int = 6
+
+    def __post_init__(self):
+        object.__setattr__(self, "sampling_steps", tuple(self.sampling_steps))
+        valid = bool(self.sampling_steps) and all(steps >= 1 for steps in self.sampling_steps)
+        _require(valid, self, "sampling_steps", "one or more step counts, each at least 1")
+        _require(self.shift > 0, self, "shift", "a number above 0")
+        for name in ("num_samples", "sheet_rows", "sheet_frames"):
+            _require(getattr(self, name) >= 1, self, name, "at least 1")
+        _require(
+            self.sheet_rows <= self.num_samples, self, "sheet_rows", "at most report.num_samples"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """A whole pretraining run: two models and the four stages that make and judge them."""
+
+    seed: int
+    vae_model: VaeConfig
+    transformer: HunyuanVideoConfig
+    vae: VaeStageConfig
+    latents: LatentsStageConfig
+    flow: FlowStageConfig
+    report: ReportConfig
+
+    def __post_init__(self):
+        _require(self.seed >= 0, self, "seed", "0 or more")
+
+
+_SECTIONS = {
+    "vae_model": VaeConfig,
+    "transformer": HunyuanVideoConfig,
+    "vae": VaeStageConfig,
+    "latents": LatentsStageConfig,
+    "flow": FlowStageConfig,
+    "report": ReportConfig,
+}
+
+
+def from_mapping(config: Mapping[str, Any]) -> PretrainConfig:
+    """Builds and validates a PretrainConfig from nested mappings (a ConfigDict will do).
+
+    Raises:
+      ValueError: naming the section, the field and what is allowed, for unknown, missing or
+        invalid settings.
+    """
+    unknown = sorted(set(config) - set(_SECTIONS) - {"seed"})
+    missing = sorted((set(_SECTIONS) | {"seed"}) - set(config))
+    if unknown or missing:
+        raise ValueError(
+            f"pretraining config: unknown sections {unknown}, missing sections {missing}; "
+            f"it has exactly {['seed', *_SECTIONS]}"
+        )
+    sections = {
+        name: _build(name, section_type, config[name]) for name, section_type in _SECTIONS.items()
+    }
+    return PretrainConfig(seed=config["seed"], **sections)
+
+
+def _build(name: str, section_type: type, values: Mapping[str, Any]) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(section_type)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{name}: unknown fields {unknown}; allowed are {sorted(fields)}")
+    missing = sorted(
+        field.name
+        for field in fields.values()
+        if field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+        and field.name not in values
+    )
+    if missing:
+        raise ValueError(f"{name}: missing fields {missing}")
+    # ConfigDict hands lists back for tuples that were overridden; the model configs are hashable.
+    hashable = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return section_type(**hashable)
+
+
+def _require(condition: bool, config: Any, field: str, allowed: str) -> None:
+    if not condition:
+        raise ValueError(
+            f"{type(config).__name__}.{field} is {getattr(config, field)!r}; allowed: {allowed}"
+        )

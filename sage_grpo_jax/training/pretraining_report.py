@@ -1,0 +1,152 @@
+"""Judges pretrained models: reconstructions, samples of held-out captions, contact sheets."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from PIL import Image, ImageDraw
+
+from sage_grpo_jax.data import moving_shapes, word_embeddings
+from sage_grpo_jax.flow import noise, rollout, schedules
+from sage_grpo_jax.models import hunyuan_video, vae
+from sage_grpo_jax.training.pretraining_config import ReportConfig
+from sage_grpo_jax.training.pretraining_loop import Params
+
+_BATCH = 16
+
+
+class Pipeline(NamedTuple):
+    """An autoencoder and a transformer with their parameters; vae.scaling_factor joins them."""
+
+    vae: vae.VaeConfig
+    vae_params: Params
+    transformer: hunyuan_video.HunyuanVideoConfig
+    transformer_params: Params
+
+
+def judge(
+    pipeline: Pipeline, config: ReportConfig, key: jax.Array, workdir: pathlib.Path
+) -> dict[str, float]:
+    """Measures real clips, reconstructions and held-out samples; writes contact sheets.
+
+    Returns: reconstruction error and manifold distances by name.
+    """
+    captions = spread(moving_shapes.held_out_captions(), config.num_samples)
+    real = moving_shapes.render(moving_shapes.parameters_from_captions(captions, key))
+    decoded = reconstruct(pipeline, real)
+    numbers = {
+        "reconstruction_l1": float(jnp.mean(jnp.abs(jnp.clip(decoded, 0, 1) - real))),
+        "reconstruction_psnr": float(
+            -10 * jnp.log10(jnp.mean(jnp.square(jnp.clip(decoded, 0, 1) - real)))
+        ),
+    }
+    videos = {
+        "real": moving_shapes.to_uint8(real),
+        "reconstructions": moving_shapes.to_uint8(decoded),
+    }
+    for steps in config.sampling_steps:
+        samples = sample(pipeline, captions, steps, config.shift, noise_seed=0)
+        videos[f"samples_{steps}_steps"] = moving_shapes.to_uint8(samples)
+    for name, clips in videos.items():
+        distance = np.asarray(moving_shapes.manifold_distance(clips))
+        numbers[f"manifold_distance/{name}"] = float(distance.mean())
+        logging.info("export: manifold distance of %s: %.5f", name, distance.mean())
+        sheet = contact_sheet(clips, captions, config.sheet_rows, config.sheet_frames)
+        sheet.save(workdir / f"{name}.png")
+    return numbers
+
+
+def spread(items: Sequence[str], n: int) -> list[str]:
+    """n items at even distances, repeated from the start when there are fewer."""
+    return [items[(i * max(len(items), n) // n) % len(items)] for i in range(n)]
+
+
+def reconstruct(pipeline: Pipeline, videos: jax.Array) -> jax.Array:
+    """Encodes and decodes clips: f32[N, F, H, W, 3] in [0, 1], the output not clipped."""
+    chex.assert_rank(videos, 5)
+
+    @jax.jit
+    def round_trip(batch: jax.Array) -> jax.Array:
+        mean, _ = vae.encode(pipeline.vae_params, 2.0 * batch - 1.0, pipeline.vae)
+        return 0.5 * vae.decode(pipeline.vae_params, mean, pipeline.vae) + 0.5
+
+    return jnp.concatenate([round_trip(videos[i : i + _BATCH]) for i in _starts(len(videos))])
+
+
+def sample(
+    pipeline: Pipeline, captions: Sequence[str], steps: int, shift: float, noise_seed: int
+) -> jax.Array:
+    """Clips for captions by the ODE sampler, without guidance.
+
+    Returns: f32[N, F, H, W, 3], 0 to 1 but not clipped.
+    """
+    schedule = schedules.make_schedule(steps, shift)
+    deterministic = jnp.zeros(steps, bool)
+    shape = latent_shape(pipeline.vae)
+    text, mask = word_embeddings.encode_padded(captions, pipeline.transformer.text_embed_dim)
+
+    @jax.jit
+    def generate(keys: jax.Array, text: jax.Array, mask: jax.Array) -> jax.Array:
+        condition = hunyuan_video.Condition(text=text, text_mask=mask)
+
+        def velocity_fn(latents: jax.Array, timestep: jax.Array) -> jax.Array:
+            return hunyuan_video.velocity(
+                pipeline.transformer_params, latents, timestep, condition, pipeline.transformer
+            )
+
+        path = rollout.rollout(velocity_fn, keys, shape, schedule, "ode", 0.0, deterministic)
+        latents = path.latents[-1] / pipeline.vae.scaling_factor
+        return 0.5 * vae.decode(pipeline.vae_params, latents, pipeline.vae) + 0.5
+
+    videos = []
+    for start in _starts(len(captions)):
+        batch = slice(start, start + _BATCH)
+        hashes = jnp.array([noise.prompt_hash(text) for text in captions[batch]], jnp.uint32)
+        numbers = jnp.arange(start, start + len(hashes))
+        keys = noise.sample_keys(noise_seed, 0, 0, hashes, numbers)
+        videos.append(generate(keys, text[batch], mask[batch]))
+    return jnp.concatenate(videos)
+
+
+def latent_shape(model: vae.VaeConfig) -> tuple[int, ...]:
+    """[T, H, W, C] of the latents of one clip of the world."""
+    spec = moving_shapes.spec
+    params = jax.eval_shape(lambda: vae.init_params(model, jax.random.key(0)))
+    clip = jax.ShapeDtypeStruct((1, spec.NUM_FRAMES, spec.HEIGHT, spec.WIDTH, 3), jnp.float32)
+    mean, _ = jax.eval_shape(lambda p, v: vae.encode(p, v, model), params, clip)
+    return mean.shape[1:]
+
+
+def contact_sheet(
+    videos: np.ndarray, captions: Sequence[str], rows: int, frames: int, scale: int = 3
+) -> Image.Image:
+    """A picture with one clip per row: its caption above `frames` of its frames, enlarged.
+
+    Args:
+      videos: uint8[N, F, H, W, 3]; rows are taken at even distances from the N clips.
+    """
+    chex.assert_rank(videos, 5)
+    chosen = np.unique(np.linspace(0, len(videos) - 1, rows).round().astype(int))
+    shown = np.unique(np.linspace(0, videos.shape[1] - 1, frames).round().astype(int))
+    height, width = (scale * size for size in videos.shape[2:4])
+    gap, text_height = 4, 14
+    row_height = height + text_height + gap
+    size = (len(shown) * (width + gap) + gap, len(chosen) * row_height + gap)
+    sheet = Image.new("RGB", size, (128, 128, 128))
+    draw = ImageDraw.Draw(sheet)
+    for row, clip in enumerate(chosen):
+        top = gap + row * row_height
+        draw.text((gap, top), captions[clip], fill=(255, 255, 255))
+        for column, frame in enumerate(shown):
+            picture = Image.fromarray(videos[clip, frame]).resize((width, height), Image.NEAREST)
+            sheet.paste(picture, (gap + column * (width + gap), top + text_height))
+    return sheet
+
+
+def _starts(n: int) -> range:
+    return range(0, n, _BATCH)

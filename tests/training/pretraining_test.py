@@ -1,0 +1,225 @@
+"""Pretraining in miniature: each stage learns, an interrupted run ends like an unbroken one."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+
+from sage_grpo_jax import weights
+from sage_grpo_jax.data import moving_shapes
+from sage_grpo_jax.training import pretraining, pretraining_config, pretraining_loop
+from sage_grpo_jax.training.pretraining_config import FlowStageConfig, StageConfig
+
+VAE_STAGE = {"batch_size": 2, "learning_rate": 3e-3, "warmup_steps": 2, "log_every": 1}
+FLOW_STAGE = {"batch_size": 8, "learning_rate": 3e-3, "warmup_steps": 2, "log_every": 1}
+
+
+def tiny_config(vae_steps: int, flow_steps: int) -> pretraining_config.PretrainConfig:
+    return pretraining_config.from_mapping(
+        {
+            "seed": 0,
+            "vae_model": TINY_VAE,
+            "transformer": TINY_TRANSFORMER,
+            "vae": {**VAE_STAGE, "steps": vae_steps, "checkpoint_every": 4},
+            "latents": {"num_clips": 16, "batch_size": 8},
+            "flow": {**FLOW_STAGE, "steps": flow_steps, "checkpoint_every": 4},
+            "report": {"sampling_steps": [2], "num_samples": 2, "sheet_rows": 2},
+        }
+    )
+
+
+TINY_VAE = {
+    "latent_channels": 4,
+    "block_out_channels": (4, 8, 8, 8),
+    "layers_per_block": 1,
+    "spatial_compression_ratio": 8,
+    "temporal_compression_ratio": 4,
+}
+TINY_TRANSFORMER = {
+    "in_channels": 9,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 1,
+    "num_refiner_layers": 1,
+    "mlp_ratio": 2.0,
+    "patch_size": 1,
+    "patch_size_t": 1,
+    "text_embed_dim": 8,
+    "text_embed_2_dim": None,
+    "image_embed_dim": None,
+    "rope_axes_dim": (2, 2, 4),
+}
+
+
+def losses(workdir: pathlib.Path, stage: str) -> list[float]:
+    entries = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    chosen = [entry for entry in entries if entry["stage"] == stage]
+    assert [entry["step"] for entry in chosen] == list(range(1, len(chosen) + 1))
+    return [entry["loss"] for entry in chosen]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("pretrain")
+    pretraining.run(tiny_config(12, 12), workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("stage", ["vae", "flow"])
+def test_losses_fall(finished, stage):
+    values = losses(finished, stage)
+    assert len(values) == 12
+    assert np.mean(values[-3:]) < 0.9 * np.mean(values[:3])
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path):
+    config = tiny_config(12, 12)
+
+    class Killed(Exception):
+        pass
+
+    def kill_at(step: int):
+        def log(self, logged_step, metrics):
+            original(self, logged_step, metrics)
+            if logged_step == step:
+                raise Killed
+
+        return log
+
+    progress = pretraining_loop._Progress
+    original = progress.log
+    for step in (6, 11):
+        progress.log = kill_at(step)
+        try:
+            with pytest.raises(Killed):
+                pretraining.run(config, tmp_path, ["vae", "latents", "flow"])
+        finally:
+            progress.log = original
+    pretraining.run(config, tmp_path, ["vae", "latents", "flow"])
+    for stage in ("vae", "flow"):
+        assert losses(tmp_path, stage) == losses(finished, stage)
+        step, average = pretraining_loop.load_average(tmp_path / stage)
+        assert step == 12
+        expected = pretraining_loop.load_average(finished / stage)[1]
+        jax.tree.map(np.testing.assert_array_equal, average, expected)
+
+
+def test_export(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert (report["vae_step"], report["flow_step"]) == (12, 12)
+    assert report["manifold_distance/real"] < report["manifold_distance/samples_2_steps"]
+    vae_file = json.loads((finished / "weights" / "vae" / "config.json").read_text())
+    summary = json.loads((finished / "latents" / "summary.json").read_text())
+    np.testing.assert_allclose(vae_file["scaling_factor"], 1 / summary["std"])
+    config = tiny_config(12, 12)
+    loaded = weights.load(finished / "weights" / "transformer", config.transformer)
+    expected = pretraining_loop.load_average(finished / "flow")[1]
+    jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+    assert (finished / "samples_2_steps.png").exists()
+
+
+def test_cached_latents_show_training_captions_only(finished):
+    cache = pretraining.encode_clips(tiny_config(12, 12), jax.random.key(0), finished)
+    assert cache.latents.shape == (16, 5, 4, 4, 4)
+    texts = {moving_shapes.train_captions()[i] for i in cache.caption}
+    assert not texts & set(moving_shapes.held_out_captions())
+    np.testing.assert_allclose(cache.std, cache.latents.std(), rtol=1e-5)
+
+
+def test_later_stages_need_earlier_ones(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run the stage latents first"):
+        pretraining.run(tiny_config(1, 1), tmp_path, ["flow"])
+    with pytest.raises(ValueError, match=r"unknown \['eat'\]; allowed: vae, latents"):
+        pretraining.run(tiny_config(1, 1), tmp_path, ["eat"])
+
+
+def test_sigma_is_the_shifted_logistic_of_a_normal():
+    stage = FlowStageConfig(
+        steps=1, batch_size=1, learning_rate=1.0, shift=3.0, sigma_mean=0.2, sigma_std=1.5
+    )
+    sigma = np.sort(pretraining.sample_sigma(jax.random.key(0), 20001, stage))
+    plain = sigma / (3.0 - 2.0 * sigma)  # undoes s u / (1 + (s - 1) u) for s = 3
+    normal = special.logit(plain.astype(np.float64))
+    np.testing.assert_allclose(np.median(normal), 0.2, atol=0.05)
+    np.testing.assert_allclose(np.std(normal), 1.5, rtol=0.03)
+
+
+def test_reconstruction_terms():
+    rng = np.random.default_rng(0)
+    decoded, videos = rng.standard_normal((2, 2, 3, 4, 5, 3)).astype(np.float32)
+    terms = pretraining.reconstruction_terms(jnp.asarray(decoded), jnp.asarray(videos))
+    error = decoded.astype(np.float64) - videos
+    across = np.abs(error[..., 1:, :] - error[..., :-1, :]).mean()
+    down = np.abs(error[:, :, 1:] - error[:, :, :-1]).mean()
+    expected = {"l1": np.abs(error).mean(), "l2": (error**2).mean(), "edge": (across + down) / 2}
+    for name, value in expected.items():
+        np.testing.assert_allclose(terms[name], value, rtol=1e-5)
+
+
+def test_average_of_weights_and_schedule():
+    stage = StageConfig(
+        steps=3, batch_size=1, learning_rate=0.1, warmup_steps=1, ema_decay=0.9, gradient_clip=9.0
+    )
+
+    def loss_fn(params, key):
+        return jnp.sum(params["w"]), {}
+
+    state = pretraining_loop.init_state(
+        {"w": jnp.ones(2)}, pretraining_loop.make_optimizer(stage)
+    )
+    update = pretraining_loop.make_update(loss_fn, stage)
+    average = 1.0
+    for step in range(1, 4):
+        state, _ = update(state, jax.random.key(0))
+        decay = min(0.9, step / (step + 9))
+        average = decay * average + (1 - decay) * float(state.params["w"][0])
+        np.testing.assert_allclose(state.average["w"], average, rtol=1e-5)
+    # Adam on a constant gradient moves by the learning rate: 0, 0.1, 0.05 (half of a cosine).
+    np.testing.assert_allclose(state.params["w"], 1 - 0.15, rtol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    stage = StageConfig(steps=4, batch_size=1, learning_rate=0.1, log_every=1, checkpoint_every=1)
+
+    def loss_fn(params, key):
+        return jnp.sum(jnp.log(params["w"])), {}
+
+    with pytest.raises(FloatingPointError, match="toy step 1: loss is -inf"):
+        pretraining_loop.run_stage(
+            "toy", stage, lambda: {"w": jnp.zeros(1)}, loss_fn, jax.random.key(0), (), tmp_path
+        )
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("vae", {"steps": 0}, r"VaeStageConfig.steps is 0; allowed: at least 1"),
+        ("vae", {"step": 1}, r"vae: unknown fields \['step'\]"),
+        ("flow", {"caption_drop": 1.0}, r"caption_drop is 1.0; allowed: 0 <= value < 1"),
+        ("flow", {"shift": -1.0}, r"shift is -1.0; allowed: a number above 0"),
+        ("latents", {"num_clips": 13}, r"num_clips is 13; allowed: a positive multiple of .* \(8\)"),
+        ("report", {"sampling_steps": ()}, r"sampling_steps is \(\); allowed"),
+        ("report", {"sheet_rows": 99}, r"sheet_rows is 99; allowed: at most"),
+    ],
+)
+def test_bad_settings(section, change, message):
+    config = dataclasses.asdict(tiny_config(1, 1))
+    config[section] |= change
+    with pytest.raises(ValueError, match=message):
+        pretraining_config.from_mapping(config)
+
+
+def test_missing_settings():
+    config = dataclasses.asdict(tiny_config(1, 1))
+    del config["flow"]["batch_size"]
+    with pytest.raises(ValueError, match=r"flow: missing fields \['batch_size'\]"):
+        pretraining_config.from_mapping(config)
+    del config["vae"]
+    with pytest.raises(ValueError, match=r"missing sections \['vae'\]"):
+        pretraining_config.from_mapping(config)
