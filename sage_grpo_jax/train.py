@@ -26,6 +26,9 @@ def main(argv: list[str]) -> None:
     """Parses, validates, trains; bad input ends with one line and exit status 2."""
     if len(argv) > 1:
         sys.exit(f"unexpected arguments: {' '.join(argv[1:])}")
+    # The libraries underneath tell every detail of each save; --verbosity=0 shows it.
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
     # Before any other use of JAX; a single process has nothing to join.
     if jax.config.jax_platforms != "cpu" and _on_several_hosts():
         jax.distributed.initialize()

@@ -250,8 +250,9 @@ def _precise_variance(sigma: Any, sigma_next: Any, xp: ModuleType) -> Any:
     """
     unclamped = 1.0 - sigma >= CLAMP
     a = xp.maximum(1.0 - sigma, CLAMP)
-    # σ - σ' and σ are exact where (1 - σ') - (1 - σ) and 1 - a would be rounded twice.
-    step = xp.where(unclamped, sigma - sigma_next, xp.maximum(1.0 - sigma_next - CLAMP, 0.0))
+    # σ - σ' and σ are exact where (1 - σ') - (1 - σ) and 1 - a would be rounded twice. The other
+    # branch must not read 1 - σ' - CLAMP: XLA folds that into (1 - CLAMP) - σ', 4 % off in std.
+    step = xp.where(unclamped, sigma - sigma_next, xp.maximum(1.0 - sigma_next, CLAMP) - CLAMP)
     one_minus_a = xp.where(unclamped, sigma, 1.0 - CLAMP)
     z = step / a
     return z * one_minus_a - _z_minus_log1p(z, xp)
@@ -298,11 +299,11 @@ def _per_sample(value: jax.Array, rank: int) -> jax.Array:
 
 
 def _float_dtype(*values: Any) -> Any:
-    """float32, or float64 where one of the values is float64 (under jax_enable_x64)."""
-    dtype = jnp.result_type(
-        jnp.float32, *(getattr(value, "dtype", jnp.float32) for value in values)
+    """float32, or float64 where one of the values is float64 and jax_enable_x64 is set."""
+    wide = jax.config.jax_enable_x64 and any(
+        getattr(value, "dtype", None) == np.float64 for value in values
     )
-    return jax.dtypes.canonicalize_dtype(dtype)
+    return jnp.float64 if wide else jnp.float32
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -40,7 +40,7 @@ class Qkv(NamedTuple):
 def joint_attention(
     image: Qkv, text: Qkv, key_mask_BxS: jax.Array | None, implementation: str = "auto"
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over the concatenation [image | text]; returns both parts, [B, N, H*D], [B, L, H*D].
+    """Attention over [image | text]; returns both parts, [B, N, H*D] and [B, L, H*D].
 
     Args:
       image: image tokens, sharded over `context` where the mesh has that axis.
@@ -102,7 +102,7 @@ def resolve(implementation: str, head_size: int, dtype: jnp.dtype) -> str:
 
 
 def current_platform() -> str:
-    """Platform of the current mesh (also of a topology that is only compiled for), or the default."""
+    """Platform of the current mesh, be it only a topology to compile for; else the default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = getattr(device, "platform", None)
     return platform if platform is not None else jax.default_backend()
@@ -146,7 +146,7 @@ def splash_attention(
     Sequences are padded to a multiple of the block size under the mask. `interpret` runs the kernel
     in Python, on any platform.
     """
-    batch, length, heads, head_size = query.shape
+    batch, length, _, head_size = query.shape
     if head_size % LANES and not interpret:
         raise ValueError(f"attention_head_dim={head_size}: splash needs a multiple of {LANES}")
     if key.shape[1] != length:

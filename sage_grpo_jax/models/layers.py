@@ -177,7 +177,7 @@ class Modulation(nn.Module):
 
 
 def sinusoid(timestep_B: jax.Array, channels: int = 256, max_period: float = 1e4) -> jax.Array:
-    """Sinusoidal embedding of timesteps (units of 1000 * sigma): float32 [B, channels], cosines first."""
+    """Sinusoidal embedding of timesteps, 1000 * sigma: float32 [B, channels], cosines first."""
     chex.assert_rank(timestep_B, 1)
     half = channels // 2
     # float32 exponents as in the reference: at t = 1000 the order of rounding is visible.

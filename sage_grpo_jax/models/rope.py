@@ -46,10 +46,25 @@ def rotary_tables(angles_NxK: jax.Array, padded_length: int) -> tuple[jax.Array,
     return cos, sin
 
 
+@jax.custom_vjp
 def apply_rotary(x_BxNxHxD: jax.Array, cos_NxD: jax.Array, sin_NxD: jax.Array) -> jax.Array:
-    """Rotates the channel pairs of queries or keys; float32 in, float32 out."""
+    """Rotates the channel pairs of queries or keys; float32. The tables get no gradient."""
     chex.assert_rank([x_BxNxHxD, cos_NxD, sin_NxD], [4, 2, 2])
     even = jnp.arange(x_BxNxHxD.shape[-1]) % 2 == 0
     # Swapping neighbours by two rolls keeps every access contiguous; strided slices do not.
     swapped = jnp.where(even, jnp.roll(x_BxNxHxD, -1, axis=-1), jnp.roll(x_BxNxHxD, 1, axis=-1))
     return x_BxNxHxD * cos_NxD[:, None, :] + swapped * sin_NxD[:, None, :]
+
+
+def _forward(x, cos, sin):
+    return apply_rotary(x, cos, sin), (cos, sin)
+
+
+def _backward(tables, gradient):
+    # The transpose of a rotation is the rotation back; derived automatically it would be a slow
+    # chain of pads and slices.
+    cos, sin = tables
+    return apply_rotary(gradient, cos, -sin), None, None
+
+
+apply_rotary.defvjp(_forward, _backward)

@@ -1,6 +1,7 @@
 """The text side of the DiT: token refiner, ByT5 mapper, vision projection.
 
-Layer by layer as in diffusers `transformer_hunyuan_video15.py`, which agrees with the official code.
+Layer by layer as in diffusers `transformer_hunyuan_video15.py`, which agrees with the official
+code.
 """
 
 from __future__ import annotations

@@ -6,14 +6,13 @@ jittered, growing pauses until the sample's budget is spent; any other failure i
 pure, so a repeated call is harmless.
 """
 
-import contextlib
 import logging
 import math
 import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ import grpc
 import numpy as np
 
 from sage_grpo_jax.rewards import reward_pb2, reward_pb2_grpc, types, wire
+from sage_grpo_jax.rewards.outage import OutageLog
 from sage_grpo_jax.rewards.types import RewardInfo, RewardResult, RewardServiceError
 
 _log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class RewardClient:
         self._closed = threading.Event()
         self._channel: grpc.Channel | None = None
         self._stub: reward_pb2_grpc.RewardServiceStub | None = None
-        self._outage = _Outage(address, heartbeat)
+        self._outage = OutageLog(address, heartbeat)
         # Its own generator: pauses must not disturb anybody's seeded random numbers.
         self._random = random.Random()
         self._waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -269,8 +269,9 @@ class RewardClient:
     def _attempts(self, call: "_Call", method: Callable, request) -> "object | _Failure":
         """Calls until there is an answer, a final failure, or no budget; returns either."""
         failure = _Failure(types.DEADLINE_EXCEEDED, "the budget was spent before the first call")
-        with self._outage.watching(call):
+        with self._outage.watching(call.deadline):
             while (remaining := call.remaining()) > 0:
+                call.attempts += 1
                 timeout = min(self._timeout, remaining)
                 answer, retry, pushback = self._attempt(method, request, timeout)
                 if self._closed.is_set():
@@ -278,14 +279,13 @@ class RewardClient:
                 if not isinstance(answer, _Failure):
                     self._outage.answered()
                     return answer
-                call.attempts += 1
                 cut = answer.code == types.DEADLINE_EXCEEDED and timeout < self._timeout
                 if call.attempts == 1 or not cut:
                     # A last call cut short by the budget says less than those before it.
                     failure = answer
                 if not retry:
                     return failure
-                self._outage.failed(failure)
+                self._outage.failed(failure.code, failure.message)
                 pause = self._pause(call.attempts, pushback)
                 self._closed.wait(min(pause, max(0.0, call.remaining())))
         spent = f"gave up after {call.attempts} attempts in {self._budget:g} s"
@@ -342,18 +342,18 @@ class _Failure(NamedTuple):
 
 
 class _Call:
-    """The clock and the failed attempts of one sample."""
+    """The clock and the attempts of one sample."""
 
     def __init__(self, budget: float):
         self._started = time.monotonic()
-        self._budget = budget
+        self.deadline = self._started + budget
         self.attempts = 0
 
     def seconds(self) -> float:
         return time.monotonic() - self._started
 
     def remaining(self) -> float:
-        return self._budget - self.seconds()
+        return self.deadline - time.monotonic()
 
     def failed(self, failure: _Failure, fingerprint: str = "") -> RewardResult:
         return RewardResult(
@@ -372,58 +372,6 @@ class _Job(NamedTuple):
     future: futures.Future[RewardResult]
     call: _Call
     request: reward_pb2.ScoreRequest
-
-
-class _Outage:
-    """One heartbeat in the log for all samples that wait, and one line when answers come again."""
-
-    def __init__(self, address: str, heartbeat: float):
-        self._address = address
-        self._heartbeat = heartbeat
-        self._lock = threading.Lock()
-        self._calls: set[_Call] = set()
-        self._since: float | None = None
-        self._next_line = 0.0
-        self._announced = False
-
-    @contextlib.contextmanager
-    def watching(self, call: _Call) -> Iterator[None]:
-        """Counts a call among those that wait, while the block runs."""
-        with self._lock:
-            self._calls.add(call)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._calls.discard(call)
-
-    def failed(self, failure: _Failure) -> None:
-        """A call failed and will be repeated. A full queue is worth a line only when it lasts."""
-        now = time.monotonic()
-        with self._lock:
-            if self._since is None:
-                self._since = now
-                at_once = failure.code == types.UNAVAILABLE
-                self._next_line = now if at_once else now + self._heartbeat
-            if now < self._next_line:
-                return
-            self._next_line = now + self._heartbeat
-            self._announced = True
-            waiting, seconds = len(self._calls), now - self._since
-            remaining = min((call.remaining() for call in self._calls), default=0.0)
-        _log.warning(
-            "reward service %s: %s for %.0f s, %d calls waiting, %.0f s left: %s",
-            *(self._address, failure.code, seconds, waiting, max(0.0, remaining), failure.message),
-        )
-
-    def answered(self) -> None:
-        with self._lock:
-            if self._since is None:
-                return
-            seconds, announced = time.monotonic() - self._since, self._announced
-            self._since, self._announced = None, False
-        if announced:
-            _log.warning("reward service %s: answers again after %.1f s", self._address, seconds)
 
 
 def _classify(error: grpc.RpcError) -> tuple[_Failure, bool, float]:

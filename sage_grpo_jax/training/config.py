@@ -12,7 +12,7 @@ from typing import Any
 
 import ml_collections
 
-from sage_grpo_jax.grpo import trust_region
+from sage_grpo_jax.grpo import trust_region as trust_region_lib
 
 SDE_KINDS = ("precise", "flow", "dance", "cps", "ode")
 
@@ -170,8 +170,8 @@ class Config:
     rewards: RewardsConfig = dataclasses.field(default_factory=RewardsConfig)
     advantage: AdvantageConfig = dataclasses.field(default_factory=AdvantageConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
-    trust_region: trust_region.TrustRegionConfig = dataclasses.field(
-        default_factory=trust_region.TrustRegionConfig
+    trust_region: trust_region_lib.TrustRegionConfig = dataclasses.field(
+        default_factory=trust_region_lib.TrustRegionConfig
     )
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
@@ -225,7 +225,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return float(value)
     # bool is an int in Python; a flag in place of a number is a mistake.
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{path}: got {value!r} ({type(value).__name__}); allowed: {hint.__name__}")
+        raise ValueError(
+            f"{path}: got {value!r} ({type(value).__name__}); allowed: {hint.__name__}"
+        )
     return value
 
 

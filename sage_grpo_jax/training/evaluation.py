@@ -110,7 +110,9 @@ def contact_sheet(videos: np.ndarray, captions: list[str], frames: int = 6, scal
     chosen = np.linspace(0, total - 1, min(frames, total)).round().astype(int)
     gap, text = 4, 14
     row = height * scale + gap + text
-    sheet = Image.new("RGB", ((width * scale + gap) * len(chosen) + gap, row * count + gap), "white")
+    sheet = Image.new(
+        "RGB", ((width * scale + gap) * len(chosen) + gap, row * count + gap), "white"
+    )
     draw = ImageDraw.Draw(sheet)
     for i in range(count):
         top = i * row + gap
@@ -127,9 +129,7 @@ def tile(videos: np.ndarray, columns: int) -> np.ndarray:
     """Clips side by side in a grid, with a white line between; uint8 [F, H', W', 3]."""
     count, frames, height, width, _ = videos.shape
     rows = -(-count // columns)
-    canvas = np.full(
-        (frames, rows * (height + 1) + 1, columns * (width + 1) + 1, 3), 255, np.uint8
-    )
+    canvas = np.full((frames, rows * (height + 1) + 1, columns * (width + 1) + 1, 3), 255, np.uint8)
     for i in range(count):
         top, left = (i // columns) * (height + 1) + 1, (i % columns) * (width + 1) + 1
         canvas[:, top : top + height, left : left + width] = videos[i]
@@ -151,5 +151,3 @@ def save_samples(result: Evaluation, workdir: pathlib.Path, name: str, config) -
     gif = metrics_lib.encode_gif(tile(videos, columns=4), config.video.fps, scale)
     metrics_lib.write_atomically(folder / f"{name}.gif", gif)
     return gif
-
-

@@ -293,7 +293,7 @@ class Learner:
                     logging.warning("update skipped: the %s is not finite", name)
             # With several updates the metrics of the last one tell how far the policy has gone.
             metrics = values
-        return state, _summarise(metrics)
+        return state, _public(metrics)
 
     def _replayed(self, state, batch, values) -> programs_lib.UpdateBatch:
         deviation = values["ratio/max_deviation"]
@@ -338,14 +338,10 @@ def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
     return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
 
 
-def _summarise(values: dict[str, float]) -> dict[str, float]:
-    """Turns accumulated sums into means and leaves the internal names out."""
-    count = max(values.pop("ratio/count", 1.0), 1.0)
-    for name in ("ratio/mean", "ratio/clip_fraction"):
-        values[name] = values.pop(f"{name}_sum", values.get(name, 0.0) * count) / count
-    for name in ("finite_loss", "finite_gradient", "finite_params", "ratio_in_tolerance"):
-        values.pop(f"update/{name}")
-    return values
+def _public(values: dict[str, float]) -> dict[str, float]:
+    """The metrics without the flags that only the learner looks at."""
+    internal = ("update/finite_", "update/ratio_in_tolerance")
+    return {name: value for name, value in values.items() if not name.startswith(internal)}
 
 
 def batches(iterator: Iterator[dict[str, Any]]) -> Iterator[PromptBatch]:

@@ -15,7 +15,7 @@ from absl import logging
 from sage_grpo_jax.parallel import hosts
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.rewards import client as client_lib
-from sage_grpo_jax.rewards import spawn
+from sage_grpo_jax.rewards import supervisor
 from sage_grpo_jax.training import checkpoint, evaluation, metrics, setup
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import learner as learner_lib
@@ -149,7 +149,7 @@ def open_scorer(
         address = rewards.address
         if rewards.spawn:
             log = workdir / f"rewards-{jax.process_index()}.log"
-            server = stack.enter_context(spawn.KeptServer(rewards.backend, log))
+            server = stack.enter_context(supervisor.KeptServer(rewards.backend, log))
             address = server.address
         client = client_lib.RewardClient(
             address,
@@ -249,9 +249,7 @@ class _Run:
         started = time.perf_counter()
         result = evaluation.evaluate(self.learner, self.state.params, self.prompts.evaluation)
         if self.writer is not None:
-            gif = evaluation.save_samples(
-                result, self.workdir, f"step_{step:06d}", self.config
-            )
+            gif = evaluation.save_samples(result, self.workdir, f"step_{step:06d}", self.config)
             frames = result.videos.shape[2:4]
             self.writer.write_animation(step, "eval/videos", gif, *frames)
             self._note(

@@ -129,8 +129,14 @@ def _check_sizes(video: config_lib.VideoConfig, vae_config: vae.VaeConfig) -> No
             )
 
 
-def _velocity_fn(recipe: Recipe, params: Any, condition: Any, negative: Any, scale: float):
-    """(latents, timestep) -> velocity, with guidance."""
+def _velocity_fn(recipe: Recipe, params: Any, condition: Any, negative: Any):
+    """(latents, timestep) -> velocity, with guidance.
+
+    `negative` is the one unconditional prompt, leaves [1, ...].
+    """
+    scale = recipe.config.rollout.guidance
+    batch = jax.tree.leaves(condition)[0].shape[0]
+    negative = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), negative)
 
     def model(latents, timestep, branch_condition):
         with jax.default_matmul_precision(recipe.config.model.matmul_precision):
@@ -138,14 +144,8 @@ def _velocity_fn(recipe: Recipe, params: Any, condition: Any, negative: Any, sca
                 params, latents, timestep, branch_condition, recipe.transformer
             )
 
-    return guidance.guided(
-        model, condition, negative, scale, mode=recipe.config.rollout.guidance_mode
-    )
-
-
-def _broadcast_negative(negative: Any, batch: int) -> Any:
-    """The one negative condition [1, ...], for every sample."""
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), negative)
+    guided = guidance.guided(model, scale, mode=recipe.config.rollout.guidance_mode)
+    return lambda latents, timestep: guided(latents, timestep, condition, negative)
 
 
 def make_rollout(recipe: Recipe, *, kind: str, schedule: schedules.Schedule, stochastic):
@@ -153,8 +153,7 @@ def make_rollout(recipe: Recipe, *, kind: str, schedule: schedules.Schedule, sto
     config = recipe.config.rollout
 
     def rollout(params, condition, negative, keys):
-        negative = _broadcast_negative(negative, keys.shape[0])
-        velocity = _velocity_fn(recipe, params, condition, negative, config.guidance)
+        velocity = _velocity_fn(recipe, params, condition, negative)
         return rollout_lib.rollout(
             velocity, keys, recipe.latent_shape, schedule, kind, config.eta, stochastic
         )
@@ -216,9 +215,7 @@ def _transition(recipe: Recipe, params: Any, micro: MicroBatch, negative: Any) -
     """The transition of the policy `params` at the states of a micro-batch."""
     config, schedule = recipe.config.rollout, recipe.schedule
     count = micro.latents.shape[0]
-    velocity_fn = _velocity_fn(
-        recipe, params, micro.condition, _broadcast_negative(negative, count), config.guidance
-    )
+    velocity_fn = _velocity_fn(recipe, params, micro.condition, negative)
     timestep = jnp.broadcast_to(jnp.asarray(schedule.timesteps)[micro.step], (count,))
     sigmas = jnp.asarray(schedule.sigmas)
     return sde.transition(
@@ -236,7 +233,7 @@ def _micro_loss(params, micro: MicroBatch, negative, references, kl_weight, norm
     new = _transition(recipe, params, micro, negative)
     if micro.mean_old is None:
         draw = noise.step_noise(micro.keys, micro.step, recipe.latent_shape)
-        mean_old = micro.next_latents - new.std * draw
+        mean_old = rollout_lib.behaviour_mean(micro.next_latents, draw, new.std)
     else:
         mean_old = micro.mean_old
         draw = (micro.next_latents - mean_old) / new.std
@@ -267,7 +264,7 @@ def _micro_loss(params, micro: MicroBatch, negative, references, kl_weight, norm
 def _accumulate(totals: dict, metrics: dict) -> dict:
     """Sums, except for the names that are maxima."""
     return {
-        name: jnp.maximum(totals[name], value) if "max_" in name else totals[name] + value
+        name: jnp.maximum(totals[name], value) if "/max_" in name else totals[name] + value
         for name, value in metrics.items()
     }
 
@@ -314,9 +311,7 @@ def make_update(recipe: Recipe, tx: optax.GradientTransformationExtraArgs):
 
     def update(state, batch, negative, tolerance):
         grads, metrics, kl_weight = _gradients(recipe, state, batch, negative)
-        updates, opt_state = tx.update(
-            grads, state.opt_state, state.params, kl=metrics["kl/total"]
-        )
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, kl=metrics["kl/total"])
         new = state_lib.LearnerState(
             optax.apply_updates(state.params, updates), opt_state, state.step
         )

@@ -1,1 +1,5 @@
-"""Reading and writing model weights in the layouts that others use."""
+"""Loading and saving weights in the layouts of other codebases."""
+
+from sage_grpo_jax.weights.diffusers import load, load_config, save
+
+__all__ = ["load", "load_config", "save"]

@@ -1,19 +1,21 @@
 """Key tables: how the tensors of a checkpoint map onto our parameter tree, as data.
 
-A table is a list of `Row`s. One row ties one of our parameters to one tensor of the other layout, or,
-where our layers are stacked on a leading axis, to one tensor per layer. The mapping is strict in both
-directions: every tensor of the file is used exactly once, every parameter is produced exactly once, and
-a mismatch is an error that lists the names.
+A table is a list of `Row`s. One row ties one of our parameters to one tensor of the other layout,
+or, where our layers are stacked on a leading axis, to one tensor per layer. The mapping is strict
+both ways: every tensor of the file is used exactly once, every parameter is produced exactly once,
+and a mismatch is an error that lists the names.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+
+Path = tuple[str, ...]
+Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,26 +30,25 @@ class Layout:
     permutation: tuple[int, ...]
     unit_axes: int = 0
 
-    def shape_there(self, shape_here: tuple[int, ...]) -> tuple[int, ...]:
-        there = [0] * len(self.permutation)
-        for axis_here, axis_there in enumerate(self.permutation):
-            there[axis_there] = shape_here[axis_here]
-        return tuple(there) + (1,) * self.unit_axes
+    def shape_there(self, shape_here: Shape) -> Shape:
+        return self._there(shape_here) + (1,) * self.unit_axes
 
     def index_there(self, index_here: tuple[slice, ...]) -> tuple[slice, ...]:
         """The slice of their tensor that holds a slice of ours."""
-        there = [slice(None)] * len(self.permutation)
-        for axis_here, axis_there in enumerate(self.permutation):
-            there[axis_there] = index_here[axis_here]
-        return tuple(there) + (slice(None),) * self.unit_axes
+        return self._there(index_here) + (slice(None),) * self.unit_axes
 
     def to_ours(self, theirs: np.ndarray) -> np.ndarray:
         core = theirs.reshape(theirs.shape[: theirs.ndim - self.unit_axes])
         return np.transpose(core, self.permutation)
 
     def to_theirs(self, ours: np.ndarray) -> np.ndarray:
-        core = np.transpose(ours, np.argsort(self.permutation))
-        return np.ascontiguousarray(core).reshape(core.shape + (1,) * self.unit_axes)
+        core = np.ascontiguousarray(np.transpose(ours, np.argsort(self.permutation)))
+        return core.reshape(core.shape + (1,) * self.unit_axes)
+
+    def _there(self, here: tuple) -> tuple:
+        if len(here) != len(self.permutation):
+            raise ValueError(f"{len(self.permutation)} axes expected, got {here}")
+        return tuple(here[axis] for axis in np.argsort(self.permutation))
 
 
 # PyTorch's layout on the left of each comment, ours on the right.
@@ -69,26 +70,22 @@ class Row:
     """One parameter of ours and the tensor, or the tensors, it comes from.
 
     Attributes:
-      ours: path in our nested dict, e.g. ("blocks", "image_mlp", "in", "kernel").
+      ours: path in our nested dict, e.g. ("blocks", "image", "mlp", "in", "kernel").
       theirs: their name. With `stacked`, "{i}" in it stands for the layer index 0 ... stacked - 1.
       kind: a key of LAYOUTS.
       stacked: number of layers on the leading axis of our parameter, or None for a single tensor.
     """
 
-    ours: tuple[str, ...]
+    ours: Path
     theirs: str
     kind: str
     stacked: int | None = None
 
     def __post_init__(self):
         if self.kind not in LAYOUTS:
-            raise ValueError(
-                f"kind={self.kind!r} of row {self.theirs!r}: use one of {list(LAYOUTS)}"
-            )
+            raise ValueError(f"row {self.theirs}: kind={self.kind!r}: use one of {list(LAYOUTS)}")
         if (self.stacked is not None) != ("{i}" in self.theirs):
-            raise ValueError(
-                f"row {self.theirs!r}: '{{i}}' goes with stacked, stacked={self.stacked}"
-            )
+            raise ValueError(f"row {self.theirs}: '{{i}}' goes with stacked={self.stacked}")
 
     @property
     def layout(self) -> Layout:
@@ -98,19 +95,96 @@ class Row:
         """Their names, in layer order."""
         if self.stacked is None:
             return [self.theirs]
-        return [self.theirs.replace("{i}", str(i)) for i in range(self.stacked)]
+        return [self.theirs.replace("{i}", str(layer)) for layer in range(self.stacked)]
+
+    def shape_there(self, shape_here: Shape) -> Shape:
+        """The shape of each of their tensors, given the shape of our parameter."""
+        return self.layout.shape_there(shape_here if self.stacked is None else shape_here[1:])
+
+    def to_theirs(self, ours: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Their tensors, by name, from our parameter."""
+        layers = [ours] if self.stacked is None else ours
+        for name, layer in zip(self.names(), layers, strict=True):
+            yield name, self.layout.to_theirs(layer)
 
 
-def linear(ours: tuple[str, ...], theirs: str, stacked: int | None = None) -> list[Row]:
-    """Rows of a dense layer with bias: ours (kernel, bias), theirs (weight, bias)."""
-    return with_bias(ours, theirs, "linear", stacked)
-
-
-def with_bias(
-    ours: tuple[str, ...], theirs: str, kind: str, stacked: int | None = None
-) -> list[Row]:
-    """Rows of a layer with a kernel of the given kind and a bias."""
+def with_bias(ours: Path, theirs: str, kind: str, stacked: int | None = None) -> list[Row]:
+    """Rows of a layer: our kernel and bias, their weight (of the given kind) and bias."""
     return [
         Row((*ours, "kernel"), f"{theirs}.weight", kind, stacked),
         Row((*ours, "bias"), f"{theirs}.bias", "vector", stacked),
     ]
+
+
+def linear(ours: Path, theirs: str, stacked: int | None = None) -> list[Row]:
+    """Rows of a dense layer with bias."""
+    return with_bias(ours, theirs, "linear", stacked)
+
+
+def norm(ours: Path, theirs: str, stacked: int | None = None) -> list[Row]:
+    """Rows of a layer norm with scale and bias."""
+    return [
+        Row((*ours, "scale"), f"{theirs}.weight", "vector", stacked),
+        Row((*ours, "bias"), f"{theirs}.bias", "vector", stacked),
+    ]
+
+
+def check_parameters(rows: Sequence[Row], parameters: Mapping[Path, Shape]) -> None:
+    """Checks that the rows cover our parameters, each exactly once.
+
+    Raises:
+      ValueError: lists parameters without a row, rows without a parameter, rows given twice.
+    """
+    _check_names(
+        "parameters do not fit the key table",
+        expected=["/".join(row.ours) for row in rows],
+        found=["/".join(path) for path in parameters],
+    )
+    for row in rows:
+        if row.stacked is not None and parameters[row.ours][0] != row.stacked:
+            raise ValueError(
+                f"parameter {'/'.join(row.ours)}: shape {parameters[row.ours]} has"
+                f" {parameters[row.ours][0]} layers, the key table {row.stacked}"
+            )
+
+
+def check_tensors(
+    rows: Sequence[Row], parameters: Mapping[Path, Shape], tensors: Mapping[str, Shape]
+) -> None:
+    """Checks that the rows use their tensors, each exactly once, and that all shapes fit.
+
+    Raises:
+      ValueError: lists missing, unexpected and misshapen tensors.
+    """
+    _check_names(
+        "tensors do not fit the key table",
+        expected=[name for row in rows for name in row.names()],
+        found=list(tensors),
+    )
+    misshapen = []
+    for row in rows:
+        want = row.shape_there(parameters[row.ours])
+        misshapen += [
+            f"{name}: {tuple(tensors[name])} instead of {want}"
+            for name in row.names()
+            if tuple(tensors[name]) != want
+        ]
+    if misshapen:
+        raise ValueError(f"tensors of the wrong shape: {_listed(misshapen)}")
+
+
+def _check_names(title: str, expected: Iterable[str], found: Iterable[str]) -> None:
+    expected, found = Counter(expected), Counter(found)
+    problems = {
+        "missing": expected.keys() - found.keys(),
+        "unexpected": found.keys() - expected.keys(),
+        "named twice": {name for name, n in (expected | found).items() if n > 1},
+    }
+    text = [f"{what}: {_listed(sorted(names))}" for what, names in problems.items() if names]
+    if text:
+        raise ValueError(f"{title}; " + "; ".join(text))
+
+
+def _listed(names: Sequence[str], limit: int = 50) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

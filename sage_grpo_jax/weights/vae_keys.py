@@ -25,7 +25,9 @@ def _norm(ours: tuple[str, ...], theirs: str) -> list[Row]:
 def _ends(part: str) -> list[Row]:
     """Rows that encoder and decoder have in common: first and last convolution, mid block."""
     mid = (part, "mid")
-    rows = _conv((part, "conv_in"), f"{part}.conv_in") + _conv((part, "conv_out"), f"{part}.conv_out")
+    rows = _conv((part, "conv_in"), f"{part}.conv_in") + _conv(
+        (part, "conv_out"), f"{part}.conv_out"
+    )
     rows += _norm((part, "norm_out"), f"{part}.norm_out")
     for i in range(2):
         rows += _resnet((*mid, f"resnet_{i}"), f"{part}.mid_block.resnets.{i}", shortcut=False)

@@ -52,7 +52,7 @@ class Term(NamedTuple):
 
 TERMS = {
     "palette": Term("VQ", 1.0, 0.01),
-    "softness": Term("VQ", 0.5, 0.05),
+    "softness": Term("VQ", 1.0, 0.05),
     "presence": Term("VQ", 2.0, 0.2),
     "velocity": Term("MQ", 1.0, 0.03),
     "jitter": Term("MQ", 0.5, 0.05),
@@ -174,7 +174,8 @@ def _visual_errors(video: np.ndarray) -> dict[str, float]:
     outside = np.maximum(low - amount, 0) + np.maximum(amount - high, 0)
     # Pixels next to both full and empty ones lie on a one-pixel ramp, whatever its phase.
     partial = (4 * coverage * (1 - coverage)) ** 2
-    soft = (partial * (1 - _local_contrast(coverage))).sum((1, 2))
+    contrast = _extreme_3x3(np.maximum, coverage) - _extreme_3x3(np.minimum, coverage)
+    soft = (partial * (1 - contrast)).sum((1, 2))
     outline = 4 * np.sqrt(area + 10)
     return {
         "palette": palette,
@@ -200,17 +201,11 @@ def _explain_by_palette(pixels_Px3: np.ndarray) -> tuple[np.ndarray, float]:
     return best, float(np.sqrt(max(best_error, 0.0) / pixels_Px3.size))
 
 
-def _local_contrast(images_FxHxW: np.ndarray) -> np.ndarray:
-    """Maximum minus minimum over the 3x3 neighbourhood, edges repeated."""
-    high = low = np.pad(images_FxHxW, ((0, 0), (1, 1), (1, 1)), mode="edge")
-    for axis in (1, 2):
-        first, middle, last = (
-            (slice(None),) * axis + (part,)
-            for part in (slice(None, -2), slice(1, -1), slice(2, None))
-        )
-        high = np.maximum(np.maximum(high[first], high[middle]), high[last])
-        low = np.minimum(np.minimum(low[first], low[middle]), low[last])
-    return high - low
+def _extreme_3x3(extreme: np.ufunc, images_FxHxW: np.ndarray) -> np.ndarray:
+    """np.maximum or np.minimum over the 3x3 neighbourhood inside each frame."""
+    out = np.pad(images_FxHxW, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    out = extreme(extreme(out[:, :-2], out[:, 1:-1]), out[:, 2:])
+    return extreme(extreme(out[:, :, :-2], out[:, :, 1:-1]), out[:, :, 2:])
 
 
 # What moves.
@@ -229,7 +224,9 @@ def find_object(video_FxHxWx3: np.ndarray) -> Track:
     contrast = weight @ above / (weight.sum() + 1e-3)
     # The offset keeps the faint texture of an empty clip from counting as an object.
     coverage = above @ (contrast / (contrast @ contrast + 0.01))
-    mask = _harden(coverage).reshape(video_FxHxWx3.shape[:3])
+    coverage = coverage.reshape(video_FxHxWx3.shape[:3])
+    # Only what touches a mostly covered pixel counts: faint noise must not add up to an object.
+    mask = np.clip(coverage, 0, 1) * _extreme_3x3(np.maximum, _harden(coverage))
     area, centroid, spread = _moments(mask)
     time = np.arange(len(mask)) - (len(mask) - 1) / 2
     velocity = time @ centroid / (time @ time)
@@ -239,12 +236,12 @@ def find_object(video_FxHxWx3: np.ndarray) -> Track:
 
 
 def _harden(coverage: np.ndarray) -> np.ndarray:
-    """Pushes coverage away from 0.5, so that faint noise does not add up to an object."""
+    """0 for what is hardly covered, 1 for what is mostly covered."""
     return np.clip((coverage - 0.2) / 0.6, 0, 1)
 
 
 def _moments(mask_FxHxW: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Area [F], centroid [F, 2] and spread [F]; an empty frame sits in the middle, without spread."""
+    """Area [F], centroid [F, 2], spread [F]; an empty frame sits in the middle, without spread."""
     across, down = mask_FxHxW.sum(1, dtype=np.float64), mask_FxHxW.sum(2, dtype=np.float64)
     area = across.sum(1)
     weight = area + 0.1
@@ -308,7 +305,7 @@ def _shape_error(track: Track, wanted: int) -> float:
     energy = np.einsum("fhw,fhw->f", track.mask, track.mask)
     errors = []
     for shape, radius in enumerate(radii):
-        silhouette = _harden(0.5 - spec.signed_distances(radius, x, y)[shape])
+        silhouette = np.clip(0.5 - spec.signed_distances(radius, x, y)[shape], 0, 1)
         overlap = np.einsum("fhw,fhw->f", track.mask, silhouette)
         size = np.einsum("fhw,fhw->f", silhouette, silhouette)
         errors.append(np.mean(1 - overlap / np.sqrt(energy * size + 1e-6)))

@@ -1,0 +1,94 @@
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sage_grpo_jax.flow import noise
+
+SHAPE = (2, 3, 5)
+
+
+def make_keys(batch=8, seed=3, step=7, slot=0):
+    hashes = np.array([noise.prompt_hash(f"prompt {b // 4}") for b in range(batch)])
+    return noise.sample_keys(seed, step, slot, hashes, np.arange(batch) % 4)
+
+
+def test_prompt_hash_is_the_head_of_sha256():
+    want = int(hashlib.sha256(b"a red disk").hexdigest()[:8], 16)
+    assert noise.prompt_hash("a red disk") == want
+    assert noise.prompt_hash("a red disk").dtype == np.uint32
+
+
+def test_keys_follow_the_documented_counters():
+    keys = make_keys()
+    key = jax.random.key(3, impl="threefry2x32")
+    for counter in (7, 0, int(noise.prompt_hash("prompt 1")), 2):
+        key = jax.random.fold_in(key, counter)
+    np.testing.assert_array_equal(jax.random.key_data(keys[6]), jax.random.key_data(key))
+
+
+def test_every_counter_changes_every_draw():
+    def draws(**kwargs):
+        keys = make_keys(**kwargs)
+        return [noise.initial_noise(keys, SHAPE)] + [
+            noise.step_noise(keys, t, SHAPE) for t in range(3)
+        ]
+
+    everything = np.stack([*draws(), *draws(seed=4), *draws(step=8), *draws(slot=1)])
+    flat = everything.reshape(-1, np.prod(SHAPE))
+    assert len(np.unique(flat[:, 0])) == len(flat)
+    correlations = np.corrcoef(flat) - np.eye(len(flat))
+    assert np.abs(correlations).max() < 0.8  # 30 numbers each
+
+
+def test_draws_are_standard_normal():
+    values = np.asarray(noise.step_noise(make_keys(4), 0, (5000,)))
+    for row in values:
+        assert scipy.stats.kstest(row, "norm").pvalue > 1e-3
+
+
+def test_same_bits_for_any_batch_split():
+    keys = make_keys()
+    for draw in (noise.initial_noise, lambda keys, shape: noise.step_noise(keys, 2, shape)):
+        whole = draw(keys, SHAPE)
+        parts = [draw(keys[i : i + 2], SHAPE) for i in range(0, 8, 2)]
+        np.testing.assert_array_equal(whole, np.concatenate(parts))
+        np.testing.assert_array_equal(whole[5], draw(keys[5:6], SHAPE)[0])
+
+
+def test_steps_may_differ_within_a_batch():
+    keys = make_keys()
+    t_B = jnp.array([0, 1, 2, 0, 1, 2, 0, 1])
+    mixed = noise.step_noise(keys, t_B, SHAPE)
+    for b in (0, 4, 5):
+        np.testing.assert_array_equal(mixed[b], noise.step_noise(keys, t_B[b], SHAPE)[b])
+
+
+def test_same_bits_on_eight_devices_without_communication():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    hashes = np.array([noise.prompt_hash(str(b)) for b in range(8)])
+
+    def draw(step, hashes, samples):
+        keys = noise.sample_keys(0, step, 0, hashes, samples)
+        return noise.initial_noise(keys, SHAPE), noise.step_noise(keys, 5, SHAPE)
+
+    sharding = NamedSharding(mesh, P("data"))
+    sharded = jax.jit(draw, in_shardings=(None, sharding, sharding), out_shardings=sharding)
+    compiled = sharded.lower(jnp.int32(4), hashes, np.arange(8)).compile()
+    assert "all-gather" not in compiled.as_text()
+    want = jax.jit(draw)(jnp.int32(4), hashes, np.arange(8))
+    got = sharded(jnp.int32(4), hashes, np.arange(8))
+    assert len(got[0].sharding.device_set) == 8
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="typed PRNG keys"):
+        noise.initial_noise(jnp.zeros((4, 2), jnp.uint32), SHAPE)
+    with pytest.raises(ValueError, match=r"must be \(B,\)"):
+        noise.sample_keys(0, 0, 0, np.uint32(1), 0)
