@@ -12,7 +12,11 @@ def get_config() -> ConfigDict:
     config.vae = ConfigDict(
         {
             "steps": 4000,
-            "batch_size": 16,
+            "short_steps": 2500,
+            "short_batch_size": 8,
+            "short_frames": 5,
+            "noise_warmup_steps": 1000,
+            "batch_size": 4,
             "learning_rate": 2e-3,
             "warmup_steps": 100,
             "weight_decay": 0.0,
@@ -20,11 +24,11 @@ def get_config() -> ConfigDict:
             "gradient_clip": 1.0,
             "ema_decay": 0.998,
             "log_every": 50,
-            "checkpoint_every": 500,
+            "checkpoint_every": 200,
             "l1_weight": 1.0,
             "l2_weight": 0.0,
             "edge_weight": 1.0,
-            "kl_weight": 1e-4,
+            "kl_weight": 3e-5,
         }
     )
     config.latents = ConfigDict({"num_clips": 16384, "batch_size": 64})
@@ -60,7 +64,15 @@ def get_config() -> ConfigDict:
 
 def vae_model() -> ConfigDict:
     """4x in time, 8x in space, 16 channels: a clip of 17x32x32 is 5x4x4 tokens."""
-    return ConfigDict({})
+    return ConfigDict(
+        {
+            "latent_channels": 16,
+            "block_out_channels": (8, 16, 32, 32),
+            "layers_per_block": 1,
+            "spatial_compression_ratio": 8,
+            "temporal_compression_ratio": 4,
+        }
+    )
 
 
 def transformer() -> ConfigDict:

@@ -55,23 +55,21 @@ def fit(videos: np.ndarray | jax.Array) -> tuple[ClipParameters, jax.Array]:
         # The last chunk is filled with copies, so that one program serves every number of clips.
         rows = np.minimum(np.arange(begin, begin + CHUNK), count - 1)
         parts.append(_fit_chunk(videos[rows]))
-    if not parts:
-        parts = [_fit_chunk(np.zeros((CHUNK, *_VIDEO), np.uint8))]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:count], *parts)
 
 
 def manifold_distance(videos_NxFxHxWx3: np.ndarray | jax.Array) -> jax.Array:
     """How far videos are from the moving-shapes world: the residual of `fit`, f32[N].
 
-    About 0.001 for real clips (the rounding to 8 bits); sigma for a real clip under white noise of
-    standard deviation sigma, as long as the noise is not clipped.
+    Below 0.001 for real clips (the rounding to 8 bits); sigma for a real clip under white noise of
+    standard deviation sigma, as long as the noise is not clipped; 0.07 where the shape is missing.
     """
     return fit(videos_NxFxHxWx3)[1]
 
 
 def _check(videos: np.ndarray | jax.Array) -> None:
-    if videos.ndim != 5 or videos.shape[1:] != _VIDEO:
-        raise ValueError(f"videos has shape {videos.shape}, allowed: (N, {str(_VIDEO)[1:]}")
+    if videos.ndim != 5 or len(videos) == 0 or videos.shape[1:] != _VIDEO:
+        raise ValueError(f"videos has shape {videos.shape}, allowed: (N >= 1, *{_VIDEO})")
     if videos.dtype != np.uint8 and not jnp.issubdtype(videos.dtype, jnp.floating):
         raise ValueError(f"videos has type {videos.dtype}, allowed: uint8, or float in [0, 1]")
 
@@ -148,12 +146,18 @@ def _shifts(axis: int) -> np.ndarray:
 
 
 def _correlate(stacked: jax.Array, silhouettes: np.ndarray) -> jax.Array:
-    """Correlates [N, motion, 3, H, W] with [S, k, k]: [N, motion, 3, S, H, W]."""
-    images = stacked.reshape(-1, 1, spec.HEIGHT, spec.WIDTH)
-    overlap = jax.lax.conv_general_dilated(
-        images, jnp.asarray(silhouettes[:, None]), (1, 1), "SAME", precision=_PRECISION
-    )
-    return overlap.reshape(*stacked.shape[:3], len(silhouettes), spec.HEIGHT, spec.WIDTH)
+    """Correlates [N, motion, 3, H, W] with [S, k, k] centred on each pixel: [N, motion, 3, S, H, W].
+
+    By Fourier transforms, several times faster than XLA's convolution on a CPU. The zeros that pad
+    a frame keep what wraps around out of it.
+    """
+    half = silhouettes.shape[-1] // 2
+    padded = (spec.HEIGHT + half, spec.WIDTH + half)
+    kernel = np.zeros((len(silhouettes), *padded))
+    kernel[:, : 2 * half + 1, : 2 * half + 1] = silhouettes
+    kernel = np.conj(np.fft.rfft2(np.roll(kernel, (-half, -half), (1, 2)))).astype(np.complex64)
+    product = jnp.fft.rfft2(stacked, padded)[:, :, :, None] * kernel
+    return jnp.fft.irfft2(product, padded)[..., : spec.HEIGHT, : spec.WIDTH]
 
 
 @functools.cache

@@ -37,6 +37,10 @@ REDUCTIONS = ("mean", "sum")
 # is rounded to float32 so that host and device agree on which steps lie inside the clamp.
 CLAMP = float(np.float32(3e-3))
 
+# A smaller std counts as 0: it is lost in the rounding of any sample it is added to, and dividing
+# by it overflows.
+_SMALLEST_STD = 1e-12
+
 # Below this z, z - log1p(z) comes from its series (the subtraction would cancel).
 _SERIES_BELOW = 0.1
 _SERIES_TERMS = 10
@@ -80,12 +84,12 @@ def step_coefficients(
     if kind == "cps":
         # 1 - cos(θ) = 2·sin²(θ/2) keeps small η exact, and η = 0 exactly the ODE step.
         removed = 2.0 * sigma_next * xp.sin(0.25 * math.pi * eta) ** 2
-        return StepCoefficients(removed, std=sigma_next * xp.sin(0.5 * math.pi * eta))
-    variance = xp.maximum(_VARIANCES[kind](sigma, sigma_next, xp), 0.0)
-    return StepCoefficients(
-        removed=0.5 * eta**2 * variance / xp.where(sigma > 0, sigma, 1.0),
-        std=eta * _safe_sqrt(variance, xp),
-    )
+        std = sigma_next * xp.sin(0.5 * math.pi * eta)
+    else:
+        variance = xp.maximum(_VARIANCES[kind](sigma, sigma_next, xp), 0.0)
+        removed = 0.5 * eta**2 * variance / xp.where(sigma > 0, sigma, 1.0)
+        std = eta * _safe_sqrt(variance, xp)
+    return StepCoefficients(removed, std=xp.where(std > _SMALLEST_STD, std, 0.0))
 
 
 def transition(

@@ -84,7 +84,8 @@ class HunyuanVideoConfig:
       dtype: compute dtype of matmuls and activations; norms, softmax, modulation are float32.
       attention: "auto" | "splash" | "cudnn" | "xla".
       remat: recompute each block in the backward pass.
-      unroll: blocks per iteration of the scan over layers.
+      unroll: lay the blocks out one after another instead of scanning over them: faster steps and
+        slower compilation, for small models.
     """
 
     in_channels: int = 65
@@ -108,12 +109,12 @@ class HunyuanVideoConfig:
     dtype: str = "float32"
     attention: str = "auto"
     remat: bool = True
-    unroll: int = 1
+    unroll: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "rope_axes_dim", tuple(self.rope_axes_dim))
         for field in ("num_attention_heads", "attention_head_dim", "num_layers", "patch_size",
-                      "num_refiner_layers", "patch_size_t", "out_channels", "unroll"):  # fmt: skip
+                      "num_refiner_layers", "patch_size_t", "out_channels"):  # fmt: skip
             _require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
         _require(self.in_channels >= self.out_channels, "in_channels", self.in_channels,
                  f"at least out_channels={self.out_channels}")  # fmt: skip
@@ -420,21 +421,41 @@ class _Transformer(nn.Module):
         return jnp.concatenate(tokens, axis=1), jnp.concatenate(masks, axis=1).astype(bool)
 
     def _blocks(self, image, text, vector, key_mask, rope) -> jax.Array:
-        """All double-stream blocks, one scan; returns the image tokens."""
-        block = _Block
-        if self.config.remat:
-            block = nn.remat(block, prevent_cse=False)
+        """All double-stream blocks on the stacked parameters; returns the image tokens."""
+        config = self.config
+        if config.unroll and not self.is_initializing():
+            return self._unrolled_blocks(image, text, vector, key_mask, rope)
+        block = nn.remat(_Block, prevent_cse=False) if config.remat else _Block
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
-            length=self.config.num_layers,
-            unroll=min(self.config.unroll, self.config.num_layers),
+            length=config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        (image, _), _ = blocks(self.config, name="blocks")((image, text), vector, key_mask, rope)
+        (image, _), _ = blocks(config, name="blocks")((image, text), vector, key_mask, rope)
         return image
+
+    def _unrolled_blocks(self, image, text, vector, key_mask, rope) -> jax.Array:
+        """The same without a loop: what the backward pass needs is not copied into stacks."""
+        config = self.config
+
+        def block(params, carry):
+            return _Block(config, parent=None).apply(
+                {"params": params}, carry, vector, key_mask, rope
+            )[0]
+
+        if config.remat:
+            block = jax.checkpoint(block)
+        # Splits, not slices: their transpose is one concatenation.
+        stacked = self.variables["params"]["blocks"]
+        leaves, tree = jax.tree.flatten(stacked)
+        layers = zip(*(jax.lax.split(leaf, [1] * config.num_layers) for leaf in leaves), strict=True)
+        carry = (image, text)
+        for layer in layers:
+            carry = block(jax.tree.unflatten(tree, [leaf[0] for leaf in layer]), carry)
+        return carry[0]
 
 
 def patchify(x_BxTxHxWxC: jax.Array, patch: tuple[int, int, int]) -> jax.Array:

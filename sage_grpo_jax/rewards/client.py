@@ -268,7 +268,7 @@ class RewardClient:
 
     def _attempts(self, call: "_Call", method: Callable, request) -> "object | _Failure":
         """Calls until there is an answer, a final failure, or no budget; returns either."""
-        failure = _Failure(types.DEADLINE_EXCEEDED, "the budget was spent before the first call")
+        failure = None
         with self._outage.watching(call.deadline):
             while (remaining := call.remaining()) > 0:
                 call.attempts += 1
@@ -279,17 +279,20 @@ class RewardClient:
                 if not isinstance(answer, _Failure):
                     self._outage.answered()
                     return answer
-                cut = answer.code == types.DEADLINE_EXCEEDED and timeout < self._timeout
-                if call.attempts == 1 or not cut:
-                    # A last call cut short by the budget says less than those before it.
-                    failure = answer
                 if not retry:
-                    return failure
-                self._outage.failed(failure.code, failure.message)
+                    return answer
+                if answer.code == types.DEADLINE_EXCEEDED and timeout < self._timeout:
+                    # Cut short by the budget: it says less than what failed before.
+                    break
+                failure = answer
+                self._outage.failed(*failure)
                 pause = self._pause(call.attempts, pushback)
                 self._closed.wait(min(pause, max(0.0, call.remaining())))
+        code, message = (
+            failure or self._outage.last or (types.DEADLINE_EXCEEDED, "no answer, no failure")
+        )
         spent = f"gave up after {call.attempts} attempts in {self._budget:g} s"
-        return _Failure(failure.code, f"{spent}; last: {failure.message}")
+        return _Failure(code, f"{spent}; last: {message}")
 
     def _attempt(
         self, method: Callable, request, timeout: float

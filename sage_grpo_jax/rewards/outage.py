@@ -25,6 +25,8 @@ class OutageLog:
         self._since: float | None = None
         self._next_line = 0.0
         self._announced = False
+        # (code, message) of the last failure, while the outage lasts.
+        self.last: tuple[str, str] | None = None
 
     @contextlib.contextmanager
     def watching(self, deadline: float) -> Iterator[None]:
@@ -41,11 +43,11 @@ class OutageLog:
         """A call failed and will be repeated. A full queue is worth a line only when it lasts."""
         now = time.monotonic()
         with self._lock:
+            self.last = (code, message)
             if self._since is None:
-                self._since = now
-                at_once = code == types.UNAVAILABLE
-                self._next_line = now if at_once else now + self._heartbeat
-            if now < self._next_line:
+                self._since, self._next_line = now, now + self._heartbeat
+            first = not self._announced and code != types.RESOURCE_EXHAUSTED
+            if not first and now < self._next_line:
                 return
             self._next_line = now + self._heartbeat
             self._announced = True
@@ -62,6 +64,6 @@ class OutageLog:
             if self._since is None:
                 return
             seconds, announced = time.monotonic() - self._since, self._announced
-            self._since, self._announced = None, False
+            self._since, self._announced, self.last = None, False, None
         if announced:
             _log.warning("reward service %s: answers again after %.1f s", self._address, seconds)

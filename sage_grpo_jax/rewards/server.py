@@ -9,10 +9,12 @@ import collections
 import logging
 import threading
 import time
+from collections.abc import Callable
 from concurrent import futures
 from typing import NoReturn
 
 import grpc
+import numpy as np
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from sage_grpo_jax.rewards import reward_pb2, reward_pb2_grpc, types, wire
@@ -148,7 +150,14 @@ class _Service(reward_pb2_grpc.RewardServiceServicer):
     """The calls of reward.proto."""
 
     def __init__(
-        self, backend, name, max_workers, max_queue, max_message_bytes, cache_size, on_lost
+        self,
+        backend: Backend,
+        name: str,
+        max_workers: int,
+        max_queue: int,
+        max_message_bytes: int,
+        cache_size: int,
+        on_lost: Callable[[], None],
     ):
         self.ready = threading.Event()
         self.fingerprint = backend.fingerprint()
@@ -169,12 +178,16 @@ class _Service(reward_pb2_grpc.RewardServiceServicer):
         self._lock = threading.Lock()
         self._running = 0
 
-    def GetInfo(self, request, context):
+    def GetInfo(
+        self, request: reward_pb2.GetInfoRequest, context: grpc.ServicerContext
+    ) -> reward_pb2.GetInfoResponse:
         del request
         self._require_ready(context)
         return self._info
 
-    def Score(self, request, context):
+    def Score(
+        self, request: reward_pb2.ScoreRequest, context: grpc.ServicerContext
+    ) -> reward_pb2.ScoreResponse:
         received = time.monotonic()
         self._check(request, context)
         response = self._cache.get(request.digest)
@@ -258,10 +271,10 @@ class _Service(reward_pb2_grpc.RewardServiceServicer):
         video = wire.read_frames(request.frames)
         scores = self._backend.score(video, request.prompt, request.frames.source_fps)
         check_scores(self._backend.names, scores)
-        if (video == video[0, 0, 0]).all():
-            response.warnings.append("all pixels have the same colour")
-        elif (video == video[0]).all():
-            response.warnings.append("all frames are the same")
+        if all(np.array_equal(video[0], frame) for frame in video[1:]):
+            plain = (video[0] == video[0, 0, 0]).all()
+            thing = "pixels have the same colour" if plain else "frames are the same"
+            response.warnings.append(f"all {thing}")
         for name in request.reward_names or self._backend.names:
             raw, normalised = scores[name]
             response.rewards.add(name=name, raw=raw, normalised=normalised)

@@ -110,11 +110,13 @@ def spawn_server(
         address, fingerprint = _wait_until_listening(lines, startup_timeout)
     except BaseException as error:
         _end(process, grace=1.0)
+        tail = log.tail()
+        log.discard_if_temporary()
         if not isinstance(error, _NotServingError):
             raise
         raise RuntimeError(
             f"the reward server with backend {backend!r} {error} (exit code "
-            f"{process.returncode}); the end of {log.path}:\n{log.tail()}"
+            f"{process.returncode}); the end of its log:\n{tail}"
         ) from None
     return SpawnedServer(address, fingerprint, process, log)
 

@@ -1,8 +1,8 @@
 """The configuration: frozen dataclasses, filled from a ConfigDict and validated once.
 
-A recipe (configs/*.py) builds an `ml_collections.ConfigDict` with `default_config()`; flags override
-its fields; `from_config_dict` turns the result into the dataclasses below. Every error names the
-field, the value and what is allowed.
+A recipe (configs/*.py) starts from `default_config()`, flags override its fields, and
+`from_config_dict` turns the result into the dataclasses below. Every error names the field, the
+value and what is allowed.
 """
 
 import dataclasses
@@ -185,8 +185,8 @@ class Config:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every field of `Config` with its default, for recipes to start from."""
-    return ml_collections.ConfigDict(dataclasses.asdict(Config()), type_safe=True)
+    """Every field of `Config` with its default, locked, for recipes to start from."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
 
 
 def from_config_dict(config: ml_collections.ConfigDict) -> Config:

@@ -50,9 +50,9 @@ def evaluate(learner: learner_lib.Learner, params: Any, prompts: learner_lib.Pro
         # The last batch is filled up with its own samples: one shape, one compilation.
         rows = np.arange(start, start + size) % count
         batch = take(prompts, rows)
-        latents = learner.sample_videos(params, batch, keys[rows])
-        parts.append(learner.score(latents, batch, f"eval{start}", timer, config.rollout))
-        videos.append(learner.decode(latents, config.rollout.decode_batch))
+        latents = learner.sample(params, batch, keys[rows])
+        parts.append(learner.score(latents, batch, f"eval{start}", timer))
+        videos.append(learner.decode(latents))
     videos = np.concatenate(videos)[:count]
     scores = learner_lib.Scores(
         {n: np.concatenate([p.values[n] for p in parts])[:count] for n in parts[0].values},

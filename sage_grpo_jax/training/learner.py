@@ -115,7 +115,7 @@ class Learner:
         self._mesh = mesh
         self._check_interrupt = check_interrupt
         self._rows = sharding.batch_sharding(mesh)
-        self._negative = self._condition(negative, sharding.replicated(mesh))
+        self.negative = _to_condition(negative, sharding.replicated(mesh))
 
     def step(
         self, state: state_lib.LearnerState, batch: PromptBatch
@@ -135,14 +135,12 @@ class Learner:
         timer, started = PhaseTimer(), time.perf_counter()
         samples = batch.repeat(self.config.rollout.group_size)
         keys = self.sample_keys(batch, int(state.step))
-        condition = self._condition(samples, self._rows)
+        condition = self.condition(samples)
         with timer("rollout"):
-            trajectory = self.programs.rollout(state.params, condition, self._negative, keys)
+            trajectory = self.programs.rollout(state.params, condition, self.negative, keys)
             jax.block_until_ready(trajectory)
         self._check_interrupt()
-        scores = self.score(
-            trajectory.latents[-1], samples, f"step{int(state.step)}", timer, self.config.rollout
-        )
+        scores = self.score(trajectory.latents[-1], samples, f"step{int(state.step)}", timer)
         advantages, reward_metrics = self.advantages(scores)
         self._check_interrupt()
         update_batch = programs_lib.UpdateBatch(
@@ -175,18 +173,23 @@ class Learner:
         )
         return jax.device_put(keys, self._rows)
 
-    def sample_videos(
-        self, params: Any, batch: PromptBatch, keys: jax.Array
-    ) -> tuple[jax.Array, Any]:
-        """Clean latents of the evaluation sampler (ODE); [B, t, h, w, C] and the condition."""
-        condition = self._condition(batch, self._rows)
-        return self.programs.sample(params, condition, self._negative, keys).latents[-1]
+    def sample(self, params: Any, batch: PromptBatch, keys: jax.Array) -> jax.Array:
+        """Clean latents of the evaluation sampler (ODE); float32 [B, t, h, w, C]."""
+        condition = self.condition(batch)
+        return self.programs.sample(params, condition, self.negative, keys).latents[-1]
 
     def score(
-        self, latents: jax.Array, samples: PromptBatch, name: str, timer: PhaseTimer, rollout: Any
+        self, latents: jax.Array, samples: PromptBatch, name: str, timer: PhaseTimer
     ) -> Scores:
-        """Decodes piece by piece and scores each while the next one decodes."""
-        size = rollout.decode_batch
+        """Decodes piece by piece and scores each while the next one decodes.
+
+        Args:
+          latents: clean latents [B, t, h, w, C].
+          samples: their B prompts.
+          name: start of the request ids.
+          timer: gets the phases `decode` and `reward`.
+        """
+        size = self.config.rollout.decode_batch
         count = latents.shape[0] // size
         pending: dict[int, futures.Future] = {}
         for piece in range(count):
@@ -201,8 +204,9 @@ class Learner:
         with timer("reward"):
             return self._collect(pending, len(samples.ids))
 
-    def decode(self, latents: jax.Array, size: int) -> np.ndarray:
+    def decode(self, latents: jax.Array) -> np.ndarray:
         """All frames of a batch on every process; uint8 [B, F, H, W, 3]."""
+        size = self.config.rollout.decode_batch
         count = latents.shape[0] // size
         pieces = [
             hosts.to_host(self.programs.decode(self._vae_params, latents, p, size=size))
@@ -278,12 +282,12 @@ class Learner:
         metrics: dict[str, float] = {}
         for index in range(loss.updates_per_rollout):
             limit = tolerance if index == 0 else np.float32(np.inf)
-            state, device_metrics = self.programs.update(state, batch, self._negative, limit)
+            state, device_metrics = self.programs.update(state, batch, self.negative, limit)
             values = _floats(device_metrics)
             if index == 0 and not values["update/ratio_in_tolerance"]:
                 batch = self._replayed(state, batch, values)
                 state, device_metrics = self.programs.update(
-                    state, batch, self._negative, np.float32(np.inf)
+                    state, batch, self.negative, np.float32(np.inf)
                 )
                 # The metric keeps the mismatch that made the replay necessary.
                 mismatch = values["ratio/max_deviation"]
@@ -309,14 +313,19 @@ class Learner:
                 "tolerance, or ratio_action=replay (recompute the old means) or log"
             )
         logging.info("%s: replaying the old means", text)
-        means = self.programs.replay(state.params, batch, self._negative)
+        means = self.programs.replay(state.params, batch, self.negative)
         return batch._replace(mean_old=means)
 
-    def _condition(self, batch: PromptBatch, place: jax.sharding.Sharding) -> Any:
-        return hunyuan_video.Condition(
-            text=hosts.to_global(batch.text.astype(np.float32), place),
-            text_mask=hosts.to_global(batch.mask, place),
-        )
+    def condition(self, batch: PromptBatch) -> hunyuan_video.Condition:
+        """The text of B samples on the mesh; B must divide over it."""
+        return _to_condition(batch, self._rows)
+
+
+def _to_condition(batch: PromptBatch, place: jax.sharding.Sharding) -> hunyuan_video.Condition:
+    return hunyuan_video.Condition(
+        text=hosts.to_global(batch.text.astype(np.float32), place),
+        text_mask=hosts.to_global(batch.mask, place),
+    )
 
 
 def reward_metrics(scores: Scores, weights: Mapping[str, float]) -> dict[str, float]:

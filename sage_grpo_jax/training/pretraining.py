@@ -9,6 +9,7 @@ Four stages, each of which continues where it was interrupted:
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -31,7 +32,13 @@ from sage_grpo_jax.training.pretraining_config import (
     PretrainConfig,
     VaeStageConfig,
 )
-from sage_grpo_jax.training.pretraining_loop import LossFn, Params, load_average, run_stage
+from sage_grpo_jax.training.pretraining_loop import (
+    LossFn,
+    Params,
+    Phase,
+    load_average,
+    run_stage,
+)
 
 STAGES = ("vae", "latents", "flow", "export")
 
@@ -102,31 +109,45 @@ def train_vae(config: PretrainConfig, streams: Streams, workdir: pathlib.Path) -
     def init_params() -> Params:
         return vae.init_params(config.vae_model, streams.vae_init)
 
-    loss_fn = vae_loss_fn(config.vae_model, config.vae)
-    return run_stage("vae", config.vae, init_params, loss_fn, streams.vae, (), workdir)
+    stage = config.vae
+    loss_fn = functools.partial(vae_loss_fn, config.vae_model, stage)
+    phases = [
+        Phase(stage.short_steps, loss_fn(stage.short_batch_size, stage.short_frames)),
+        Phase(stage.steps, loss_fn(stage.batch_size, moving_shapes.spec.NUM_FRAMES)),
+    ]
+    return run_stage("vae", stage, init_params, phases, streams.vae, (), workdir)
 
 
-def vae_loss_fn(model: vae.VaeConfig, stage: VaeStageConfig) -> LossFn:
-    """loss(params, key): reconstruction of `stage.batch_size` random clips plus weighted KL."""
+def vae_loss_fn(model: vae.VaeConfig, stage: VaeStageConfig, clips: int, frames: int) -> LossFn:
+    """loss(params, key, step): reconstruction of `clips` random clips of `frames` frames, KL."""
 
-    def loss_fn(params: Params, key: jax.Array):
+    def loss_fn(params: Params, key: jax.Array, step: jax.Array):
         clip_key, noise_key = jax.random.split(key)
-        parameters = moving_shapes.sample_parameters(clip_key, stage.batch_size, "all")
-        videos = 2.0 * moving_shapes.render(parameters) - 1.0
+        videos = random_clips(clip_key, clips, frames)
         mean, logvar = vae.encode(params, videos, model)
-        noise = jax.random.normal(noise_key, mean.shape)
-        decoded = vae.decode(params, mean + jnp.exp(0.5 * logvar) * noise, model)
+        # Full noise from the start hides the latents from a decoder that does not use them yet.
+        warmup = jnp.minimum(1.0, step / max(stage.noise_warmup_steps, 1))
+        noise = warmup * jnp.exp(0.5 * logvar) * jax.random.normal(noise_key, mean.shape)
+        decoded = vae.decode(params, mean + noise, model)
         terms = reconstruction_terms(decoded, videos)
         terms["kl"] = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
         loss = (
             stage.l1_weight * terms["l1"]
             + stage.l2_weight * terms["l2"]
             + stage.edge_weight * terms["edge"]
-            + stage.kl_weight * terms["kl"]
+            + warmup * stage.kl_weight * terms["kl"]
         )
         return loss, {**terms, "latent_std": jnp.std(mean), "posterior_std": _rms_std(logvar)}
 
     return loss_fn
+
+
+def random_clips(key: jax.Array, n: int, frames: int) -> jax.Array:
+    """Clips of any combination, cut to `frames` frames at random: f32[n, frames, H, W, 3], ±1."""
+    clip_key, cut_key = jax.random.split(key)
+    videos = moving_shapes.render(moving_shapes.sample_parameters(clip_key, n, "all"))
+    first = jax.random.randint(cut_key, (), 0, videos.shape[1] - frames + 1)
+    return 2.0 * jax.lax.dynamic_slice_in_dim(videos, first, frames, axis=1) - 1.0
 
 
 def reconstruction_terms(decoded: jax.Array, videos: jax.Array) -> dict[str, jax.Array]:
@@ -216,7 +237,8 @@ def train_flow(config: PretrainConfig, streams: Streams, workdir: pathlib.Path) 
         return hunyuan_video.init_params(config.transformer, streams.flow_init)
 
     loss_fn = flow_loss_fn(config.transformer, config.flow)
-    return run_stage("flow", config.flow, init_params, loss_fn, streams.flow, data, workdir)
+    phases = [Phase(config.flow.steps, loss_fn)]
+    return run_stage("flow", config.flow, init_params, phases, streams.flow, data, workdir)
 
 
 def flow_data(cache: LatentCache, text_dim: int) -> FlowData:
@@ -228,9 +250,10 @@ def flow_data(cache: LatentCache, text_dim: int) -> FlowData:
 
 
 def flow_loss_fn(model: hunyuan_video.HunyuanVideoConfig, stage: FlowStageConfig) -> LossFn:
-    """loss(params, key, *FlowData): mean |v(z_sigma, sigma) - (z - x0)|² over a random batch."""
+    """loss(params, key, step, *FlowData): mean |v(z_sigma, sigma) - (z - x0)|² over a random batch."""
 
-    def loss_fn(params: Params, key: jax.Array, *inputs: jax.Array):
+    def loss_fn(params: Params, key: jax.Array, step: jax.Array, *inputs: jax.Array):
+        del step
         data = FlowData(*inputs)
         keys = jax.random.split(key, 4)
         clip = jax.random.randint(keys[0], (stage.batch_size,), 0, len(data.latents))

@@ -44,18 +44,28 @@ class VaeStageConfig(StageConfig):
     """Weights of the reconstruction loss; every term is a mean over its own elements.
 
     `edge_weight` multiplies the L1 distance of the spatial differences between neighbouring
-    pixels: it asks for sharp borders where plain L1 accepts a soft one.
+    pixels: it asks for sharp borders where plain L1 accepts a soft one. The first `short_steps`
+    updates see `short_batch_size` clips of `short_frames` frames, which cost less; the convolutions are causal,
+    so that little has to be learned anew afterwards. Latent noise and KL grow from zero to their
+    full weight over `noise_warmup_steps`.
     """
 
     l1_weight: float = 1.0
     l2_weight: float = 0.0
     edge_weight: float = 1.0
     kl_weight: float = 1e-4
+    short_steps: int = 0
+    short_batch_size: int = 8
+    short_frames: int = 5
+    noise_warmup_steps: int = 0
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("l1_weight", "l2_weight", "edge_weight", "kl_weight"):
+        for name in ("l1_weight", "l2_weight", "edge_weight", "kl_weight", "noise_warmup_steps"):
             _require(getattr(self, name) >= 0, self, name, "0 or more")
+        _require(0 <= self.short_steps <= self.steps, self, "short_steps", "0 to vae.steps")
+        for name in ("short_frames", "short_batch_size"):
+            _require(getattr(self, name) >= 1, self, name, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +20,15 @@ from orbax.checkpoint import v1 as ocp
 from sage_grpo_jax.training.pretraining_config import StageConfig
 
 Params = dict[str, Any]
-# loss_fn(params, key, *inputs) -> (scalar loss, dict of scalar metrics)
+# loss_fn(params, key, step, *inputs) -> (scalar loss, dict of scalar metrics)
 LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+
+
+class Phase(NamedTuple):
+    """The loss that a stage minimises up to and including update `until`."""
+
+    until: int
+    loss_fn: LossFn
 
 
 class TrainState(NamedTuple):
@@ -67,7 +74,7 @@ def make_update(loss_fn: LossFn, stage: StageConfig) -> Callable[..., tuple[Trai
     def update(state: TrainState, stage_key: jax.Array, *inputs):
         key = jax.random.fold_in(stage_key, state.step)
         gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, metrics), gradients = gradient_fn(state.params, key, *inputs)
+        (loss, metrics), gradients = gradient_fn(state.params, key, state.step, *inputs)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
@@ -83,7 +90,7 @@ def run_stage(
     name: str,
     stage: StageConfig,
     init_params: Callable[[], Params],
-    loss_fn: LossFn,
+    phases: Sequence[Phase],
     stage_key: jax.Array,
     inputs: tuple[Any, ...],
     workdir: pathlib.Path,
@@ -97,18 +104,17 @@ def run_stage(
       FloatingPointError: when a logged loss is not finite; nothing is saved after such a step.
     """
     optimizer = make_optimizer(stage)
-    policy = ocp.training.preservation_policies.LatestN(2)
-    directory = (workdir / name).absolute()
-    with ocp.training.Checkpointer(directory, preservation_policy=policy) as checkpointer:
+    with _open_checkpointer(workdir / name) as checkpointer:
         state = _restore_or_init(checkpointer, init_params, optimizer)
         start = int(state.step)
         metrics_file = workdir / "metrics.jsonl"
         truncate_metrics(metrics_file, name, start)
         if start < stage.steps:
             logging.info("%s: updates %d to %d", name, start, stage.steps)
-        update = make_update(loss_fn, stage)
+        updates = [(phase.until, make_update(phase.loss_fn, stage)) for phase in phases]
         progress = _Progress(name, start, stage.steps, metrics_file)
         for step in range(start + 1, stage.steps + 1):
+            update = next(update for until, update in updates if step <= until)
             state, metrics = update(state, stage_key, *inputs)
             last = step == stage.steps
             save = step % stage.checkpoint_every == 0 or last
@@ -132,6 +138,15 @@ def load_average(directory: pathlib.Path) -> tuple[int, Params]:
     return max(steps), ocp.load(directory / str(max(steps)))["average"]
 
 
+def _open_checkpointer(directory: pathlib.Path) -> ocp.training.Checkpointer:
+    return ocp.training.Checkpointer(
+        directory.absolute(),
+        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+        preservation_policy=ocp.training.preservation_policies.LatestN(2),
+        cleanup_tmp_directories=True,
+    )
+
+
 def _restore_or_init(
     checkpointer: ocp.training.Checkpointer,
     init_params: Callable[[], Params],
@@ -144,7 +159,8 @@ def _restore_or_init(
     abstract = jax.tree.map(lambda leaf: leaf.update(sharding=sharding), abstract)
     state = checkpointer.load(checkpointer.latest.step, abstract._asdict())
     logging.info("resumed from %s, step %d", checkpointer.directory, checkpointer.latest.step)
-    return TrainState(**state)
+    # Restored buffers may share memory with the reader; the update donates its own.
+    return jax.tree.map(jnp.copy, TrainState(**state))
 
 
 def truncate_metrics(path: pathlib.Path, stage: str, step: int) -> None:

@@ -86,10 +86,10 @@ def test_scale_one_runs_a_single_branch():
 
 def test_sequential_rematerializes_whole_branches():
     """Under grad it keeps no activations of a branch: a deep model costs about half the memory."""
-    width, depth = 256, 16
+    width, depth, batch = 32, 16, 1024
     weights = jnp.ones((depth, width, width)) / width
-    latents, timestep = jnp.ones((64, width)), jnp.ones(64)
-    condition, negative = jnp.ones((64, width)), jnp.zeros((64, width))
+    latents, timestep = jnp.ones((batch, width)), jnp.ones(batch)
+    condition, negative = jnp.ones((batch, width)), jnp.zeros((batch, width))
 
     def deep(weights, latents, timestep, condition):
         def layer(x, w):
@@ -109,13 +109,12 @@ def test_sequential_rematerializes_whole_branches():
         mode: gradient(mode).lower(weights).compile().memory_analysis().temp_size_in_bytes
         for mode in guidance.MODES
     }
-    activations = depth * 64 * width * 4
-    assert memory["batch"] - memory["sequential"] > 0.5 * activations
+    assert memory["sequential"] < 0.6 * memory["batch"]
 
 
 def test_bad_input():
     params, latents, timestep, condition, negative = make_inputs()
-    with pytest.raises(ValueError, match="scale=-1.0"):
+    with pytest.raises(ValueError, match=r"scale=-1\.0"):
         guidance.guided(model, -1.0)
     with pytest.raises(ValueError, match="mode='both': must be one of batch, sequential"):
         guidance.guided(model, 2.0, "both")

@@ -13,6 +13,11 @@ from sage_grpo_jax.flow import noise
 SHAPE = (2, 3, 5)
 
 
+@jax.jit
+def draw(keys, t_B):
+    return noise.initial_noise(keys, SHAPE), noise.step_noise(keys, t_B, SHAPE)
+
+
 def make_keys(batch=8, seed=3, step=7, slot=0):
     hashes = np.array([noise.prompt_hash(f"prompt {b // 4}") for b in range(batch)])
     return noise.sample_keys(seed, step, slot, hashes, np.arange(batch) % 4)
@@ -35,9 +40,9 @@ def test_keys_follow_the_documented_counters():
 def test_every_counter_changes_every_draw():
     def draws(**kwargs):
         keys = make_keys(**kwargs)
-        return [noise.initial_noise(keys, SHAPE)] + [
-            noise.step_noise(keys, t, SHAPE) for t in range(3)
-        ]
+        initial, first = draw(keys, np.zeros(8, int))
+        _, second = draw(keys, np.ones(8, int))
+        return [initial, first, second]
 
     everything = np.stack([*draws(), *draws(seed=4), *draws(step=8), *draws(slot=1)])
     flat = everything.reshape(-1, np.prod(SHAPE))
@@ -52,36 +57,29 @@ def test_draws_are_standard_normal():
         assert scipy.stats.kstest(row, "norm").pvalue > 1e-3
 
 
-def test_same_bits_for_any_batch_split():
-    keys = make_keys()
-    for draw in (noise.initial_noise, lambda keys, shape: noise.step_noise(keys, 2, shape)):
-        whole = draw(keys, SHAPE)
-        parts = [draw(keys[i : i + 2], SHAPE) for i in range(0, 8, 2)]
-        np.testing.assert_array_equal(whole, np.concatenate(parts))
-        np.testing.assert_array_equal(whole[5], draw(keys[5:6], SHAPE)[0])
-
-
-def test_steps_may_differ_within_a_batch():
-    keys = make_keys()
-    t_B = jnp.array([0, 1, 2, 0, 1, 2, 0, 1])
-    mixed = noise.step_noise(keys, t_B, SHAPE)
-    for b in (0, 4, 5):
-        np.testing.assert_array_equal(mixed[b], noise.step_noise(keys, t_B[b], SHAPE)[b])
+def test_same_bits_for_any_batch_split_and_mix_of_steps():
+    keys, t_B = make_keys(), np.array([0, 1, 2, 0, 1, 2, 0, 1])
+    whole = draw(keys, t_B)
+    parts = [draw(keys[i : i + 2], t_B[i : i + 2]) for i in range(0, 8, 2)]
+    for i in range(2):
+        np.testing.assert_array_equal(whole[i], np.concatenate([part[i] for part in parts]))
+    same_step = noise.step_noise(keys, 2, SHAPE)
+    np.testing.assert_array_equal(whole[1][t_B == 2], same_step[t_B == 2])
 
 
 def test_same_bits_on_eight_devices_without_communication():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     hashes = np.array([noise.prompt_hash(str(b)) for b in range(8)])
 
-    def draw(step, hashes, samples):
+    def draw_all(step, hashes, samples):
         keys = noise.sample_keys(0, step, 0, hashes, samples)
         return noise.initial_noise(keys, SHAPE), noise.step_noise(keys, 5, SHAPE)
 
     sharding = NamedSharding(mesh, P("data"))
-    sharded = jax.jit(draw, in_shardings=(None, sharding, sharding), out_shardings=sharding)
+    sharded = jax.jit(draw_all, in_shardings=(None, sharding, sharding), out_shardings=sharding)
     compiled = sharded.lower(jnp.int32(4), hashes, np.arange(8)).compile()
     assert "all-gather" not in compiled.as_text()
-    want = jax.jit(draw)(jnp.int32(4), hashes, np.arange(8))
+    want = jax.jit(draw_all)(jnp.int32(4), hashes, np.arange(8))
     got = sharded(jnp.int32(4), hashes, np.arange(8))
     assert len(got[0].sharding.device_set) == 8
     jax.tree.map(np.testing.assert_array_equal, got, want)

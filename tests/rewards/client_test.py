@@ -7,14 +7,14 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent import futures
 
 import fake_backends
 import grpc
 import numpy as np
 import pytest
+from scripted_service import Script, scripted
 
-from sage_grpo_jax.rewards import reward_pb2, reward_pb2_grpc, types
+from sage_grpo_jax.rewards import types
 from sage_grpo_jax.rewards.client import RewardClient
 from sage_grpo_jax.rewards.server import RewardServer
 
@@ -30,42 +30,6 @@ def _serving(backend, **options):
         yield server
     finally:
         server.stop(grace=0.0)
-
-
-class _Script(reward_pb2_grpc.RewardServiceServicer):
-    """Fails with the given codes, then answers; `change` may falsify an answer."""
-
-    def __init__(self, codes=(), change=None, pushback_ms=None):
-        self.codes = list(codes)
-        self.change = change
-        self.pushback_ms = pushback_ms
-        self.times = []
-
-    def Score(self, request, context):
-        self.times.append(time.monotonic())
-        if self.codes:
-            if self.pushback_ms is not None:
-                context.set_trailing_metadata((("retry-pushback-ms", str(self.pushback_ms)),))
-            context.abort(self.codes.pop(0), "as scripted")
-        response = reward_pb2.ScoreResponse(
-            request_id=request.request_id, digest=request.digest, fingerprint="scripted"
-        )
-        response.rewards.add(name="MEAN", raw=1.0, normalised=2.0)
-        if self.change is not None:
-            self.change(response)
-        return response
-
-
-@contextlib.contextmanager
-def _scripted(script):
-    server = grpc.server(futures.ThreadPoolExecutor(4))
-    reward_pb2_grpc.add_RewardServiceServicer_to_server(script, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.stop(None).wait()
 
 
 def _submit(client, seed=0, prompt="a red disk"):
@@ -151,14 +115,16 @@ def test_info_waits_for_the_warm_up():
 
 
 def test_info_raises_when_the_server_cannot_be_used():
-    with RewardClient(f"127.0.0.1:{_free_port()}", budget=0.3) as client:
-        with pytest.raises(types.RewardServiceError) as error:
-            client.info()
+    with (
+        RewardClient(f"127.0.0.1:{_free_port()}", budget=0.3) as client,
+        pytest.raises(types.RewardServiceError) as error,
+    ):
+        client.info()
     assert error.value.code == types.UNAVAILABLE
     with (
         _serving(fake_backends.Mean("new")) as server,
         RewardClient(server.address, expected_fingerprint="old") as client,
-        pytest.raises(types.RewardServiceError, match="'new'.*'old'") as error,
+        pytest.raises(types.RewardServiceError, match=r"'new'.*'old'") as error,
     ):
         client.info()
     assert error.value.code == types.FAILED_PRECONDITION
@@ -230,8 +196,8 @@ def _no_rewards(response):
     ],
 )
 def test_answers_are_not_trusted(change, code):
-    script = _Script(change=change)
-    with _scripted(script) as address:
+    script = Script(change=change)
+    with scripted(script) as address:
         result = _one(address, expected_fingerprint="scripted")
     assert (result.ok, result.code, result.scores) == (False, code, {})
     assert len(script.times) == 1
@@ -242,8 +208,8 @@ def test_answers_are_not_trusted(change, code):
     [CODE.UNAVAILABLE, CODE.RESOURCE_EXHAUSTED, CODE.DEADLINE_EXCEEDED, CODE.CANCELLED],
 )
 def test_passing_failures_are_repeated(code):
-    script = _Script([code, code])
-    with _scripted(script) as address:
+    script = Script([code, code])
+    with scripted(script) as address:
         result = _one(address)
     assert (result.ok, result.attempts, len(script.times)) == (True, 3, 3)
 
@@ -252,19 +218,19 @@ def test_passing_failures_are_repeated(code):
     "code", [CODE.FAILED_PRECONDITION, CODE.INTERNAL, CODE.UNKNOWN, CODE.UNIMPLEMENTED]
 )
 def test_other_failures_are_final(code):
-    script = _Script([code])
-    with _scripted(script) as address:
+    script = Script([code])
+    with scripted(script) as address:
         result = _one(address)
     assert (result.ok, result.code, len(script.times)) == (False, code.name, 1)
 
 
 def test_pauses_grow_and_follow_the_server_hint():
-    hinted = _Script([CODE.RESOURCE_EXHAUSTED], pushback_ms=600)
-    with _scripted(hinted) as address:
+    hinted = Script([CODE.RESOURCE_EXHAUSTED], pushback_ms=600)
+    with scripted(hinted) as address:
         assert _one(address).ok
     assert 0.3 <= hinted.times[1] - hinted.times[0] <= 1.2
-    plain = _Script([CODE.UNAVAILABLE] * 4)
-    with _scripted(plain) as address:
+    plain = Script([CODE.UNAVAILABLE] * 3)
+    with scripted(plain) as address:
         assert _one(address).ok
     pauses = np.diff(plain.times)
     for attempt, pause in enumerate(pauses):
@@ -298,8 +264,8 @@ def test_a_spent_budget_is_a_failed_sample(caplog):
 
 
 def test_the_last_code_is_kept_when_the_budget_ends():
-    script = _Script([CODE.RESOURCE_EXHAUSTED] * 100)
-    with _scripted(script) as address:
+    script = Script([CODE.RESOURCE_EXHAUSTED] * 100)
+    with scripted(script) as address:
         result = _one(address, budget=0.5)
     assert (result.ok, result.code) == (False, types.RESOURCE_EXHAUSTED)
     backend = fake_backends.Slow(10.0)
@@ -315,11 +281,11 @@ def test_a_full_queue_slows_the_client_down_without_a_failure():
         _serving(backend, max_workers=1, max_queue=1) as server,
         RewardClient(server.address, max_in_flight=8) as client,
     ):
-        results = [_submit(client, seed) for seed in range(16)]
+        results = [_submit(client, seed) for seed in range(10)]
         results = [future.result(20.0) for future in results]
         assert server.counts["RESOURCE_EXHAUSTED"] > 0
     assert all(result.ok for result in results)
-    assert backend.calls == 16
+    assert backend.calls == 10
 
 
 def test_a_server_that_returns_on_its_address_loses_nothing(caplog):

@@ -35,6 +35,15 @@ def _gone(pid: int) -> bool:
     return state == "Z"
 
 
+def _refused(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5.0).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def _wait_until(condition, seconds=5.0):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -44,13 +53,14 @@ def _wait_until(condition, seconds=5.0):
 
 def test_the_real_backend_serves_and_closes():
     video = fake_backends.clip(frames=17, side=32)
-    prompt = "a red disk moves left, fast, over a dark background"
+    prompt = "a large red disk moves left, fast, over a dark background"
     with spawn_server("moving_shapes") as server, RewardClient(server.address) as client:
         assert client.info().fingerprint == server.fingerprint
         assert client.info().names == ("VQ", "MQ", "TA")
         result = client.submit(video, prompt, "run/0/0", 8.0).result(20.0)
         log = server.log_path
-        assert result.code in ("OK", "INTERNAL"), result
+        assert result.ok, result
+        assert set(result.scores) == {"VQ", "MQ", "TA"}
     assert server.process.returncode == 0
     assert not log.exists()
     server.close()
@@ -96,7 +106,7 @@ def test_a_failed_warm_up_fails_with_the_reason():
 
 def test_a_slow_start_is_given_up():
     started = time.monotonic()
-    with pytest.raises(RuntimeError, match="did not serve within 1.5 s"):
+    with pytest.raises(RuntimeError, match=r"did not serve within 1\.5 s"):
         _spawn("NeverReady", startup_timeout=1.5)
     assert time.monotonic() - started < 6.0
 
@@ -117,18 +127,20 @@ def test_a_public_address_needs_consent():
 
 def test_a_server_killed_in_the_middle_may_return(tmp_path):
     env = {"PYTHONPATH": HERE, "DYING_MARKER": str(tmp_path / "died")}
-    with _spawn("Dying", env=env) as first:
-        with RewardClient(first.address, max_in_flight=4, budget=60.0) as client:
-            prompts = ["a red disk"] * 4 + ["die"] + ["a red disk"] * 15
-            results = [
-                client.submit(fake_backends.clip(seed), prompt, f"run/0/{seed}", 8.0)
-                for seed, prompt in enumerate(prompts)
-            ]
-            assert first.process.wait(20.0) == 139
-            port = int(first.address.rpartition(":")[2])
-            with _spawn("Dying", env=env, port=port) as second:
-                assert second.address == first.address
-                results = [future.result(30.0) for future in results]
+    with (
+        _spawn("Dying", env=env) as first,
+        RewardClient(first.address, max_in_flight=4, budget=60.0) as client,
+    ):
+        prompts = ["a red disk"] * 4 + ["die"] + ["a red disk"] * 15
+        results = [
+            client.submit(fake_backends.clip(seed), prompt, f"run/0/{seed}", 8.0)
+            for seed, prompt in enumerate(prompts)
+        ]
+        assert first.process.wait(20.0) == 139
+        port = int(first.address.rpartition(":")[2])
+        with _spawn("Dying", env=env, port=port) as second:
+            assert second.address == first.address
+            results = [future.result(30.0) for future in results]
     assert all(result.ok for result in results), [result.message for result in results]
 
 
@@ -145,7 +157,7 @@ def test_sigterm_finishes_accepted_calls():
 def test_a_lost_backend_ends_the_process_with_an_error(tmp_path):
     log = tmp_path / "log"
     with _spawn("Bad", log_path=log) as server:
-        with RewardClient(server.address, budget=2.0) as client:
+        with RewardClient(server.address, budget=0.6) as client:
             result = client.submit(fake_backends.clip(), "lost", "b", 8.0).result(20.0)
             assert (result.ok, result.code) == (False, "UNAVAILABLE")
         assert server.process.wait(5.0) == 1
@@ -174,9 +186,35 @@ def test_a_killed_parent_takes_its_server_along():
         assert not _gone(int(pid))
         parent.kill()
     _wait_until(lambda: _gone(int(pid)))
-    host, _, port = address.rpartition(":")
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection((host, int(port)), timeout=5.0)
+    # The main thread may be gone before the last one, which holds the port.
+    _wait_until(lambda: _refused(address))
+
+
+def test_the_watch_alone_notices_the_end_of_the_parent():
+    # As on a system without prctl.
+    child = """
+    import sys, os, time
+    sys.platform = "other"
+    from sage_grpo_jax.rewards.spawn import die_with_parent
+    die_with_parent(int(sys.argv[1]))
+    print("watching", flush=True)
+    time.sleep(60)
+    """
+    program = """
+    import os, subprocess, sys, time
+    command = [sys.executable, "-c", sys.argv[1], str(os.getpid())]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    child.stdout.readline()
+    print(child.pid, flush=True)
+    time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), textwrap.dedent(child)]
+    root = pathlib.Path(spawn.__file__).parents[2]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as parent:
+        pid = int(parent.stdout.readline())
+        assert not _gone(pid)
+        parent.kill()
+    _wait_until(lambda: _gone(pid))
 
 
 def test_the_end_of_the_thread_that_spawned_it_leaves_the_server_alone():

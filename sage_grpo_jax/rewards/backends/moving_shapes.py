@@ -18,15 +18,14 @@ is about the error of a good generator, and no input makes it infinite.
 Known exploits, all of which the manifold distance sees:
 
 - VQ sees one frame at a time and no outline: any blob, any number of blobs of about the right total
-  area, with crisp one-pixel edges and exact colours is perfect. A few wrong pixels inside the
-  palette cost little.
-- MQ sees only mass, centroid and spread of what differs from the background: a shape that turns,
-  morphs or falls apart symmetrically, or two shapes moving together, is steady motion. A shape that
-  fades in place while its copy ahead appears moves its centroid too.
+  area, with crisp one-pixel edges and exact colours is perfect.
+- MQ sees only mass, centroid and spread of what differs from the background: a shape that turns or
+  morphs, or two close shapes moving together, is steady motion. A shape that fades in place while
+  its copy ahead appears moves its centroid too. Blur is not seen at all (it even helps a little).
 - TA sees the mean colour (a half yellow, half cyan object counts as green), the average correlation
-  (details under a pixel, a changing orientation of the disk) and the net displacement (any path).
-- The shape and the captioned size may be exaggerated where that separates a shape better from the
-  others: half of `shape` is relative.
+  (no details) and the fitted displacement (any path).
+- `shape` is partly relative: a caricature that resembles the other silhouettes even less than the
+  captioned one does can gain a little.
 - Nothing ties the first frame to the frame border: where a shape starts, and whether it would leave
   the frame in a longer clip, is free.
 """
@@ -64,9 +63,10 @@ TERMS = {
     "background": Term("TA", 0.5, 0.03),
 }
 
-# Mean and standard deviation of the raw rewards over real clips degraded by random amounts of
-# noise, blur, jitter and colour error; normalised = (raw - mean) / std.
-NORMALISATION = {"VQ": (0.0, 1.0), "MQ": (0.0, 1.0), "TA": (0.0, 1.0)}
+# Mean and standard deviation of the raw rewards over 256 real clips degraded by random amounts:
+# noise 0..0.06, blur 0.2..1.2 px, jitter 0..0.8 px, colour error 0..40 %, speed 0..110 %, one in
+# ten reversed. normalised = (raw - mean) / std. Real clips get about +4, +3.3, +1.9.
+NORMALISATION = {"VQ": (6.55, 1.04), "MQ": (3.36, 1.02), "TA": (11.71, 1.49)}
 
 # Area of a shape of radius 1, in the order of spec.SHAPES.
 _UNIT_AREA = np.array(

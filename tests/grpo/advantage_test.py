@@ -1,0 +1,89 @@
+import functools
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+
+from sage_grpo_jax.grpo import advantage
+
+EVERYONE = np.ones((3, 4), bool)
+
+
+@functools.partial(jax.jit, static_argnames=("epsilon", "clip"))
+def advantages(rewards, valid, epsilon=1e-4, clip=5.0):
+    return advantage.group_advantages(rewards, valid, epsilon, clip)
+
+
+def numpy_advantages(rewards, valid, epsilon, clip):
+    """One group at a time, in float64, on the valid members only."""
+    result = np.zeros(rewards.shape)
+    for p in range(len(rewards)):
+        members = np.asarray(rewards[p][valid[p]], np.float64)
+        if len(members) >= 2 and np.ptp(members) > 0:
+            scaled = (members - members.mean()) / (members.std() + epsilon)
+            result[p][valid[p]] = np.clip(scaled, -clip, clip)
+    return result
+
+
+def test_by_hand():
+    rewards = np.array([[1.0, 3.0], [2.0, 2.0]])
+    got = advantage.group_advantages(rewards, np.ones((2, 2), bool), 0.0, 5.0)
+    np.testing.assert_allclose(got, [[-1.0, 1.0], [0.0, 0.0]])
+    got = advantage.group_advantages(rewards, np.ones((2, 2), bool), 1.0, 0.4)
+    np.testing.assert_allclose(got, [[-0.4, 0.4], [0.0, 0.0]])
+    got = advantage.group_advantages(rewards, np.ones((2, 2), bool), 0.0, 5.0, std_floor=4.0)
+    np.testing.assert_allclose(got, [[-0.25, 0.25], [0.0, 0.0]])
+
+
+@hypothesis.settings(max_examples=80, deadline=None)
+@hypothesis.given(
+    rewards=hnp.arrays(np.float32, (3, 4), elements=st.integers(-64, 64).map(lambda n: n / 8)),
+    valid=hnp.arrays(bool, (3, 4)),
+    rubbish=st.sampled_from([np.nan, np.inf, -np.inf, 1e30, 0.0]),
+)
+def test_matches_numpy_and_ignores_invalid_entries(rewards, valid, rubbish):
+    got = np.asarray(advantages(np.where(valid, rewards, np.float32(rubbish)), valid))
+    np.testing.assert_allclose(got, numpy_advantages(rewards, valid, 1e-4, 5.0), rtol=2e-5)
+    assert np.all(got[~valid] == 0)
+    np.testing.assert_allclose(got.sum(axis=1), 0.0, atol=1e-5)
+
+
+def test_large_offset_costs_no_digits():
+    rewards = np.float32([[0.0, 1.0, 2.0, 5.0]] * 3)
+    np.testing.assert_allclose(
+        advantages(rewards + 1e6, EVERYONE), advantages(rewards, EVERYONE), rtol=1e-6
+    )
+
+
+def test_equal_rewards_and_lone_survivors_get_exactly_zero():
+    rewards = np.float32([[0.1] * 4, [-7.7] * 4, [1, 2, 3, 4]])
+    valid = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 0]], bool)
+    np.testing.assert_array_equal(advantages(rewards, valid, epsilon=0.0), np.zeros((3, 4)))
+    assert not np.any(advantages(rewards, np.zeros((3, 4), bool)))
+
+
+def test_non_finite_rewards_count_as_failed():
+    rewards = np.float32([[1.0, np.nan, 3.0, 4.0], [1, 2, np.inf, 4], [1, 2, 3, 4]])
+    got = advantages(rewards, EVERYONE)
+    np.testing.assert_array_equal(got, advantages(rewards, np.isfinite(rewards)))
+    assert np.all(np.isfinite(got))
+
+
+def test_gradients_are_finite_behind_the_mask():
+    rewards = np.float32([[1.0, np.nan, 3.0, 4.0], [0.1] * 4, [1, 2, 3, 4]])
+    valid = np.isfinite(rewards) & (np.arange(3)[:, None] < 2)
+    gradient = jax.grad(lambda r: (advantages(r, valid) ** 3).sum())(rewards)
+    assert np.all(np.isfinite(gradient))
+    assert np.all(np.asarray(gradient)[~valid] == 0)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"epsilon=-1\.0: must be >= 0"):
+        advantage.group_advantages(EVERYONE, EVERYONE, -1.0, 5.0)
+    with pytest.raises(ValueError, match=r"clip=0\.0: must be > 0 or None"):
+        advantage.group_advantages(EVERYONE, EVERYONE, 0.0, 0.0)
+    with pytest.raises(AssertionError):
+        advantage.group_advantages(EVERYONE, EVERYONE[:2], 0.0, 5.0)

@@ -1,0 +1,247 @@
+"""One training step: the ratio gate, masks, skips, meshes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from sage_grpo_jax.parallel import mesh as mesh_lib
+from sage_grpo_jax.training import learner as learner_lib
+from sage_grpo_jax.training import setup
+
+
+@dataclasses.dataclass
+class Trainer:
+    """A learner with its state and prompts."""
+
+    learner: learner_lib.Learner
+    state: object
+    prompts: setup.Prompts
+
+    def steps(self, count: int) -> list[dict[str, float]]:
+        """Takes `count` steps."""
+        batches, metrics = iter(self.prompts), []
+        for _ in range(count):
+            self.state, values = self.learner.step(self.state, next(batches))
+            metrics.append(values)
+        return metrics
+
+    def params(self):
+        """The parameters as numpy."""
+        return jax.tree.map(np.asarray, self.state.params)
+
+
+def make_trainer(config, scorer, mesh, tmp_path) -> Trainer:
+    networks = setup.read_networks(config.model)
+    prompts = setup.open_prompts(config, tmp_path, networks.transformer.text_embed_dim)
+    learner = learner_lib.Learner(
+        setup.build_programs(networks, config, mesh),
+        setup.load_vae(networks, mesh),
+        prompts.negative,
+        scorer,
+        mesh,
+    )
+    return Trainer(learner, setup.fresh_state(networks, config, mesh), prompts)
+
+
+@pytest.fixture
+def one_device():
+    """A mesh of one device, set for the test."""
+    mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def test_first_step_starts_at_ratio_one_and_no_divergence(
+    make_config, local_scorer, one_device, tmp_path
+):
+    trainer = make_trainer(make_config(), local_scorer(), one_device, tmp_path)
+    before = trainer.params()
+    first, second = trainer.steps(2)
+    assert first["ratio/max_deviation"] <= 1e-6
+    assert second["ratio/max_deviation"] <= 1e-6
+    assert first["kl/anchor"] <= 1e-12
+    assert first["kl/previous"] <= 1e-12
+    # One applied update behind: the second step sees the motion of the first.
+    assert second["kl/previous"] > 1e-9
+    assert first["update/applied"] == 1
+    assert first["grad/norm"] > 0
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, trainer.params())
+    assert max(jax.tree.leaves(moved)) > 1e-4
+
+
+def test_mesh_does_not_change_the_training(make_config, local_scorer, one_device, tmp_path):
+    trainer = make_trainer(make_config(), local_scorer(), one_device, tmp_path / "one")
+    metrics = trainer.steps(2)
+    mesh = mesh_lib.make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        sharded = make_trainer(
+            make_config({"mesh.data": 2, "mesh.fsdp": 2, "mesh.context": 2}),
+            local_scorer(),
+            mesh,
+            tmp_path / "eight",
+        )
+        spread = [len(x.sharding.device_set) for x in jax.tree.leaves(sharded.state.params)]
+        assert set(spread) == {8}
+        assert any(not x.is_fully_replicated for x in jax.tree.leaves(sharded.state.opt_state))
+        sharded_metrics = sharded.steps(2)
+    for ours, theirs in zip(metrics, sharded_metrics, strict=True):
+        for name in ("reward/overall", "grad/norm", "loss/policy"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-3, atol=1e-6)
+    for a, b in zip(
+        jax.tree.leaves(trainer.params()), jax.tree.leaves(sharded.params()), strict=True
+    ):
+        # AdamW's first steps are ±lr whatever the gradient's size: compare with a step's length.
+        assert np.mean(np.abs(a - b)) <= 0.02 * 1e-3
+
+
+def test_mesh_draws_the_same_noise(make_config, local_scorer, one_device, tmp_path):
+    config = make_config()
+    trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
+    batch = next(iter(trainer.prompts))
+    keys = np.asarray(jax.random.key_data(trainer.learner.sample_keys(batch, 3)))
+    mesh = mesh_lib.make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        other = make_trainer(config, local_scorer(), mesh, tmp_path)
+        samples = batch.repeat(config.rollout.group_size)
+        rows = other.learner.sample_keys(batch, 3)
+        assert (np.asarray(jax.random.key_data(rows)) == keys).all()
+        condition = other.learner.condition(samples)
+        sharded = other.learner.programs.rollout(
+            other.state.params, condition, other.learner.negative, rows
+        )
+    alone = trainer.learner.programs.rollout(
+        trainer.state.params,
+        trainer.learner.condition(samples),
+        trainer.learner.negative,
+        trainer.learner.sample_keys(batch, 3),
+    )
+    # The initial noise is bit for bit the same, the videos within float32 rounding.
+    assert (np.asarray(alone.latents[0]) == np.asarray(sharded.latents[0])).all()
+    np.testing.assert_allclose(alone.latents, sharded.latents, atol=2e-4)
+
+
+def test_failed_samples_are_masked_and_counted(make_config, local_scorer, one_device, tmp_path):
+    scorer = local_scorer(failing=frozenset({1, 6}))
+    trainer = make_trainer(make_config(), scorer, one_device, tmp_path)
+    (metrics,) = trainer.steps(1)
+    assert metrics["reward/valid_fraction"] == 14 / 16
+    assert metrics["advantage/nonzero_fraction"] <= 14 / 16
+    assert metrics["update/applied"] == 1
+    assert np.isfinite(metrics["reward/overall"])
+
+
+def test_a_failed_sample_has_no_influence(make_config, local_scorer, one_device, tmp_path):
+    """Its latents may even be NaN: loss and gradient are those of the other samples."""
+    config = make_config({"rollout.prompts_per_step": 2, "rollout.decode_batch": 8})
+    trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
+    learner, batch = trainer.learner, next(iter(trainer.prompts))
+    samples = batch.repeat(4)
+    keys, condition = learner.sample_keys(batch, 0), learner.condition(samples)
+    trajectory = learner.programs.rollout(
+        trainer.state.params, condition, learner.negative, keys
+    )
+    from sage_grpo_jax.training import programs
+
+    advantages = np.array([1.0, -1.0, 0.5, 0.0, 1.0, 0.2, -0.7, -0.5], np.float32)
+    valid = np.ones(8, bool)
+    valid[3] = False
+
+    def norm(latents):
+        update = programs.UpdateBatch(latents, keys, condition, advantages, valid)
+        state = setup.fresh_state(setup.read_networks(config.model), config, one_device)
+        _, metrics = learner.programs.update(state, update, learner.negative, np.float32(1e-6))
+        assert metrics["update/applied"]
+        return float(metrics["grad/norm"])
+
+    disturbed = trajectory.latents.at[:, 3].set(trajectory.latents[:, 5] + 1.0)
+    assert norm(trajectory.latents) == pytest.approx(norm(disturbed), rel=1e-6)
+
+
+def test_too_few_rewards_skip_the_update(make_config, local_scorer, one_device, tmp_path):
+    scorer = local_scorer(failing=frozenset(range(6)))
+    trainer = make_trainer(make_config(), scorer, one_device, tmp_path)
+    before = trainer.params()
+    (metrics,) = trainer.steps(1)
+    assert metrics["update/applied"] == 0
+    assert int(trainer.state.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, before, trainer.params())
+
+
+def test_non_finite_weights_never_reach_the_parameters(
+    make_config, local_scorer, one_device, tmp_path
+):
+    trainer = make_trainer(make_config(), local_scorer(), one_device, tmp_path)
+    leaves, tree = jax.tree.flatten(trainer.state.params)
+    leaves[0] = leaves[0].at[(0,) * leaves[0].ndim].set(np.nan)
+    trainer.state = trainer.state._replace(params=jax.tree.unflatten(tree, leaves))
+    with pytest.raises(learner_lib.NumericsError, match="not finite"):
+        trainer.steps(1)
+
+
+def test_ratio_gate_stops_before_anything_is_applied(
+    make_config, local_scorer, one_device, tmp_path
+):
+    config = make_config({"loss.ratio_tolerance": 0.0})
+    trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
+    with pytest.raises(learner_lib.NumericsError, match="ratio_tolerance = 0"):
+        trainer.steps(1)
+
+
+def test_replay_brings_the_ratio_back_to_one(make_config, local_scorer, one_device, tmp_path):
+    # bf16 in the model makes the update's means differ from the rollout's.
+    config = make_config(
+        {
+            "model.compute_dtype": "bfloat16",
+            "loss.ratio_tolerance": 1e-9,
+            "loss.ratio_action": "replay",
+        }
+    )
+    trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
+    (metrics,) = trainer.steps(1)
+    assert metrics["update/applied"] == 1
+    assert metrics["ratio/rollout_mismatch"] > 1e-9
+    assert metrics["ratio/max_deviation"] <= 1e-6
+
+
+def test_several_updates_move_the_ratio(make_config, local_scorer, one_device, tmp_path):
+    config = make_config({"loss.updates_per_rollout": 3, "loss.clip_range": 1e-6})
+    trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
+    (metrics,) = trainer.steps(1)
+    assert metrics["ratio/max_deviation"] > 1e-6
+    assert metrics["ratio/clip_fraction"] > 0
+
+
+@pytest.mark.parametrize("method", ["flow_grpo", "dance_grpo", "cps"])
+def test_the_other_methods_run(make_config, local_scorer, one_device, tmp_path, method):
+    from sage_grpo_jax.training import methods
+
+    config = make_config(methods.METHODS[method])
+    trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
+    (metrics,) = trainer.steps(1)
+    assert metrics["update/applied"] == 1
+    assert metrics["ratio/max_deviation"] <= 1e-6
+    assert metrics["grad/norm"] > 0
+    assert ("kl/anchor" in metrics) == (method == "flow_grpo")
+
+
+def test_accumulation_equals_one_batch(make_config, local_scorer, one_device, tmp_path):
+    norms = []
+    for size in (16, 2):
+        trainer = make_trainer(
+            make_config({"loss.micro_batch": size}), local_scorer(), one_device, tmp_path
+        )
+        (metrics,) = trainer.steps(1)
+        norms.append(metrics["grad/norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_guidance_in_batch_equals_in_sequence(make_config, local_scorer, one_device, tmp_path):
+    found = []
+    for mode in ("batch", "sequential"):
+        config = make_config({"rollout.guidance": 2.5, "rollout.guidance_mode": mode})
+        trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
+        (metrics,) = trainer.steps(1)
+        found.append([metrics[n] for n in ("reward/overall", "grad/norm")])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-3)
