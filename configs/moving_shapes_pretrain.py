@@ -25,9 +25,10 @@ def get_config() -> ConfigDict:
             "ema_decay": 0.998,
             "log_every": 50,
             "checkpoint_every": 200,
-            "l1_weight": 1.0,
-            "l2_weight": 0.0,
+            "l1_weight": 0.5,
+            "l2_weight": 1.0,
             "edge_weight": 1.0,
+            "contrast_weight": 10.0,
             "kl_weight": 3e-5,
         }
     )

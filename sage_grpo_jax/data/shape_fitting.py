@@ -146,7 +146,7 @@ def _shifts(axis: int) -> np.ndarray:
 
 
 def _correlate(stacked: jax.Array, silhouettes: np.ndarray) -> jax.Array:
-    """Correlates [N, motion, 3, H, W] with [S, k, k] centred on each pixel: [N, motion, 3, S, H, W].
+    """Correlates [N, motion, 3, H, W] with [S, k, k] at every pixel: [N, motion, 3, S, H, W].
 
     By Fourier transforms, several times faster than XLA's convolution on a CPU. The zeros that pad
     a frame keep what wraps around out of it.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 OBJECTIVES = ("ppo", "reinforce")
 
-# exp() of more is of no use to anyone and turns 0 advantages into NaN.
+# Beyond it exp() is capped and the gradient 0: an infinite ratio times an advantage of 0 is NaN.
 _MAX_LOG_RATIO = 20.0
 
 Metrics = dict[str, jax.Array]

@@ -27,9 +27,9 @@ def rotary_angles(
     for axis, dim in enumerate(axes_dim):
         # float32 in this order of operations, as the reference computes its frequencies.
         exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-        frequencies = np.float32(1.0) / np.power(np.float32(theta), exponent, dtype=np.float32)
+        powers = np.power(theta, exponent.astype(np.float64)).astype(np.float32)
         position = jax.lax.broadcasted_iota(jnp.float32, grid, axis).reshape(-1, 1)
-        angles.append(position * frequencies)
+        angles.append(position * (np.float32(1.0) / powers))
     return jnp.concatenate(angles, axis=-1)
 
 

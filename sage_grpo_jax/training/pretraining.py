@@ -129,7 +129,7 @@ def vae_loss_fn(model: vae.VaeConfig, stage: VaeStageConfig, clips: int, frames:
         warmup = jnp.minimum(1.0, step / max(stage.noise_warmup_steps, 1))
         noise = warmup * jnp.exp(0.5 * logvar) * jax.random.normal(noise_key, mean.shape)
         decoded = vae.decode(params, mean + noise, model)
-        terms = reconstruction_terms(decoded, videos)
+        terms = reconstruction_terms(decoded, videos, stage.contrast_weight)
         terms["kl"] = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
         loss = (
             stage.l1_weight * terms["l1"]
@@ -150,16 +150,26 @@ def random_clips(key: jax.Array, n: int, frames: int) -> jax.Array:
     return 2.0 * jax.lax.dynamic_slice_in_dim(videos, first, frames, axis=1) - 1.0
 
 
-def reconstruction_terms(decoded: jax.Array, videos: jax.Array) -> dict[str, jax.Array]:
-    """Mean absolute, mean squared and mean absolute neighbour-difference error of [B,F,H,W,3]."""
+def reconstruction_terms(
+    decoded: jax.Array, videos: jax.Array, contrast_weight: float
+) -> dict[str, jax.Array]:
+    """Weighted mean absolute and squared error of [B, F, H, W, 3], and that of differences.
+
+    A pixel weighs 1 + contrast_weight times its distance from the mean colour of its frame: the
+    background fills nine tenths of a frame, and a plain loss is content with nothing else. "edge"
+    is the mean absolute error of the differences between neighbouring pixels.
+    """
     chex.assert_rank([decoded, videos], 5)
     chex.assert_equal_shape([decoded, videos])
+    contrast = jnp.abs(videos - jnp.mean(videos, axis=(2, 3), keepdims=True))
+    weight = 1.0 + contrast_weight * jnp.mean(contrast, axis=-1, keepdims=True)
+    weight = weight / jnp.mean(weight)
     error = decoded - videos
     across = jnp.mean(jnp.abs(jnp.diff(error, axis=3)))
     down = jnp.mean(jnp.abs(jnp.diff(error, axis=2)))
     return {
-        "l1": jnp.mean(jnp.abs(error)),
-        "l2": jnp.mean(jnp.square(error)),
+        "l1": jnp.mean(weight * jnp.abs(error)),
+        "l2": jnp.mean(weight * jnp.square(error)),
         "edge": 0.5 * (across + down),
     }
 

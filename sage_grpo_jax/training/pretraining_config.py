@@ -53,6 +53,7 @@ class VaeStageConfig(StageConfig):
     l1_weight: float = 1.0
     l2_weight: float = 0.0
     edge_weight: float = 1.0
+    contrast_weight: float = 0.0
     kl_weight: float = 1e-4
     short_steps: int = 0
     short_batch_size: int = 8
@@ -61,7 +62,8 @@ class VaeStageConfig(StageConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("l1_weight", "l2_weight", "edge_weight", "kl_weight", "noise_warmup_steps"):
+        weights = ("l1_weight", "l2_weight", "edge_weight", "contrast_weight", "kl_weight")
+        for name in (*weights, "noise_warmup_steps"):
             _require(getattr(self, name) >= 0, self, name, "0 or more")
         _require(0 <= self.short_steps <= self.steps, self, "short_steps", "0 to vae.steps")
         for name in ("short_frames", "short_batch_size"):

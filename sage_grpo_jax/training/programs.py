@@ -71,6 +71,19 @@ class Recipe:
 
 
 @dataclasses.dataclass(frozen=True)
+class UpdatePrograms:
+    """The update, compiled for batches without and with replayed means."""
+
+    plain: Callable
+    with_means: Callable
+
+    def __call__(self, state, batch: UpdateBatch, negative, tolerance):
+        """See `make_update`."""
+        program = self.plain if batch.mean_old is None else self.with_means
+        return program(state, batch, negative, tolerance)
+
+
+@dataclasses.dataclass(frozen=True)
 class Programs:
     """The jitted functions; see the makers below for their arguments."""
 
@@ -78,7 +91,7 @@ class Programs:
     rollout: Callable
     sample: Callable
     decode: Callable
-    update: Callable
+    update: UpdatePrograms
     replay: Callable
 
 
@@ -383,11 +396,7 @@ def build(
     evaluation = schedules.make_schedule(recipe.config.eval.num_steps, recipe.config.rollout.shift)
     update = make_update(recipe, tx)
 
-    def update_any(state, batch, negative, tolerance):
-        jitted = _update_plain if batch.mean_old is None else _update_replayed
-        return jitted(state, batch, negative, tolerance)
-
-    _update_plain, _update_replayed = (
+    plain, with_means = (
         jax.jit(
             update,
             donate_argnums=0,
@@ -417,7 +426,7 @@ def build(
             static_argnames="size",
             out_shardings=rows,
         ),
-        update=update_any,
+        update=UpdatePrograms(plain, with_means),
         replay=jax.jit(
             make_replay(recipe),
             in_shardings=(placed.params, batch, whole),

@@ -85,7 +85,8 @@ def test_tiny_clip_ranges_are_exact():
     def fn(log_ratio, sign):
         return loss.policy_loss(log_ratio, sign * jnp.ones(1), jnp.ones(4), 1e-6)[0]
 
-    up, down = (jax.grad(fn)(log_ratio, sign)[0] != 0 for sign in (1.0, -1.0))
+    gradient = jax.jit(jax.grad(fn))
+    up, down = (gradient(log_ratio, sign)[0] != 0 for sign in (1.0, -1.0))
     np.testing.assert_array_equal(up, [True, False, True, True])
     np.testing.assert_array_equal(down, [True, True, True, False])
 
@@ -126,7 +127,7 @@ def test_weights_may_differ_by_sample():
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
 @hypothesis.given(
     seed=st.integers(0, 10),
     rubbish=st.sampled_from([np.nan, np.inf, -np.inf]),

@@ -162,6 +162,22 @@ def test_vq_is_blind_to_the_caption(clips, captions):
     )
 
 
+def test_foreign_outline_fools_vq_and_mq_but_not_the_manifold_distance():
+    """The documented exploit: a crisp diamond, which is no shape of the world, moving as told."""
+    x = np.arange(32) + 0.5 - (9.3 + 0.4 * np.arange(17)[:, None, None])
+    y = np.arange(32)[:, None] + 0.5 - 15.7
+    cover = np.clip(0.5 - (np.abs(x) + np.abs(y) - 7) / np.sqrt(2), 0, 1)[..., None]
+    ground, red = spec.BACKGROUND_RGB[0] / 255, spec.COLOUR_RGB[0] / 255
+    diamond = pixels(ground + cover * (red - ground))[None]
+    text = ["a large red square moves right, slowly, over a dark background"]
+    key = jax.random.key(0)
+    real = moving_shapes.render(moving_shapes.parameters_from_captions(text, key))
+    fooled, true = scores(diamond, text), scores(moving_shapes.to_uint8(real), text)
+    assert fooled["VQ"] > true["VQ"] - 0.3
+    assert fooled["MQ"] > true["MQ"] - 0.3
+    assert moving_shapes.manifold_distance(diamond)[0] > 0.03
+
+
 def test_small_improvements_near_perfect_still_count(clips, captions):
     """No plateau: a tenth less of a slight error raises its reward for nearly every clip."""
     for degrade, reward, level in ((noise, "VQ", 0.01), (blur, "VQ", 0.6), (jitter, "MQ", 0.2)):

@@ -139,9 +139,7 @@ def test_a_failed_sample_has_no_influence(make_config, local_scorer, one_device,
     learner, batch = trainer.learner, next(iter(trainer.prompts))
     samples = batch.repeat(4)
     keys, condition = learner.sample_keys(batch, 0), learner.condition(samples)
-    trajectory = learner.programs.rollout(
-        trainer.state.params, condition, learner.negative, keys
-    )
+    trajectory = learner.programs.rollout(trainer.state.params, condition, learner.negative, keys)
     from sage_grpo_jax.training import programs
 
     advantages = np.array([1.0, -1.0, 0.5, 0.0, 1.0, 0.2, -0.7, -0.5], np.float32)

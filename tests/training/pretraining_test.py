@@ -15,7 +15,16 @@ from sage_grpo_jax.data import moving_shapes
 from sage_grpo_jax.training import pretraining, pretraining_config, pretraining_loop
 from sage_grpo_jax.training.pretraining_config import FlowStageConfig, StageConfig
 
-VAE_STAGE = {"batch_size": 2, "learning_rate": 3e-3, "warmup_steps": 2, "log_every": 1}
+VAE_STAGE = {
+    "batch_size": 2,
+    "short_batch_size": 2,
+    "short_steps": 8,
+    "short_frames": 5,
+    "noise_warmup_steps": 4,
+    "learning_rate": 3e-3,
+    "warmup_steps": 2,
+    "log_every": 1,
+}
 FLOW_STAGE = {"batch_size": 8, "learning_rate": 3e-3, "warmup_steps": 2, "log_every": 1}
 
 
@@ -35,9 +44,9 @@ def tiny_config(vae_steps: int, flow_steps: int) -> pretraining_config.PretrainC
 
 TINY_VAE = {
     "latent_channels": 4,
-    "block_out_channels": (4, 8, 8, 8),
+    "block_out_channels": (4, 8, 8),
     "layers_per_block": 1,
-    "spatial_compression_ratio": 8,
+    "spatial_compression_ratio": 4,
     "temporal_compression_ratio": 4,
 }
 TINY_TRANSFORMER = {
@@ -126,7 +135,7 @@ def test_export(finished):
 
 def test_cached_latents_show_training_captions_only(finished):
     cache = pretraining.encode_clips(tiny_config(12, 12), jax.random.key(0), finished)
-    assert cache.latents.shape == (16, 5, 4, 4, 4)
+    assert cache.latents.shape == (16, 5, 8, 8, 4)
     texts = {moving_shapes.train_captions()[i] for i in cache.caption}
     assert not texts & set(moving_shapes.held_out_captions())
     np.testing.assert_allclose(cache.std, cache.latents.std(), rtol=1e-5)
@@ -153,11 +162,17 @@ def test_sigma_is_the_shifted_logistic_of_a_normal():
 def test_reconstruction_terms():
     rng = np.random.default_rng(0)
     decoded, videos = rng.standard_normal((2, 2, 3, 4, 5, 3)).astype(np.float32)
-    terms = pretraining.reconstruction_terms(jnp.asarray(decoded), jnp.asarray(videos))
+    terms = pretraining.reconstruction_terms(jnp.asarray(decoded), jnp.asarray(videos), 2.5)
     error = decoded.astype(np.float64) - videos
+    contrast = np.abs(videos - videos.mean((2, 3), keepdims=True)).mean(-1, keepdims=True)
+    weight = (1 + 2.5 * contrast) / (1 + 2.5 * contrast).mean()
     across = np.abs(error[..., 1:, :] - error[..., :-1, :]).mean()
     down = np.abs(error[:, :, 1:] - error[:, :, :-1]).mean()
-    expected = {"l1": np.abs(error).mean(), "l2": (error**2).mean(), "edge": (across + down) / 2}
+    expected = {
+        "l1": (weight * np.abs(error)).mean(),
+        "l2": (weight * error**2).mean(),
+        "edge": (across + down) / 2,
+    }
     for name, value in expected.items():
         np.testing.assert_allclose(terms[name], value, rtol=1e-5)
 
@@ -167,12 +182,10 @@ def test_average_of_weights_and_schedule():
         steps=3, batch_size=1, learning_rate=0.1, warmup_steps=1, ema_decay=0.9, gradient_clip=9.0
     )
 
-    def loss_fn(params, key):
+    def loss_fn(params, key, step):
         return jnp.sum(params["w"]), {}
 
-    state = pretraining_loop.init_state(
-        {"w": jnp.ones(2)}, pretraining_loop.make_optimizer(stage)
-    )
+    state = pretraining_loop.init_state({"w": jnp.ones(2)}, pretraining_loop.make_optimizer(stage))
     update = pretraining_loop.make_update(loss_fn, stage)
     average = 1.0
     for step in range(1, 4):
@@ -187,12 +200,18 @@ def test_average_of_weights_and_schedule():
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     stage = StageConfig(steps=4, batch_size=1, learning_rate=0.1, log_every=1, checkpoint_every=1)
 
-    def loss_fn(params, key):
+    def loss_fn(params, key, step):
         return jnp.sum(jnp.log(params["w"])), {}
 
     with pytest.raises(FloatingPointError, match="toy step 1: loss is -inf"):
         pretraining_loop.run_stage(
-            "toy", stage, lambda: {"w": jnp.zeros(1)}, loss_fn, jax.random.key(0), (), tmp_path
+            "toy",
+            stage,
+            lambda: {"w": jnp.zeros(1)},
+            [pretraining_loop.Phase(4, loss_fn)],
+            jax.random.key(0),
+            (),
+            tmp_path,
         )
 
 
@@ -203,7 +222,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         ("vae", {"step": 1}, r"vae: unknown fields \['step'\]"),
         ("flow", {"caption_drop": 1.0}, r"caption_drop is 1.0; allowed: 0 <= value < 1"),
         ("flow", {"shift": -1.0}, r"shift is -1.0; allowed: a number above 0"),
-        ("latents", {"num_clips": 13}, r"num_clips is 13; allowed: a positive multiple of .* \(8\)"),
+        (
+            "latents",
+            {"num_clips": 13},
+            r"num_clips is 13; allowed: a positive multiple of .* \(8\)",
+        ),
         ("report", {"sampling_steps": ()}, r"sampling_steps is \(\); allowed"),
         ("report", {"sheet_rows": 99}, r"sheet_rows is 99; allowed: at most"),
     ],

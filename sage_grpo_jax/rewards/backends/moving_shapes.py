@@ -22,12 +22,10 @@ Known exploits, all of which the manifold distance sees:
 - MQ sees only mass, centroid and spread of what differs from the background: a shape that turns or
   morphs, or two close shapes moving together, is steady motion. A shape that fades in place while
   its copy ahead appears moves its centroid too. Blur is not seen at all (it even helps a little).
-- TA sees the mean colour (a half yellow, half cyan object counts as green), the average correlation
-  (no details) and the fitted displacement (any path).
+- TA sees the mean colour (half red, half blue is nearer to purple than either; only VQ and the mask
+  notice), the average correlation (no details) and the fitted displacement (any path).
 - `shape` is partly relative: a caricature that resembles the other silhouettes even less than the
   captioned one does can gain a little.
-- Nothing ties the first frame to the frame border: where a shape starts, and whether it would leave
-  the frame in a longer clip, is free.
 """
 
 import hashlib

@@ -1,0 +1,76 @@
+"""Lowers the programs of a step from shapes alone: no weights, no devices of the target kind."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sage_grpo_jax.models import hunyuan_video
+from sage_grpo_jax.parallel import sharding
+from sage_grpo_jax.training import config as config_lib
+from sage_grpo_jax.training import programs as programs_lib
+from sage_grpo_jax.training import setup
+
+
+def lower_programs(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """`jax.stages.Lowered` of rollout, decode and update.
+
+    Call it outside `jax.set_mesh`: the devices of a topology description can't run anything, and
+    the recipe's constants are worked out on the host first.
+
+    Args:
+      config: the recipe; only the networks' config.json files are read.
+      mesh: of the target's devices, which may come from a topology description.
+    """
+    networks = setup.read_networks(config.model)
+    programs_lib.check_mesh(config, mesh)
+    programs = setup.build_programs(networks, config, mesh)
+    state = setup.make_abstract_state(networks, config, mesh)
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+
+    def shape(size: tuple[int, ...], dtype: Any, place: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(size, dtype, sharding=place)
+
+    def condition(batch: int, place: Any) -> hunyuan_video.Condition:
+        length, dim = config.data.max_text_tokens, networks.transformer.text_embed_dim
+        return hunyuan_video.Condition(
+            shape((batch, length, dim), jnp.float32, place), shape((batch, length), bool, place)
+        )
+
+    batch = config.batch_size
+    keys = shape((batch,), jax.random.key(0).dtype, rows)
+    latent_shape = programs.recipe.latent_shape
+    trajectory = shape(
+        (config.rollout.num_steps + 1, batch, *latent_shape),
+        jnp.float32,
+        sharding.batch_sharding(mesh, 1),
+    )
+    vae_params = jax.tree.map(
+        lambda s: shape(s.shape, s.dtype, whole), setup.abstract_params(networks.vae)
+    )
+    update_batch = programs_lib.UpdateBatch(
+        trajectory,
+        keys,
+        condition(batch, rows),
+        shape((batch,), jnp.float32, rows),
+        shape((batch,), bool, rows),
+    )
+    negative = condition(1, whole)
+    scalar = shape((), jnp.float32, whole)
+    arguments = {
+        "rollout": (state.params, condition(batch, rows), negative, keys),
+        "decode": (
+            vae_params,
+            shape((batch, *latent_shape), jnp.float32, rows),
+            shape((), jnp.int32, whole),
+        ),
+        "update": (state, update_batch, negative, scalar),
+    }
+    with jax.set_mesh(mesh):
+        return {
+            "rollout": programs.rollout.lower(*arguments["rollout"]),
+            "decode": programs.decode.lower(
+                *arguments["decode"], size=config.rollout.decode_batch
+            ),
+            "update": programs.update.plain.lower(*arguments["update"]),
+        }

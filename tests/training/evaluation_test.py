@@ -1,0 +1,89 @@
+"""Pictures of an evaluation, and the report of a run."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sage_grpo_jax.training import evaluation, run_report
+
+
+def _clips(count: int) -> np.ndarray:
+    """Clips whose frame f of clip i is filled with the grey 10·i + f."""
+    grey = 10 * np.arange(count)[:, None] + np.arange(5)
+    return np.broadcast_to(grey[:, :, None, None, None], (count, 5, 8, 8, 3)).astype(np.uint8)
+
+
+def test_contact_sheet_shows_evenly_spaced_frames():
+    sheet = np.asarray(evaluation.contact_sheet(_clips(2), ["a", "b"], frames=3, scale=2))
+    assert sheet.shape[1] == 3 * (16 + 4) + 4
+    row = sheet[4 + 14 + 8]
+    assert [row[4 + 8 + i * 20][0] for i in range(3)] == [0, 2, 4]
+
+
+def test_tile_puts_clips_beside_each_other():
+    grid = evaluation.tile(_clips(3), columns=2)
+    assert grid.shape == (5, 19, 19, 3)
+    assert [grid[4, 5, 5, 0], grid[4, 5, 14, 0], grid[4, 14, 5, 0]] == [4, 14, 24]
+    assert (grid[:, 0] == 255).all()
+
+
+def _write_run(folder, seed: int, before: float, after: float):
+    first = {"eval/reward/overall": before, "eval/reward/overall_standard_error": 0.03}
+    last = {"eval/reward/overall": after, "eval/reward/overall_standard_error": 0.04}
+    for values, distance in ((first, 0.02), (last, 0.021)):
+        values["eval/manifold_distance"] = distance
+    rows = [
+        {"step": 0, **first},
+        {"step": 1, "reward/overall": before, "reward/vq": 0.1, "time/update": 2.0},
+        {"step": 2, "reward/overall": after, "reward/vq": 0.2, "time/update": 3.0, **last},
+    ]
+    (folder / "samples").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = {
+        "method": "sage",
+        "seed": seed,
+        "steps": 2,
+        "eval": {"first": first, "last": last},
+        "time": {"time/update": 5.0},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    for step in (0, 2):
+        picture = Image.new("RGB", (20, 10), (step * 100, 0, 0))
+        picture.save(folder / "samples" / f"step_{step:06d}.png")
+        other = Image.new("RGB", (20, 10), (0, step * 100, 9))
+        picture.save(
+            folder / "samples" / f"step_{step:06d}.gif",
+            save_all=True,
+            append_images=[other],
+            duration=120,
+        )
+
+
+def test_report_counts_changes_in_standard_errors(tmp_path):
+    changes = (0.2, 0.3, 0.4)
+    runs = []
+    for seed, change in enumerate(changes):
+        _write_run(tmp_path / str(seed), seed, -1.0, -1.0 + change)
+        runs.append(run_report.read_run(tmp_path / str(seed)))
+    text = run_report.table(runs[0])
+    assert "+4.0 standard errors" in text  # 0.2 / hypot(0.03, 0.04)
+    assert "update 0:05" in text
+    table = run_report.seeds_table(runs)
+    # mean 0.3, standard error 0.1 / √3
+    assert "+0.300 ± 0.058" in table
+    assert "+5.2 (over seeds)" in table
+    assert "+5.0 %" in table
+    run_report.write_curve(runs, tmp_path / "curve.png")
+    assert Image.open(tmp_path / "curve.png").size[0] > 800
+    run_report.write_before_after(runs[0], tmp_path)
+    both = np.asarray(Image.open(tmp_path / "before_after.png"))
+    assert (both[22, 5] == (0, 0, 0)).all()
+    assert (both[22, 5 + 36] == (200, 0, 0)).all()
+    assert Image.open(tmp_path / "before_after.gif").n_frames == 2
+
+
+def test_unfinished_runs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no summary.json"):
+        run_report.read_run(tmp_path)
