@@ -12,12 +12,13 @@ def get_config() -> ConfigDict:
     config.vae = ConfigDict(
         {
             "steps": 4000,
-            "short_steps": 2500,
+            "short_steps": 3000,
             "short_batch_size": 8,
             "short_frames": 5,
             "noise_warmup_steps": 1000,
             "batch_size": 4,
-            "learning_rate": 2e-3,
+            "optimizer": "muon",
+            "learning_rate": 7e-4,
             "warmup_steps": 100,
             "weight_decay": 0.0,
             "beta2": 0.99,

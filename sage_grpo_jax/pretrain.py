@@ -8,6 +8,7 @@ A rerun with the same workdir continues where the last one stopped. Settings are
 
 import json
 import pathlib
+import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -24,9 +25,15 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    logging.set_verbosity(logging.INFO)
-    config = pretraining_config.from_mapping(_CONFIG.value.to_dict())
+        sys.exit(f"unexpected arguments: {' '.join(argv[1:])}")
+    # The libraries underneath tell every detail of each save; --verbosity=0 shows it.
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    try:
+        config = pretraining_config.from_mapping(_CONFIG.value.to_dict())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     workdir = pathlib.Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
     settings = json.dumps(_CONFIG.value.to_dict(), indent=2, default=str)

@@ -13,6 +13,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from sage_grpo_jax.rewards import types as reward_types
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import learner, loop, metrics
 
@@ -41,7 +42,12 @@ def main(argv: list[str]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (loop.TooManySkips, learner.NumericsError) as error:
+    except (
+        loop.TooManySkipsError,
+        learner.NumericsError,
+        learner.RewardModelChangedError,
+        reward_types.RewardServiceError,
+    ) as error:
         print(f"stopped: {error}", file=sys.stderr)
         sys.exit(1)
     if summary is not None:

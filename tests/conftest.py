@@ -11,7 +11,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 ).strip()
 # Subprocess tests inherit these, so that a program compiles once for the whole suite.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import pytest  # noqa: E402
 

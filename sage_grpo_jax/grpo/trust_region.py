@@ -45,12 +45,12 @@ class TrustRegionConfig:
         anchor_weight, previous_weight: beta of each reference within the KL.
         initial_weight, final_weight, warmup_steps: linear warm-up of the weight, in updates.
         min_weight, max_weight: the range that feedback keeps the weight in.
-        target: D, the KL (mean over elements) that feedback aims at. A shift of the means by d
-            standard deviations is a KL of d²/2.
+        target_shift: d, the shift of the means that feedback aims at, in standard deviations of
+            the transition (root mean square over elements): a KL of D = d²/2.
         feedback: after the warm-up. `tighten`: high KL raises the weight; `paper`: lowers it, as
             Eq. 42 is printed and the official code does; `none`: the weight stays.
         history: H, feedback acts on the mean of the last H KLs.
-        high, low: feedback acts above high·target and below low·target ...
+        high, low: feedback acts above high·D and below low·D ...
         up, down: ... and multiplies the weight by up or down.
     """
 
@@ -63,7 +63,7 @@ class TrustRegionConfig:
     warmup_steps: int = 100
     min_weight: float = 1e-7
     max_weight: float = 100.0
-    target: float = 1e-4
+    target_shift: float = 0.015
     feedback: str = "tighten"
     history: int = 10
     high: float = 1.5
@@ -85,7 +85,7 @@ class TrustRegionConfig:
             )
         for name in ("anchor_weight", "previous_weight", "initial_weight", "min_weight", "low"):
             self._require(name, getattr(self, name) >= 0, ">= 0")
-        self._require("target", self.target > 0, "> 0")
+        self._require("target_shift", self.target_shift > 0, "> 0")
         self._require("high", self.high > self.low, f"> low={self.low}")
         self._require("up", self.up >= 1, ">= 1")
         self._require("down", 0 < self.down <= 1, "in (0, 1]")
@@ -99,6 +99,11 @@ class TrustRegionConfig:
     def _require(self, name: str, condition: bool, allowed: str) -> None:
         if not condition:
             raise ValueError(f"trust region: {name}={getattr(self, name)!r}: must be {allowed}")
+
+    @property
+    def target(self) -> float:
+        """D, the KL (mean over elements) that feedback aims at."""
+        return self.target_shift**2 / 2
 
     @property
     def has_anchor(self) -> bool:

@@ -125,12 +125,22 @@ def cudnn_attention(
     """cuDNN's fused kernel. It knows lengths, not masks: valid keys are moved to the front."""
     lengths = None
     if key_mask_BxS is not None:
-        order = jnp.argsort(~key_mask_BxS, axis=1, stable=True)[:, :, None, None]
-        key, value = (jnp.take_along_axis(x, order, axis=1) for x in (key, value))
-        lengths = jnp.sum(key_mask_BxS, axis=1, dtype=jnp.int32)
+        key, value, lengths = valid_keys_first(key, value, key_mask_BxS)
     return jax.nn.dot_product_attention(
         query, key, value, scale=1.0, key_value_seq_lengths=lengths, implementation="cudnn"
     )
+
+
+def valid_keys_first(
+    key: jax.Array, value: jax.Array, key_mask_BxS: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys and values with the valid ones in front, and how many there are, int32 [B].
+
+    At least 1: an all-masked row must not be NaN.
+    """
+    order = jnp.argsort(~key_mask_BxS, axis=1, stable=True)[:, :, None, None]
+    key, value = (jnp.take_along_axis(x, order, axis=1) for x in (key, value))
+    return key, value, jnp.maximum(jnp.sum(key_mask_BxS, axis=1, dtype=jnp.int32), 1)
 
 
 def splash_attention(

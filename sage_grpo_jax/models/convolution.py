@@ -1,11 +1,12 @@
 """The causal 3-D convolution of the video VAE, fast on CPUs and plain elsewhere.
 
-XLA's CPU backend has a good 2-D convolution, a slow 3-D one, and a very slow gradient with respect to
-the kernel when there are few channels. So on CPUs the convolution is a sum over temporal taps of 2-D
-convolutions, its gradient with respect to the input is the same with the kernel reversed, and its
-gradient with respect to the kernel is a handful of well-shaped matrix products. On every other platform
-it is one `lax.conv_general_dilated`. The choice is made when the program is lowered, so a TPU program
-compiled on a CPU host gets the plain convolution. `benchmarks/convolution.py` measures all of this.
+XLA's CPU backend has a good 2-D convolution, a slow 3-D one, and a very slow gradient with respect
+to the kernel when there are few channels. So on CPUs the convolution is a sum over temporal taps of
+2-D convolutions, its gradient with respect to the input is the same with the kernel reversed, and
+its gradient with respect to the kernel is a handful of well-shaped matrix products. On every other
+platform it is one `lax.conv_general_dilated`. The choice is made when the program is lowered, so a
+TPU program compiled on a CPU host gets the plain convolution. `benchmarks/convolution.py` measures
+all of this.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ _IMAGE = ("NHWC", "HWIO", "NHWC")
 def causal_convolution(x_BxTxHxWxC: jax.Array, kernel: jax.Array) -> jax.Array:
     """Stride-1 3-D convolution, causal in time, with replicated edges.
 
-    The first frame is repeated in front, so output frame t sees frames <= t only; rows and columns are
-    repeated on both sides. Matches `HunyuanVideo15CausalConv3d` of diffusers (without the bias).
+    The first frame is repeated in front, so output frame t sees frames <= t only; rows and columns
+    are repeated on both sides. Matches `HunyuanVideo15CausalConv3d` of diffusers (without the
+    bias).
 
     Args:
       x_BxTxHxWxC: input, channels last.
@@ -58,7 +60,15 @@ valid_convolution.defvjp(_forward, _backward)
 
 def plain_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """XLA's own 3-D convolution."""
-    return lax.conv_general_dilated(x, kernel, (1, 1, 1), "VALID", dimension_numbers=_VOLUME)
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (1, 1, 1),
+        "VALID",
+        dimension_numbers=_VOLUME,
+        # TPUs and GPUs would round float32 first; for bfloat16 this changes nothing.
+        precision=lax.Precision.HIGHEST,
+    )
 
 
 def plain_gradients(x: jax.Array, kernel: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -95,9 +105,9 @@ def tap_gradients(x: jax.Array, kernel: jax.Array, g: jax.Array) -> tuple[jax.Ar
     """Gradients of `sum_of_taps` (without margin) with respect to x and kernel."""
     kt, kh, kw = kernel.shape[:3]
     reversed_kernel = kernel[::-1, ::-1, ::-1].swapaxes(-1, -2)
-    # The margin belongs to the convolution and not to a pad before it: a convolution whose output is
-    # larger than its input stays with Eigen, where XLA's other CPU library (YNNPACK) is up to eight
-    # times slower when many channels go to few.
+    # The margin belongs to the convolution and not to a pad before it: a convolution whose output
+    # is larger than its input stays with Eigen, where XLA's other CPU library (YNNPACK) is up to
+    # eight times slower when many channels go to few.
     x_gradient = sum_of_taps(_pad_frames(g, kt - 1, kt - 1), reversed_kernel, (kh - 1, kw - 1))
     return x_gradient, kernel_gradient(x, g, (kt, kh, kw)).astype(kernel.dtype)
 
@@ -105,10 +115,11 @@ def tap_gradients(x: jax.Array, kernel: jax.Array, g: jax.Array) -> tuple[jax.Ar
 def kernel_gradient(x: jax.Array, g: jax.Array, window: tuple[int, int, int]) -> jax.Array:
     """Kernel gradient [kt, kh, kw, C, O] in float32, x [B, T, H, W, C] and g [B, T', H', W', O].
 
-    With few channels, the textbook product of g and the shifted x has far too small a result (C x O) to
-    run well. Here `block` neighbouring pixels of a row and all temporal taps share one product: it holds
-    the pairs of every pixel of x and every pixel of g in the block, and the pairs at distance j are
-    summed for tap j. The wasted pairs cost less than the speed that the larger product gains.
+    With few channels, the textbook product of g and the shifted x has far too small a result, C by
+    O, to run well. Here `block` neighbouring pixels of a row and all temporal taps share one
+    product: it holds the pairs of every pixel of x and every pixel of g in the block, and the pairs
+    at distance j are summed for tap j. The wasted pairs cost less than the speed that the larger
+    product gains.
     """
     kt, kh, kw = window
     batch, _, height, width, out_channels = g.shape
@@ -119,15 +130,17 @@ def kernel_gradient(x: jax.Array, g: jax.Array, window: tuple[int, int, int]) ->
     # Shifting g rather than x in time: dw[t] = sum_s x[s] g[s - t].
     g_blocks = jnp.concatenate([_pad_frames(g_blocks, t, kt - 1 - t) for t in range(kt)], axis=-1)
     g_blocks = g_blocks.reshape(-1, g_blocks.shape[-1])
-    pairs = jnp.stack([
-        lax.dot_general(
-            x_blocks[:, :, i : i + height].reshape(g_blocks.shape[0], -1),
-            g_blocks,
-            (((0,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-        for i in range(kh)
-    ]).reshape(kh, block + kw - 1, channels, kt, block, out_channels)
+    pairs = jnp.stack(
+        [
+            lax.dot_general(
+                x_blocks[:, :, i : i + height].reshape(g_blocks.shape[0], -1),
+                g_blocks,
+                (((0,), (0,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+            for i in range(kh)
+        ]
+    ).reshape(kh, block + kw - 1, channels, kt, block, out_channels)
     taps = [sum(pairs[:, j + n, :, :, n] for n in range(block)) for j in range(kw)]
     return jnp.stack(taps).transpose(3, 1, 0, 2, 4)  # [kw, kh, C, kt, O] -> [kt, kh, kw, C, O]
 
@@ -143,7 +156,7 @@ def _row_block(width: int, channels: int, target: int = 64) -> int:
 
 
 def _overlapping_blocks(x: jax.Array, count: int, block: int, kw: int) -> jax.Array:
-    """Rows [.., W, C] as `count` blocks of block + kw - 1 pixels: [.., count, (block + kw - 1) * C]."""
+    """Rows [.., W, C] as blocks of block + kw - 1 pixels: [.., count, (block + kw - 1) * C]."""
     pixels = [
         lax.slice_in_dim(x, n, n + (count - 1) * block + 1, stride=block, axis=3)
         for n in range(block + kw - 1)

@@ -4,8 +4,8 @@ Same architecture, and same numbers in float32, as `AutoencoderKLHunyuanVideo15`
 (`autoencoders/autoencoder_kl_hunyuanvideo15.py`), channels last. A clip has 1 + k * temporal ratio
 frames; the first frame is coded by itself, and no frame sees a later one.
 
-Latents here are unscaled: the diffusion model works on `mean * config.scaling_factor`, and the caller
-divides by it once before `decode`.
+Latents here are unscaled: the diffusion model works on `mean * config.scaling_factor`, and the
+caller divides by it once before `decode`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class VaeConfig:
       downsample_match_channel: whether downsampling already changes to the next level's width.
       upsample_match_channel: the same for upsampling.
       scaling_factor: latents of the diffusion model = mean * scaling_factor.
-      dtype: compute dtype of convolutions and attention; parameters stay as they are given.
+      dtype: compute dtype of convolutions and attention; norms and softmax are float32, parameters
+        stay as they are given. "float32" means float32 on every platform, TPUs included.
     """
 
     in_channels: int = 3
@@ -103,7 +104,7 @@ class VaeConfig:
         return cls(**(given | overrides))
 
     def to_json(self) -> str:
-        """The text of a diffusers `config.json` (without `dtype`, which diffusers does not know)."""
+        """The text of a diffusers `config.json`; without `dtype`, which diffusers does not know."""
         values = dataclasses.asdict(self)
         del values["dtype"]
         return json.dumps({"_class_name": "AutoencoderKLHunyuanVideo15", **values}, indent=2) + "\n"
@@ -246,8 +247,8 @@ def _init_boxed(config: VaeConfig, key: jax.Array) -> Params:
 def init_params(config: VaeConfig, key: jax.Array) -> Params:
     """Random float32 parameters {"encoder": ..., "decoder": ...} as nested dicts of arrays.
 
-    Under jit, so that the forward pass which Linen uses to find the shapes is never run; works under
-    `jax.eval_shape`, also at the full size.
+    Under jit, so that the forward pass which Linen uses to find the shapes is never run; works
+    under `jax.eval_shape`, also at the full size.
     """
     return nn.unbox(_init_boxed(config, key))
 
@@ -256,7 +257,9 @@ def partition_names(config: VaeConfig) -> Params:
     """Tree like the parameters; each leaf the tuple of logical axis names of that parameter."""
     boxed = jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0))
     return jax.tree.map(
-        lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+        lambda box: tuple(box.names),
+        boxed,
+        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
     )
 
 
@@ -267,7 +270,8 @@ def encode(
 
     Args:
       params: as from `init_params`; only "encoder" is used.
-      videos_BxFxHxWxC: in [-1, 1]; F = 1 + k * temporal ratio, H and W multiples of the spatial ratio.
+      videos_BxFxHxWxC: in [-1, 1]; F = 1 + k * t for the temporal ratio t, H and W multiples of the
+        spatial ratio s.
       config: shape of the VAE.
 
     Returns:

@@ -1,7 +1,7 @@
 """Building blocks of the HunyuanVideo-1.5 VAE: Linen modules, channels last.
 
-Hidden states are h_BxTxHxWxC in the compute dtype; norms and the softmax are computed in float32. The
-behaviour of each block is that of the class of the same name in diffusers'
+Hidden states are h_BxTxHxWxC in the compute dtype; norms and the softmax are computed in float32.
+The behaviour of each block is that of the class of the same name in diffusers'
 `autoencoders/autoencoder_kl_hunyuanvideo15.py`.
 """
 
@@ -53,6 +53,7 @@ class Pointwise(nn.Module):
         dense = nn.Dense(
             self.features,
             dtype=self.dtype,
+            precision=lax.Precision.HIGHEST,
             kernel_init=nn.with_logical_partitioning(_kernel_init, ("conv_in", "conv_out")),
             bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("conv_out",)),
         )
@@ -115,8 +116,8 @@ def frame_causal_attention(
 ) -> jax.Array:
     """softmax(q k / sqrt(C)) v, where a token sees the tokens of its own and of earlier frames.
 
-    Short clips take one product; long ones go frame by frame (and recompute the scores in the backward
-    pass), so that memory holds N x T*N scores instead of T*N x T*N.
+    Short clips take one product; long ones go frame by frame (and recompute the scores in the
+    backward pass), so that memory holds N x T*N scores instead of T*N x T*N.
     """
     frames, tokens = query_BxTxNxC.shape[1:3]
     if frames * tokens <= _DENSE_ATTENTION_TOKENS:
@@ -137,14 +138,20 @@ def _attend(
     """Attention of the query frames with the given indices."""
     channels, frames = query_BxQxNxC.shape[-1], key_BxTxMxC.shape[1]
     scores_BxQxNxTxM = jnp.einsum(
-        "bqnc,btmc->bqntm", query_BxQxNxC, key_BxTxMxC, preferred_element_type=jnp.float32
+        "bqnc,btmc->bqntm",
+        query_BxQxNxC,
+        key_BxTxMxC,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
     )
     visible_QxT = jnp.arange(frames)[None, :] <= index_Q[:, None]
     scores_BxQxNxTxM = jnp.where(
         visible_QxT[None, :, None, :, None], scores_BxQxNxTxM * channels**-0.5, -jnp.inf
     )
     weights_BxQxNxTxM = jax.nn.softmax(scores_BxQxNxTxM, axis=(-2, -1)).astype(value_BxTxMxC.dtype)
-    return jnp.einsum("bqntm,btmc->bqnc", weights_BxQxNxTxM, value_BxTxMxC)
+    return jnp.einsum(
+        "bqntm,btmc->bqnc", weights_BxQxNxTxM, value_BxTxMxC, precision=lax.Precision.HIGHEST
+    )
 
 
 class MidBlock(nn.Module):

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import programs as programs_lib
+from sage_grpo_jax.training import recipe as recipe_lib
 from sage_grpo_jax.training import setup
+from sage_grpo_jax.training import update as update_lib
 
 
 def lower_programs(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def lower_programs(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[s
       mesh: of the target's devices, which may come from a topology description.
     """
     networks = setup.read_networks(config.model)
-    programs_lib.check_mesh(config, mesh)
+    recipe_lib.check_mesh(config, mesh)
     programs = setup.build_programs(networks, config, mesh)
     state = setup.make_abstract_state(networks, config, mesh)
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
@@ -48,7 +49,7 @@ def lower_programs(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[s
     vae_params = jax.tree.map(
         lambda s: shape(s.shape, s.dtype, whole), setup.abstract_params(networks.vae)
     )
-    update_batch = programs_lib.UpdateBatch(
+    update_batch = update_lib.UpdateBatch(
         trajectory,
         keys,
         condition(batch, rows),
@@ -69,8 +70,6 @@ def lower_programs(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[s
     with jax.set_mesh(mesh):
         return {
             "rollout": programs.rollout.lower(*arguments["rollout"]),
-            "decode": programs.decode.lower(
-                *arguments["decode"], size=config.rollout.decode_batch
-            ),
+            "decode": programs.decode.lower(*arguments["decode"], size=config.rollout.decode_batch),
             "update": programs.update.plain.lower(*arguments["update"]),
         }

@@ -44,20 +44,17 @@ def evaluate(learner: learner_lib.Learner, params: Any, prompts: learner_lib.Pro
         np.array([noise.prompt_hash(i) for i in prompts.ids], np.uint32),
         occurrence,
     )
-    timer = learner_lib.PhaseTimer()
     videos, parts = [], []
     for start in range(0, count, size):
         # The last batch is filled up with its own samples: one shape, one compilation.
         rows = np.arange(start, start + size) % count
         batch = take(prompts, rows)
-        latents = learner.sample(params, batch, keys[rows])
-        parts.append(learner.score(latents, batch, f"eval{start}", timer))
-        videos.append(learner.decode(latents))
+        videos.append(learner.decode(learner.sample(params, batch, keys[rows])))
+        parts.append(learner.score_videos(videos[-1], batch, f"eval{start}"))
     videos = np.concatenate(videos)[:count]
     scores = learner_lib.Scores(
         {n: np.concatenate([p.values[n] for p in parts])[:count] for n in parts[0].values},
         np.concatenate([p.valid for p in parts])[:count],
-        [],
     )
     return Evaluation(_metrics(config, scores, videos), videos, prompts.prompts, scores.values)
 

@@ -18,10 +18,15 @@ from sage_grpo_jax.parallel import hosts, sharding
 from sage_grpo_jax.rewards import types as reward_types
 from sage_grpo_jax.training import programs as programs_lib
 from sage_grpo_jax.training import state as state_lib
+from sage_grpo_jax.training import update as update_lib
 
 
 class NumericsError(RuntimeError):
     """The run can't go on in these numerics; nothing was applied."""
+
+
+class RewardModelChangedError(RuntimeError):
+    """The reward server came back with another model; scores of the two can't be mixed."""
 
 
 class Scorer(Protocol):
@@ -59,7 +64,6 @@ class Scores:
 
     values: dict[str, np.ndarray]  # dimension -> float32 [B]; NaN where invalid
     valid: np.ndarray  # bool [B]
-    codes: list[str]  # "OK", or why a sample of this process failed
 
     def weighted(self, weights: Mapping[str, float]) -> np.ndarray:
         """The reward that is optimised; float32 [B]."""
@@ -143,7 +147,7 @@ class Learner:
         scores = self.score(trajectory.latents[-1], samples, f"step{int(state.step)}", timer)
         advantages, reward_metrics = self.advantages(scores)
         self._check_interrupt()
-        update_batch = programs_lib.UpdateBatch(
+        update_batch = update_lib.UpdateBatch(
             trajectory.latents,
             keys,
             condition,
@@ -197,12 +201,17 @@ class Learner:
                 frames = self._decode(latents, piece, size)
             for row, video in frames:
                 b = piece + count * row
-                pending[b] = self._scorer.submit(
-                    video, samples.prompts[b], f"{name}/{samples.ids[b]}/{b}", self.config.video.fps
-                )
+                pending[b] = self._submit(video, samples, b, name)
             self._check_interrupt()
         with timer("reward"):
             return self._collect(pending, len(samples.ids))
+
+    def score_videos(self, videos: np.ndarray, samples: PromptBatch, name: str) -> Scores:
+        """Scores frames that every process has; uint8 [B, F, H, W, 3]. Each takes its share."""
+        share = range(jax.process_index(), len(videos), jax.process_count())
+        return self._collect(
+            {b: self._submit(videos[b], samples, b, name) for b in share}, len(videos)
+        )
 
     def decode(self, latents: jax.Array) -> np.ndarray:
         """All frames of a batch on every process; uint8 [B, F, H, W, 3]."""
@@ -219,27 +228,39 @@ class Learner:
         frames = self.programs.decode(self._vae_params, latents, piece, size=size)
         return list(hosts.local_rows(frames))
 
+    def _submit(
+        self, video: np.ndarray, samples: PromptBatch, b: int, name: str
+    ) -> futures.Future[reward_types.RewardResult]:
+        request_id = f"{name}/{samples.ids[b]}/{b}"
+        return self._scorer.submit(video, samples.prompts[b], request_id, self.config.video.fps)
+
     def _collect(self, pending: dict[int, futures.Future], count: int) -> Scores:
         """Waits for the answers of this process, then joins those of all processes."""
         names = tuple(dataclasses.asdict(self.config.rewards.weights))
-        table = np.full((count, len(names)), np.nan, np.float32)
+        # The last column tells all processes of a changed reward model.
+        table = np.full((count, len(names) + 1), np.nan, np.float32)
+        table[:, -1] = 0
         owned = np.zeros(count, bool)
-        codes = []
         for b, future in pending.items():
             while not futures.wait([future], timeout=0.5).done:
                 self._check_interrupt()
             result = future.result()
             owned[b] = True
-            codes.append(result.code if not result.ok else "OK")
             if result.ok:
-                table[b] = [result.scores[name] for name in names]
+                table[b, :-1] = [result.scores[name] for name in names]
             else:
+                table[b, -1] = result.code == reward_types.FAILED_PRECONDITION
                 logging.warning("sample %d has no reward: %s %s", b, result.code, result.message)
         # Never raise before this point: the other processes wait in the gather.
         table = hosts.gather_rows(table, owned)
+        if table[:, -1].any():
+            raise RewardModelChangedError(
+                "the reward server answers with another model than at the start of the run; "
+                "nothing was applied. Allowed: the same model, or a new workdir"
+            )
         valid = np.isfinite(table).all(axis=1)
         table[~valid] = np.nan
-        return Scores({n: table[:, i] for i, n in enumerate(names)}, valid, codes)
+        return Scores({n: table[:, i] for i, n in enumerate(names)}, valid)
 
     def advantages(self, scores: Scores) -> tuple[np.ndarray, dict[str, float]]:
         """Group-normalised advantages [B] and the reward metrics."""
@@ -270,7 +291,7 @@ class Learner:
         return False
 
     def update(
-        self, state: state_lib.LearnerState, batch: programs_lib.UpdateBatch
+        self, state: state_lib.LearnerState, batch: update_lib.UpdateBatch
     ) -> tuple[state_lib.LearnerState, dict[str, float]]:
         """`updates_per_rollout` updates; the first one passes the ratio gate.
 
@@ -299,7 +320,7 @@ class Learner:
             metrics = values
         return state, _public(metrics)
 
-    def _replayed(self, state, batch, values) -> programs_lib.UpdateBatch:
+    def _replayed(self, state, batch, values) -> update_lib.UpdateBatch:
         deviation = values["ratio/max_deviation"]
         text = (
             f"before the first update the ratio is off 1 by {deviation:.2e} "

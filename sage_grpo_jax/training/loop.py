@@ -19,7 +19,7 @@ from sage_grpo_jax.rewards import supervisor
 from sage_grpo_jax.training import checkpoint, evaluation, metrics, setup
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import learner as learner_lib
-from sage_grpo_jax.training import programs as programs_lib
+from sage_grpo_jax.training import recipe as recipe_lib
 
 # Fields that a rerun may change without becoming another run.
 OPERATIONAL = (
@@ -38,7 +38,7 @@ class Interrupted(Exception):
     """SIGTERM or SIGINT arrived; the state after the last complete step is to be saved."""
 
 
-class TooManySkips(RuntimeError):
+class TooManySkipsError(RuntimeError):
     """Several updates in a row were not applied; the run was saved and stopped."""
 
 
@@ -87,12 +87,12 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any] | 
 
     Raises:
       ValueError: bad input, before any expensive work.
-      TooManySkips, learner.NumericsError: see there; the last good state is saved.
+      TooManySkipsError, learner.NumericsError: see there; the last good state is saved.
     """
     networks = setup.read_networks(config.model)
-    programs_lib.make_recipe(config, networks.transformer, networks.vae)  # fails early
+    recipe_lib.make_recipe(config, networks.transformer, networks.vae)  # fails early
     mesh = mesh_lib.make_mesh(**dataclasses.asdict(config.mesh))
-    programs_lib.check_mesh(config, mesh)
+    recipe_lib.check_mesh(config, mesh)
     claim_workdir(config, workdir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
@@ -214,7 +214,7 @@ class _Run:
         """The loop; see `train` above."""
         try:
             self._loop()
-        except (Interrupted, learner_lib.NumericsError):
+        except (Interrupted, learner_lib.NumericsError, learner_lib.RewardModelChangedError):
             # self.state is the state after the last complete step: nothing of it is lost.
             self._save()
             self.checkpoints.wait()
@@ -274,7 +274,7 @@ class _Run:
         if self.skipped >= limit:
             self._save()
             self.checkpoints.wait()
-            raise TooManySkips(
+            raise TooManySkipsError(
                 f"{self.skipped} updates in a row were skipped (config.rewards."
                 f"max_skipped_updates = {limit}): too few rewards, or loss, gradient or "
                 f"parameters not finite; see the warnings above. Saved at step "

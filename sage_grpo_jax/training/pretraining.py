@@ -20,7 +20,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from sage_grpo_jax import weights
 from sage_grpo_jax.data import moving_shapes, word_embeddings
@@ -38,6 +37,7 @@ from sage_grpo_jax.training.pretraining_loop import (
     Phase,
     load_average,
     run_stage,
+    say,
 )
 
 STAGES = ("vae", "latents", "flow", "export")
@@ -186,7 +186,7 @@ def encode_clips(config: PretrainConfig, key: jax.Array, workdir: pathlib.Path) 
     folder = workdir / "latents"
     if not folder.exists():
         step, params = load_average(workdir / "vae")
-        logging.info("latents: %d clips, vae step %d", config.latents.num_clips, step)
+        say(f"latents: encoding {config.latents.num_clips} clips, vae step {step}")
         cache = _encode(params, config.vae_model, config.latents, key)
         _write_latents(cache, folder)
     return _read_latents(folder)
@@ -260,7 +260,7 @@ def flow_data(cache: LatentCache, text_dim: int) -> FlowData:
 
 
 def flow_loss_fn(model: hunyuan_video.HunyuanVideoConfig, stage: FlowStageConfig) -> LossFn:
-    """loss(params, key, step, *FlowData): mean |v(z_sigma, sigma) - (z - x0)|² over a random batch."""
+    """loss(params, key, step, *FlowData): mean |v(z_sigma, sigma) - (z - x0)|², random batch."""
 
     def loss_fn(params: Params, key: jax.Array, step: jax.Array, *inputs: jax.Array):
         del step
@@ -311,7 +311,7 @@ def export(config: PretrainConfig, key: jax.Array, workdir: pathlib.Path) -> dic
     flow_step, flow_params = load_average(workdir / "flow")
     weights.save(vae_params, workdir / "weights" / "vae", config=model)
     weights.save(flow_params, workdir / "weights" / "transformer", config=config.transformer)
-    logging.info("export: vae step %d, flow step %d", vae_step, flow_step)
+    say(f"export: vae step {vae_step}, flow step {flow_step}")
     pipeline = pretraining_report.Pipeline(model, vae_params, config.transformer, flow_params)
     numbers = pretraining_report.judge(pipeline, config.report, key, workdir)
     numbers = {"vae_step": vae_step, "flow_step": flow_step, **numbers}

@@ -10,16 +10,19 @@ from sage_grpo_jax.models.vae import VaeConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What every gradient stage has: AdamW, warm-up then cosine to zero, and an average of weights.
+    """What every gradient stage has: an optimizer, its schedule, and an average of the weights.
 
-    `steps` counts optimizer updates. `ema_decay` is the decay of the exponential moving average
-    that is shipped; early in a run a faster decay is used, so that the average never remembers
-    the random initialisation.
+    The learning rate warms up, then falls to zero with a cosine. With "muon" the kernels learn at
+    `muon_scale` times that rate, everything else with Adam. `steps` counts optimizer updates.
+    `ema_decay` is the decay of the exponential moving average that is shipped; early in a run a
+    faster decay is used, so that the average never remembers the random initialisation.
     """
 
     steps: int
     batch_size: int
     learning_rate: float
+    optimizer: str = "adamw"
+    muon_scale: float = 4.0
     warmup_steps: int = 100
     weight_decay: float = 0.0
     beta2: float = 0.99
@@ -31,7 +34,8 @@ class StageConfig:
     def __post_init__(self):
         for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
             _require(getattr(self, name) >= 1, self, name, "at least 1")
-        for name in ("learning_rate", "gradient_clip"):
+        _require(self.optimizer in ("adamw", "muon"), self, "optimizer", "adamw, muon")
+        for name in ("learning_rate", "gradient_clip", "muon_scale"):
             _require(getattr(self, name) > 0, self, name, "a number above 0")
         for name in ("warmup_steps", "weight_decay"):
             _require(getattr(self, name) >= 0, self, name, "0 or more")
@@ -45,9 +49,9 @@ class VaeStageConfig(StageConfig):
 
     `edge_weight` multiplies the L1 distance of the spatial differences between neighbouring
     pixels: it asks for sharp borders where plain L1 accepts a soft one. The first `short_steps`
-    updates see `short_batch_size` clips of `short_frames` frames, which cost less; the convolutions are causal,
-    so that little has to be learned anew afterwards. Latent noise and KL grow from zero to their
-    full weight over `noise_warmup_steps`.
+    updates see `short_batch_size` clips of `short_frames` frames, which cost less; the
+    convolutions are causal, so that little has to be learned anew afterwards. Latent noise and KL
+    grow from zero to their full weight over `noise_warmup_steps`.
     """
 
     l1_weight: float = 1.0

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from sage_grpo_jax.training.pretraining_config import StageConfig
@@ -41,23 +40,53 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
-    """AdamW with linear warm-up, cosine decay to zero and clipping of the global norm."""
+    """Muon or AdamW with linear warm-up, cosine decay to zero and clipping of the global norm.
+
+    Muon takes the kernels; everything else stays with Adam. Its updates are scaled to the size
+    that Adam's have (a root mean square of `muon_scale` / 5 times the learning rate).
+    """
     warmup_steps = min(stage.warmup_steps, stage.steps - 1)
     rate = optax.warmup_cosine_decay_schedule(
         0.0, stage.learning_rate, warmup_steps, decay_steps=stage.steps
     )
-    return optax.chain(
-        optax.clip_by_global_norm(stage.gradient_clip),
-        optax.adamw(rate, b2=stage.beta2, weight_decay=stage.weight_decay, mask=_is_matrix),
+    clip = optax.clip_by_global_norm(stage.gradient_clip)
+    if stage.optimizer == "adamw":
+        decay = {"weight_decay": stage.weight_decay, "mask": _is_kernel_tree}
+        return optax.chain(clip, optax.adamw(rate, b2=stage.beta2, **decay))
+    muon = optax.contrib.muon(
+        lambda step: stage.muon_scale * rate(step),
+        weight_decay=stage.weight_decay / stage.muon_scale,
+        adam_learning_rate=rate,
+        adam_b2=stage.beta2,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=muon_axes,
     )
+    return optax.chain(clip, muon)
 
 
-def _is_matrix(params: Params) -> Params:
-    # Weight decay is for kernels; scales and biases stay where the data want them. Stacked layers
-    # add an axis, so that a bias has two axes there; names tell them apart.
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.ndim >= 2 and "bias" not in jax.tree_util.keystr(path), params
-    )
+def muon_axes(params: Params) -> Params:
+    """For each kernel the axes of its matrix: the last is the output, a stack of layers is none.
+
+    Kernels of stacked layers (below "blocks") have the layer as their first axis; each layer is a
+    matrix of its own. Leaves that are no kernels get None.
+    """
+
+    def axes(path, leaf: jax.Array):
+        if not _is_kernel(path):
+            return None
+        first = 1 if any(key.key == "blocks" for key in path) else 0
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first, leaf.ndim - 1)), leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _is_kernel(path: tuple[Any, ...]) -> bool:
+    return path[-1].key == "kernel"
+
+
+def _is_kernel_tree(params: Params) -> Params:
+    # Weight decay is for kernels; scales and biases stay where the data want them.
+    return jax.tree_util.tree_map_with_path(lambda path, _: _is_kernel(path), params)
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -110,7 +139,7 @@ def run_stage(
         metrics_file = workdir / "metrics.jsonl"
         truncate_metrics(metrics_file, name, start)
         if start < stage.steps:
-            logging.info("%s: updates %d to %d", name, start, stage.steps)
+            say(f"{name}: updates {start} to {stage.steps}")
         updates = [(phase.until, make_update(phase.loss_fn, stage)) for phase in phases]
         progress = _Progress(name, start, stage.steps, metrics_file)
         for step in range(start + 1, stage.steps + 1):
@@ -158,7 +187,7 @@ def _restore_or_init(
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda leaf: leaf.update(sharding=sharding), abstract)
     state = checkpointer.load(checkpointer.latest.step, abstract._asdict())
-    logging.info("resumed from %s, step %d", checkpointer.directory, checkpointer.latest.step)
+    say(f"resumed from {checkpointer.directory}, step {checkpointer.latest.step}")
     # Restored buffers may share memory with the reader; the update donates its own.
     return jax.tree.map(jnp.copy, TrainState(**state))
 
@@ -198,7 +227,10 @@ class _Progress:
             file.write(json.dumps(entry) + "\n")
         minutes, rest = divmod(round(seconds * (self._total - step)), 60)
         values = " ".join(f"{key} {value:.5g}" for key, value in metrics.items())
-        logging.info(
-            "%s %d/%d %s, %.3f s/step, %d:%02d left",
-            *(self._name, step, self._total, values, seconds, minutes, rest),
-        )
+        left = f"{seconds:.3f} s/step, {minutes}:{rest:02d} left"
+        say(f"{self._name} {step}/{self._total} {values}, {left}")
+
+
+def say(line: str) -> None:
+    """A plain line of progress, with the time of day, at once also into a file."""
+    print(time.strftime("%H:%M:%S"), line, flush=True)

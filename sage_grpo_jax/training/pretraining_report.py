@@ -8,14 +8,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from PIL import Image, ImageDraw
 
 from sage_grpo_jax.data import moving_shapes, word_embeddings
 from sage_grpo_jax.flow import noise, rollout, schedules
 from sage_grpo_jax.models import hunyuan_video, vae
 from sage_grpo_jax.training.pretraining_config import ReportConfig
-from sage_grpo_jax.training.pretraining_loop import Params
+from sage_grpo_jax.training.pretraining_loop import Params, say
 
 _BATCH = 16
 
@@ -55,7 +54,7 @@ def judge(
     for name, clips in videos.items():
         distance = np.asarray(moving_shapes.manifold_distance(clips))
         numbers[f"manifold_distance/{name}"] = float(distance.mean())
-        logging.info("export: manifold distance of %s: %.5f", name, distance.mean())
+        say(f"export: manifold distance of {name}: {distance.mean():.5f}")
         sheet = contact_sheet(clips, captions, config.sheet_rows, config.sheet_frames)
         sheet.save(workdir / f"{name}.png")
     return numbers

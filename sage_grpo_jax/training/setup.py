@@ -19,6 +19,7 @@ from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import programs as programs_lib
+from sage_grpo_jax.training import recipe as recipe_lib
 from sage_grpo_jax.training import state as state_lib
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
@@ -111,7 +112,7 @@ def build_programs(
     networks: Networks, config: config_lib.Config, mesh: jax.sharding.Mesh
 ) -> programs_lib.Programs:
     """The recipe's constants and its jitted programs."""
-    recipe = programs_lib.make_recipe(config, networks.transformer, networks.vae)
+    recipe = recipe_lib.make_recipe(config, networks.transformer, networks.vae)
     tx = state_lib.make_optimizer(config)
     return programs_lib.build(recipe, tx, mesh, make_abstract_state(networks, config, mesh))
 

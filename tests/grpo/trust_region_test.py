@@ -67,7 +67,7 @@ def test_trace_of_the_weight(feedback):
         final_weight=0.4,
         min_weight=0.3,
         max_weight=0.6,
-        target=1.0,
+        target_shift=2**0.5,
         history=4,
         feedback=feedback,
     )
@@ -96,7 +96,7 @@ def test_trace_of_the_weight(feedback):
 
 def test_without_warm_up_feedback_starts_at_once():
     config = tr.TrustRegionConfig(
-        "fixed", warmup_steps=0, initial_weight=0.0, final_weight=1.0, target=1.0
+        "fixed", warmup_steps=0, initial_weight=0.0, final_weight=1.0, target_shift=2**0.5
     )
     transform = tr.trust_region(config)
     state = transform.init(make_params())
@@ -204,7 +204,7 @@ def test_find_state_and_missing_arguments():
         ("warmup_steps", -1, "must be an integer >= 0"),
         ("previous_weight", -0.1, "must be >= 0"),
         ("anchor_weight", float("nan"), "must be finite"),
-        ("target", 0.0, "must be > 0"),
+        ("target_shift", 0.0, "must be > 0"),
         ("high", 0.1, "must be > low"),
         ("up", 0.9, "must be >= 1"),
         ("down", 1.5, r"must be in \(0, 1\]"),

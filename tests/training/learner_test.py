@@ -9,6 +9,7 @@ import pytest
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import setup
+from sage_grpo_jax.training import update as update_lib
 
 
 @dataclasses.dataclass
@@ -140,14 +141,12 @@ def test_a_failed_sample_has_no_influence(make_config, local_scorer, one_device,
     samples = batch.repeat(4)
     keys, condition = learner.sample_keys(batch, 0), learner.condition(samples)
     trajectory = learner.programs.rollout(trainer.state.params, condition, learner.negative, keys)
-    from sage_grpo_jax.training import programs
-
     advantages = np.array([1.0, -1.0, 0.5, 0.0, 1.0, 0.2, -0.7, -0.5], np.float32)
     valid = np.ones(8, bool)
     valid[3] = False
 
     def norm(latents):
-        update = programs.UpdateBatch(latents, keys, condition, advantages, valid)
+        update = update_lib.UpdateBatch(latents, keys, condition, advantages, valid)
         state = setup.fresh_state(setup.read_networks(config.model), config, one_device)
         _, metrics = learner.programs.update(state, update, learner.negative, np.float32(1e-6))
         assert metrics["update/applied"]
