@@ -2,8 +2,8 @@
 
     JAX_PLATFORMS=cpu python benchmarks/convolution.py [--batch 8] [--repeats 10]
 
-Wall time is the median, CPU time (all threads) the minimum over the repeats; on a busy machine compare
-CPU times. "gradient" is forward and backward, with respect to input and kernel.
+Wall time is the median, CPU time (all threads) the minimum over the repeats; on a busy machine
+compare CPU times. "gradient" is forward and backward, with respect to input and kernel.
 """
 
 from __future__ import annotations

@@ -145,6 +145,7 @@ class Learner:
             jax.block_until_ready(trajectory)
         self._check_interrupt()
         scores = self.score(trajectory.latents[-1], samples, f"step{int(state.step)}", timer)
+        scores = self._without_broken(scores, trajectory.latents[-1])
         advantages, reward_metrics = self.advantages(scores)
         self._check_interrupt()
         update_batch = update_lib.UpdateBatch(
@@ -162,6 +163,15 @@ class Learner:
         state = state._replace(step=state.step + 1)
         timer.seconds["time/step"] = time.perf_counter() - started
         return state, {**reward_metrics, **metrics, **timer.seconds}
+
+    def _without_broken(self, scores: Scores, latents: jax.Array) -> Scores:
+        """Takes the samples out whose latents are not finite: what was decoded means nothing."""
+        finite = hosts.to_host(self.programs.finite(latents))
+        if finite.all():
+            return scores
+        logging.warning("the rollout made %d samples that are not finite", np.sum(~finite))
+        values = {n: np.where(finite, v, np.nan) for n, v in scores.values.items()}
+        return Scores(values, scores.valid & finite)
 
     def sample_keys(self, batch: PromptBatch, step: int) -> jax.Array:
         """One key per sample, [P·G]: a function of seed, step, slot, prompt and sample alone."""

@@ -96,8 +96,9 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any] | 
     claim_workdir(config, workdir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        interrupt = stack.enter_context(Interrupt())
         scorer = stack.enter_context(open_scorer(config, workdir))
+        # Before this a signal ends the process at once: there is nothing to save.
+        interrupt = stack.enter_context(Interrupt())
         run = _Run(config, workdir, networks, mesh, scorer, interrupt)
         stack.callback(run.close)
         return run.train()

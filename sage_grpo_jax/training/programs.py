@@ -43,6 +43,7 @@ class Programs:
     rollout: Callable
     sample: Callable
     decode: Callable
+    finite: Callable
     update: UpdatePrograms
     replay: Callable
 
@@ -75,8 +76,13 @@ def make_decode(recipe: Recipe):
     return decode
 
 
+def finite_samples(latents: jax.Array) -> jax.Array:
+    """Which samples [B, ...] hold neither NaN nor infinity; bool [B]."""
+    return jnp.isfinite(latents).all(axis=tuple(range(1, latents.ndim)))
+
+
 def to_uint8(videos: jax.Array) -> jax.Array:
-    """[-1, 1] float -> 0..255, rounded. NaN becomes 0: callers check the latents for finiteness."""
+    """[-1, 1] float -> 0..255, rounded; NaN becomes 0 (`finite_samples` finds such samples)."""
     pixels = jnp.clip(videos * 127.5 + 127.5, 0, 255)
     return jnp.round(jnp.nan_to_num(pixels)).astype(jnp.uint8)
 
@@ -130,6 +136,7 @@ def build(
             static_argnames="size",
             out_shardings=rows,
         ),
+        finite=jax.jit(finite_samples, out_shardings=whole),
         update=UpdatePrograms(plain, with_means),
         replay=jax.jit(
             update_lib.make_replay(recipe),

@@ -78,15 +78,21 @@ def _micro_batch(batch: UpdateBatch, size: int, step: jax.Array, piece: jax.Arra
     def take(x):
         return split_batch(x, size)[piece]
 
+    valid = take(batch.valid)
+
+    def take_latents(x):
+        # The latents of a masked sample may be NaN, and 0 · NaN in the backward pass is NaN.
+        return jnp.where(valid.reshape(-1, *[1] * (x.ndim - 2)), take(x[step]), 0.0)
+
     return MicroBatch(
         step=step,
-        latents=take(batch.latents[step]),
-        next_latents=take(batch.latents[step + 1]),
+        latents=take_latents(batch.latents),
+        next_latents=take_latents(batch.latents[1:]),
         keys=take(batch.keys),
         condition=jax.tree.map(take, batch.condition),
         advantages=take(batch.advantages),
-        valid=take(batch.valid),
-        mean_old=None if batch.mean_old is None else take(batch.mean_old[step]),
+        valid=valid,
+        mean_old=None if batch.mean_old is None else take_latents(batch.mean_old),
     )
 
 

@@ -118,9 +118,10 @@ def test_mesh_draws_the_same_noise(make_config, local_scorer, one_device, tmp_pa
         trainer.learner.negative,
         trainer.learner.sample_keys(batch, 3),
     )
+    ours, theirs = np.asarray(alone.latents), np.asarray(sharded.latents)
     # The initial noise is bit for bit the same, the videos within float32 rounding.
-    assert (np.asarray(alone.latents[0]) == np.asarray(sharded.latents[0])).all()
-    np.testing.assert_allclose(alone.latents, sharded.latents, atol=2e-4)
+    np.testing.assert_array_equal(ours[0], theirs[0])
+    np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
 def test_failed_samples_are_masked_and_counted(make_config, local_scorer, one_device, tmp_path):
@@ -152,7 +153,7 @@ def test_a_failed_sample_has_no_influence(make_config, local_scorer, one_device,
         assert metrics["update/applied"]
         return float(metrics["grad/norm"])
 
-    disturbed = trajectory.latents.at[:, 3].set(trajectory.latents[:, 5] + 1.0)
+    disturbed = trajectory.latents.at[:, 3].set(np.nan)
     assert norm(trajectory.latents) == pytest.approx(norm(disturbed), rel=1e-6)
 
 
@@ -166,15 +167,17 @@ def test_too_few_rewards_skip_the_update(make_config, local_scorer, one_device, 
     jax.tree.map(np.testing.assert_array_equal, before, trainer.params())
 
 
-def test_non_finite_weights_never_reach_the_parameters(
-    make_config, local_scorer, one_device, tmp_path
-):
+def test_non_finite_weights_never_move(make_config, local_scorer, one_device, tmp_path, caplog):
     trainer = make_trainer(make_config(), local_scorer(), one_device, tmp_path)
     leaves, tree = jax.tree.flatten(trainer.state.params)
     leaves[0] = leaves[0].at[(0,) * leaves[0].ndim].set(np.nan)
     trainer.state = trainer.state._replace(params=jax.tree.unflatten(tree, leaves))
-    with pytest.raises(learner_lib.NumericsError, match="not finite"):
-        trainer.steps(1)
+    before = trainer.params()
+    (metrics,) = trainer.steps(1)
+    assert metrics["update/applied"] == 0
+    assert metrics["reward/valid_fraction"] == 0
+    assert "16 samples that are not finite" in caplog.text
+    jax.tree.map(np.testing.assert_array_equal, before, trainer.params())
 
 
 def test_ratio_gate_stops_before_anything_is_applied(
