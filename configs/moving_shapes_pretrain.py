@@ -33,12 +33,21 @@ def get_config() -> ConfigDict:
             "kl_weight": 3e-5,
         }
     )
+    config.polish = ConfigDict(
+        {
+            **config.vae.to_dict(),
+            "steps": 1600,
+            "short_steps": 0,
+            "noise_warmup_steps": 0,
+            "learning_rate": 5e-4,
+        }
+    )
     config.latents = ConfigDict({"num_clips": 16384, "batch_size": 64})
     config.flow = ConfigDict(
         {
-            "steps": 6000,
+            "steps": 8000,
             "batch_size": 32,
-            "learning_rate": 1e-3,
+            "learning_rate": 1.5e-3,
             "warmup_steps": 200,
             "weight_decay": 0.01,
             "beta2": 0.99,

@@ -59,11 +59,16 @@ def joint_attention(
             f" {mesh_axis_size('context')}"
         )
     # Token-sharded to head-sharded before concatenating: text then joins without communication.
+    # Both ends of each exchange are pinned, or XLA gathers tokens instead.
+    image = jax.tree.map(lambda x: constrain(x, "batch", "tokens", None, None), image)
     image, text = jax.tree.map(lambda x: constrain(x, "batch", None, "heads", None), (image, text))
     query, key, value = (jnp.concatenate(pair, axis=1) for pair in zip(image, text, strict=True))
     out = attention(query, key, value, key_mask_BxS, implementation)
-    out = out.reshape(*out.shape[:2], -1)
-    return constrain(out[:, :num_image], "batch", "tokens", None), out[:, num_image:]
+    out = constrain(out, "batch", None, "heads", None)
+    image_out = constrain(out[:, :num_image], "batch", None, "heads", None)
+    image_out = constrain(image_out, "batch", "tokens", None, None)
+    text_out = out[:, num_image:]
+    return tuple(x.reshape(*x.shape[:2], -1) for x in (image_out, text_out))
 
 
 def attention(

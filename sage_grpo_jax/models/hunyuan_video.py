@@ -449,11 +449,10 @@ class _Transformer(nn.Module):
         if config.remat:
             block = jax.checkpoint(block)
         # Splits, not slices: their transpose is one concatenation.
-        stacked = self.variables["params"]["blocks"]
-        leaves, tree = jax.tree.flatten(stacked)
-        layers = zip(*(jax.lax.split(leaf, [1] * config.num_layers) for leaf in leaves), strict=True)
+        stacked, tree = jax.tree.flatten(self.variables["params"]["blocks"])
+        split = [jax.lax.split(leaf, [1] * config.num_layers) for leaf in stacked]
         carry = (image, text)
-        for layer in layers:
+        for layer in zip(*split, strict=True):
             carry = block(jax.tree.unflatten(tree, [leaf[0] for leaf in layer]), carry)
         return carry[0]
 

@@ -1,8 +1,9 @@
 """Pretraining on the moving-shapes world: autoencoder, latents, flow matching, export.
 
-Four stages, each of which continues where it was interrupted:
+Five stages, each of which continues where it was interrupted:
 
   vae      reconstruction of random clips (every combination of parameters) plus a small KL term
+  polish   the same from its averaged weights, on whole clips only
   latents  encodes clips of the training combinations once; their spread fixes `scaling_factor`
   flow     rectified flow matching of the transformer on those latents
   export   writes the averaged weights and samples held-out captions
@@ -40,7 +41,7 @@ from sage_grpo_jax.training.pretraining_loop import (
     say,
 )
 
-STAGES = ("vae", "latents", "flow", "export")
+STAGES = ("vae", "polish", "latents", "flow", "export")
 
 
 class Streams(NamedTuple):
@@ -52,6 +53,7 @@ class Streams(NamedTuple):
     flow_init: jax.Array
     flow: jax.Array
     report: jax.Array
+    polish: jax.Array
 
 
 class LatentCache(NamedTuple):
@@ -92,6 +94,8 @@ def run(config: PretrainConfig, workdir: pathlib.Path, stages: Sequence[str] = S
     streams = Streams(*jax.random.split(jax.random.key(config.seed), len(Streams._fields)))
     if "vae" in stages:
         train_vae(config, streams, workdir)
+    if "polish" in stages:
+        polish_vae(config, streams, workdir)
     if "latents" in stages:
         encode_clips(config, streams.latents, workdir)
     if "flow" in stages:
@@ -109,13 +113,24 @@ def train_vae(config: PretrainConfig, streams: Streams, workdir: pathlib.Path) -
     def init_params() -> Params:
         return vae.init_params(config.vae_model, streams.vae_init)
 
-    stage = config.vae
-    loss_fn = functools.partial(vae_loss_fn, config.vae_model, stage)
-    phases = [
+    phases = _vae_phases(config.vae_model, config.vae)
+    return run_stage("vae", config.vae, init_params, phases, streams.vae, (), workdir)
+
+
+def polish_vae(config: PretrainConfig, streams: Streams, workdir: pathlib.Path) -> Params:
+    """Trains the averaged autoencoder once more, with a schedule and an optimizer of its own."""
+    step, params = load_average(workdir / "vae")
+    say(f"polish: starts from vae step {step}")
+    phases = _vae_phases(config.vae_model, config.polish)
+    return run_stage("polish", config.polish, lambda: params, phases, streams.polish, (), workdir)
+
+
+def _vae_phases(model: vae.VaeConfig, stage: VaeStageConfig) -> list[Phase]:
+    loss_fn = functools.partial(vae_loss_fn, model, stage)
+    return [
         Phase(stage.short_steps, loss_fn(stage.short_batch_size, stage.short_frames)),
         Phase(stage.steps, loss_fn(stage.batch_size, moving_shapes.spec.NUM_FRAMES)),
     ]
-    return run_stage("vae", stage, init_params, phases, streams.vae, (), workdir)
 
 
 def vae_loss_fn(model: vae.VaeConfig, stage: VaeStageConfig, clips: int, frames: int) -> LossFn:
@@ -126,7 +141,8 @@ def vae_loss_fn(model: vae.VaeConfig, stage: VaeStageConfig, clips: int, frames:
         videos = random_clips(clip_key, clips, frames)
         mean, logvar = vae.encode(params, videos, model)
         # Full noise from the start hides the latents from a decoder that does not use them yet.
-        warmup = jnp.minimum(1.0, step / max(stage.noise_warmup_steps, 1))
+        n = stage.noise_warmup_steps
+        warmup = jnp.minimum(1.0, step / n) if n else 1.0
         noise = warmup * jnp.exp(0.5 * logvar) * jax.random.normal(noise_key, mean.shape)
         decoded = vae.decode(params, mean + noise, model)
         terms = reconstruction_terms(decoded, videos, stage.contrast_weight)
@@ -182,10 +198,10 @@ def _rms_std(logvar: jax.Array) -> jax.Array:
 
 
 def encode_clips(config: PretrainConfig, key: jax.Array, workdir: pathlib.Path) -> LatentCache:
-    """Encodes training clips with the averaged autoencoder, or reads what an earlier run wrote."""
+    """Encodes training clips with the polished autoencoder, or reads what an earlier run wrote."""
     folder = workdir / "latents"
     if not folder.exists():
-        step, params = load_average(workdir / "vae")
+        step, params = load_average(workdir / "polish")
         say(f"latents: encoding {config.latents.num_clips} clips, vae step {step}")
         cache = _encode(params, config.vae_model, config.latents, key)
         _write_latents(cache, folder)
@@ -307,13 +323,17 @@ def export(config: PretrainConfig, key: jax.Array, workdir: pathlib.Path) -> dic
     """
     summary = json.loads((workdir / "latents" / "summary.json").read_text())
     model = dataclasses.replace(config.vae_model, scaling_factor=1.0 / summary["std"])
-    vae_step, vae_params = load_average(workdir / "vae")
+    vae_step, vae_params = load_average(workdir / "polish")
     flow_step, flow_params = load_average(workdir / "flow")
-    weights.save(vae_params, workdir / "weights" / "vae", config=model)
-    weights.save(flow_params, workdir / "weights" / "transformer", config=config.transformer)
-    say(f"export: vae step {vae_step}, flow step {flow_step}")
+    for name, params, model_config in (
+        ("vae", vae_params, model),
+        ("transformer", flow_params, config.transformer),
+    ):
+        # Half the size of float32; the rounding (one part in 2048) is far below the models' errors.
+        weights.save(params, workdir / "weights" / name, config=model_config, dtype=jnp.float16)
+    say(f"export: polish step {vae_step}, flow step {flow_step}")
     pipeline = pretraining_report.Pipeline(model, vae_params, config.transformer, flow_params)
     numbers = pretraining_report.judge(pipeline, config.report, key, workdir)
-    numbers = {"vae_step": vae_step, "flow_step": flow_step, **numbers}
+    numbers = {"polish_step": vae_step, "flow_step": flow_step, **numbers}
     (workdir / "report.json").write_text(json.dumps(numbers, indent=2) + "\n")
     return numbers

@@ -45,13 +45,13 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VaeStageConfig(StageConfig):
-    """Weights of the reconstruction loss; every term is a mean over its own elements.
+    """The autoencoder: weights of the loss, whose terms are means over their own elements.
 
     `edge_weight` multiplies the L1 distance of the spatial differences between neighbouring
-    pixels: it asks for sharp borders where plain L1 accepts a soft one. The first `short_steps`
-    updates see `short_batch_size` clips of `short_frames` frames, which cost less; the
-    convolutions are causal, so that little has to be learned anew afterwards. Latent noise and KL
-    grow from zero to their full weight over `noise_warmup_steps`.
+    pixels: it asks for sharp borders where plain L1 accepts a soft one. `contrast_weight` is
+    explained at `pretraining.reconstruction_terms`. The first `short_steps` updates see
+    `short_batch_size` clips of `short_frames` frames, which cost less. Latent noise and KL grow
+    from zero to their full weight over `noise_warmup_steps`.
     """
 
     l1_weight: float = 1.0
@@ -69,7 +69,7 @@ class VaeStageConfig(StageConfig):
         weights = ("l1_weight", "l2_weight", "edge_weight", "contrast_weight", "kl_weight")
         for name in (*weights, "noise_warmup_steps"):
             _require(getattr(self, name) >= 0, self, name, "0 or more")
-        _require(0 <= self.short_steps <= self.steps, self, "short_steps", "0 to vae.steps")
+        _require(0 <= self.short_steps <= self.steps, self, "short_steps", "0 to its steps")
         for name in ("short_frames", "short_batch_size"):
             _require(getattr(self, name) >= 1, self, name, "at least 1")
 
@@ -128,12 +128,13 @@ class ReportConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """A whole pretraining run: two models and the four stages that make and judge them."""
+    """A whole pretraining run: two models and the stages that make and judge them."""
 
     seed: int
     vae_model: VaeConfig
     transformer: HunyuanVideoConfig
     vae: VaeStageConfig
+    polish: VaeStageConfig
     latents: LatentsStageConfig
     flow: FlowStageConfig
     report: ReportConfig
@@ -146,6 +147,7 @@ _SECTIONS = {
     "vae_model": VaeConfig,
     "transformer": HunyuanVideoConfig,
     "vae": VaeStageConfig,
+    "polish": VaeStageConfig,
     "latents": LatentsStageConfig,
     "flow": FlowStageConfig,
     "report": ReportConfig,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -205,19 +206,35 @@ def test_every_axis_of_every_parameter_has_a_logical_name():
     assert names["decoder", "mid", "attention", "query", "kernel"] == ("conv_in", "conv_out")
 
 
+def _random_params(config: VaeConfig) -> dict:
+    """Like `init_params` without compiling a random generator for each parameter."""
+    shapes = jax.eval_shape(functools.partial(vae.init_params, config), jax.random.key(0))
+    leaves, tree = jax.tree.flatten(shapes)
+    values = [
+        _draw(x.shape, seed) * np.prod(x.shape[:-1], dtype=np.float32) ** -0.5
+        for seed, x in enumerate(leaves)
+    ]
+    return tree.unflatten(values)
+
+
 def test_parameters_are_plain_dicts_of_float32_arrays():
-    params = vae.init_params(_tiny(), jax.random.key(0))
+    init = functools.partial(vae.init_params, _tiny(dtype="bfloat16"))
+    params = jax.eval_shape(init, jax.random.key(0))
     assert type(params) is dict
     assert type(params["encoder"]["mid"]) is dict
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
-    other = vae.init_params(_tiny(), jax.random.key(1))
-    kernel = lambda p: p["decoder"]["conv_in"]["kernel"]  # noqa: E731
-    assert not np.array_equal(kernel(params), kernel(other))
+
+
+def test_kernels_start_with_unit_gain():
+    conv = vae_layers.CausalConv(64, jnp.float32)
+    params = nn.unbox(conv.init(jax.random.key(0), jnp.zeros((1, 1, 1, 1, 16))))["params"]
+    np.testing.assert_allclose(params["kernel"].std(), (27 * 16) ** -0.5, rtol=0.02)
+    assert not params["bias"].any()
 
 
 def test_bfloat16_stays_close_to_float32_and_returns_float32():
     config = _tiny()
-    params = vae.init_params(config, jax.random.key(0))
+    params = _random_params(config)
     latents = _draw((1, 2, 3, 4, 4), 0)
     decode = jax.jit(vae.decode, static_argnums=2, compiler_options=FAST_COMPILE)
     exact = decode(params, latents, config)

@@ -35,6 +35,7 @@ def tiny_config(vae_steps: int, flow_steps: int) -> pretraining_config.PretrainC
             "transformer": TINY_TRANSFORMER,
             "vae": VAE_STAGE
             | {"steps": vae_steps, "short_steps": vae_steps // 2, "checkpoint_every": 4},
+            "polish": VAE_STAGE | {"steps": 4, "learning_rate": 1e-3, "checkpoint_every": 2},
             "latents": {"num_clips": 16, "batch_size": 8},
             "flow": {**FLOW_STAGE, "steps": flow_steps, "checkpoint_every": 4},
             "report": {"sampling_steps": [2], "num_samples": 2, "sheet_rows": 2},
@@ -107,10 +108,10 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path):
         progress.log = kill_at(step)
         try:
             with pytest.raises(Killed):
-                pretraining.run(config, tmp_path, ["vae", "latents", "flow"])
+                pretraining.run(config, tmp_path, ["vae", "polish", "latents", "flow"])
         finally:
             progress.log = original
-    pretraining.run(config, tmp_path, ["vae", "latents", "flow"])
+    pretraining.run(config, tmp_path, ["vae", "polish", "latents", "flow"])
     for stage in ("vae", "flow"):
         assert losses(tmp_path, stage) == losses(finished, stage)
         step, average = pretraining_loop.load_average(tmp_path / stage)
@@ -121,7 +122,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path):
 
 def test_export(finished):
     report = json.loads((finished / "report.json").read_text())
-    assert (report["vae_step"], report["flow_step"]) == (12, 12)
+    assert (report["polish_step"], report["flow_step"]) == (4, 12)
     assert report["manifold_distance/real"] < report["manifold_distance/samples_2_steps"]
     vae_file = json.loads((finished / "weights" / "vae" / "config.json").read_text())
     summary = json.loads((finished / "latents" / "summary.json").read_text())
@@ -129,7 +130,10 @@ def test_export(finished):
     config = tiny_config(12, 12)
     loaded = weights.load(finished / "weights" / "transformer", config.transformer)
     expected = pretraining_loop.load_average(finished / "flow")[1]
-    jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+    # Shipped in float16: 11 bits.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-11, atol=1e-7), loaded, expected
+    )
     assert (finished / "samples_2_steps.png").exists()
 
 
@@ -232,7 +236,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     def loss_fn(params, key, step):
         return jnp.sum(jnp.log(params["w"])), {}
 
-    with pytest.raises(FloatingPointError, match="toy step 1: .* is -?inf"):
+    with pytest.raises(FloatingPointError, match=r"toy step 1: .* is -?inf"):
         pretraining_loop.run_stage(
             "toy",
             stage,
