@@ -42,10 +42,13 @@ def get_config() -> ConfigDict:
             "learning_rate": 5e-4,
         }
     )
+    config.decoder = ConfigDict(
+        {**config.polish.to_dict(), "steps": 3000, "kl_weight": 0.0, "latent_noise": 0.02}
+    )
     config.latents = ConfigDict({"num_clips": 16384, "batch_size": 64})
     config.flow = ConfigDict(
         {
-            "steps": 8000,
+            "steps": 9000,
             "batch_size": 32,
             "learning_rate": 1.5e-3,
             "warmup_steps": 200,

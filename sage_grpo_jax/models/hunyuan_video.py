@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from typing import Any, NamedTuple
 
@@ -18,7 +17,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sage_grpo_jax.models.attention import IMPLEMENTATIONS, Qkv, joint_attention
+from sage_grpo_jax.models.attention import Qkv, joint_attention
+from sage_grpo_jax.models.hunyuan_video_config import HunyuanVideoConfig, require
 from sage_grpo_jax.models.layers import (
     Mlp,
     Modulation,
@@ -37,10 +37,9 @@ from sage_grpo_jax.models.layers import (
 from sage_grpo_jax.models.rope import apply_rotary, rotary_angles, rotary_tables
 from sage_grpo_jax.models.text_refiner import ByT5Mapper, ImageProjection, TextRefiner
 
+__all__ = ["Condition", "HunyuanVideoConfig", "init_params", "partition_names", "velocity"]
+
 EPSILON = 1e-6
-CLASS_NAME = "HunyuanVideo15Transformer3DModel"
-RUNTIME_FIELDS = ("dtype", "attention", "remat", "unroll")
-DTYPES = ("float32", "bfloat16")
 # Rows of the condition-type embedding.
 TEXT, BYT5, IMAGE = 0, 1, 2
 
@@ -69,100 +68,6 @@ class Condition(NamedTuple):
     image_mask: jax.Array | None = None
     latents: jax.Array | None = None
     timestep_r: jax.Array | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class HunyuanVideoConfig:
-    """Architecture in diffusers' field names (defaults: the full model), then how to run it.
-
-    Attributes:
-      text_embed_2_dim: width of ByT5 embeddings; None builds no ByT5 mapper.
-      image_embed_dim: width of vision embeddings; None builds no vision projection.
-      rope_axes_dim: head channels that encode time, height, width.
-      target_size, task_type: carried along for pipelines; no influence on the model.
-      use_meanflow: builds the second time embedding.
-      dtype: compute dtype of matmuls and activations; norms, softmax, modulation are float32.
-      attention: "auto" | "splash" | "cudnn" | "xla".
-      remat: recompute each block in the backward pass.
-      unroll: lay the blocks out one after another instead of scanning over them: faster steps and
-        slower compilation, for small models.
-    """
-
-    in_channels: int = 65
-    out_channels: int = 32
-    num_attention_heads: int = 16
-    attention_head_dim: int = 128
-    num_layers: int = 54
-    num_refiner_layers: int = 2
-    mlp_ratio: float = 4.0
-    patch_size: int = 1
-    patch_size_t: int = 1
-    qk_norm: str = "rms_norm"
-    text_embed_dim: int = 3584
-    text_embed_2_dim: int | None = 1472
-    image_embed_dim: int | None = 1152
-    rope_theta: float = 256.0
-    rope_axes_dim: tuple[int, int, int] = (16, 56, 56)
-    target_size: int = 640
-    task_type: str = "t2v"
-    use_meanflow: bool = False
-    dtype: str = "float32"
-    attention: str = "auto"
-    remat: bool = True
-    unroll: bool = False
-
-    def __post_init__(self):
-        object.__setattr__(self, "rope_axes_dim", tuple(self.rope_axes_dim))
-        for field in ("num_attention_heads", "attention_head_dim", "num_layers", "patch_size",
-                      "num_refiner_layers", "patch_size_t", "out_channels"):  # fmt: skip
-            _require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
-        _require(self.in_channels >= self.out_channels, "in_channels", self.in_channels,
-                 f"at least out_channels={self.out_channels}")  # fmt: skip
-        axes = self.rope_axes_dim
-        _require(
-            len(axes) == 3
-            and all(dim % 2 == 0 for dim in axes)
-            and sum(axes) == self.attention_head_dim,
-            "rope_axes_dim",
-            axes,
-            f"three even numbers that sum to attention_head_dim={self.attention_head_dim}",
-        )
-        _require(self.qk_norm == "rms_norm", "qk_norm", self.qk_norm, "'rms_norm'")
-        _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {DTYPES}")
-        _require(self.attention in IMPLEMENTATIONS, "attention", self.attention,
-                 f"one of {IMPLEMENTATIONS}")  # fmt: skip
-
-    @property
-    def hidden_size(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def patch(self) -> tuple[int, int, int]:
-        """Patch size along time, height, width."""
-        return (self.patch_size_t, self.patch_size, self.patch_size)
-
-    @classmethod
-    def from_json(cls, text: str, **runtime: Any) -> HunyuanVideoConfig:
-        """From the text of a diffusers config.json; `runtime` sets dtype, attention, remat, unroll.
-
-        Raises:
-          ValueError: another model's config, or fields that this model does not have.
-        """
-        values = json.loads(text)
-        class_name = values.get("_class_name", CLASS_NAME)
-        _require(class_name == CLASS_NAME, "_class_name", class_name, CLASS_NAME)
-        values = {name: value for name, value in values.items() if not name.startswith("_")}
-        known = {field.name for field in dataclasses.fields(cls)} - set(RUNTIME_FIELDS)
-        unknown = sorted(set(values) - known)
-        _require(not unknown, "config.json", unknown, f"only {sorted(known)}")
-        return cls(**values, **runtime)
-
-    def to_json(self) -> str:
-        """The text of a diffusers config.json; how to run the model is left out."""
-        values = dataclasses.asdict(self)
-        for field in RUNTIME_FIELDS:
-            del values[field]
-        return json.dumps({"_class_name": CLASS_NAME, **values}, indent=2, sort_keys=True) + "\n"
 
 
 def init_params(config: HunyuanVideoConfig, key: jax.Array) -> dict[str, Any]:
@@ -479,9 +384,7 @@ def _check_inputs(latents, timestep, condition: Condition, config: HunyuanVideoC
     chex.assert_rank([latents, timestep, condition.text, condition.text_mask], [5, 1, 3, 2])
     batch = latents.shape[0]
     for size, patch, axis in zip(latents.shape[1:4], config.patch, "THW", strict=True):
-        _require(
-            size % patch == 0, f"latents axis {axis}", size, f"a multiple of the patch {patch}"
-        )
+        require(size % patch == 0, f"latents axis {axis}", size, f"a multiple of the patch {patch}")
     _require_shape("latents", latents, (*latents.shape[:4], config.out_channels))
     _require_shape("timestep", timestep, (batch,))
     _require_shape("condition.text", condition.text, (batch, None, config.text_embed_dim))
@@ -489,9 +392,9 @@ def _check_inputs(latents, timestep, condition: Condition, config: HunyuanVideoC
     for name, width in (("byt5", config.text_embed_2_dim), ("image", config.image_embed_dim)):
         value, mask = getattr(condition, name), getattr(condition, f"{name}_mask")
         if value is None:
-            _require(mask is None, f"condition.{name}_mask", "given", f"None without {name}")
+            require(mask is None, f"condition.{name}_mask", "given", f"None without {name}")
             continue
-        _require(
+        require(
             width is not None, f"condition.{name}", "given", "None: the model has no part for it"
         )
         _require_shape(f"condition.{name}", value, (batch, None, width))
@@ -501,7 +404,7 @@ def _check_inputs(latents, timestep, condition: Condition, config: HunyuanVideoC
         extra = config.in_channels - config.out_channels
         _require_shape("condition.latents", condition.latents, (*latents.shape[:4], extra))
     if condition.timestep_r is not None:
-        _require(config.use_meanflow, "condition.timestep_r", "given", "None without use_meanflow")
+        require(config.use_meanflow, "condition.timestep_r", "given", "None without use_meanflow")
         _require_shape("condition.timestep_r", condition.timestep_r, (batch,))
 
 
@@ -509,9 +412,4 @@ def _require_shape(name: str, value: jax.Array, shape: tuple[int | None, ...]) -
     fits = len(value.shape) == len(shape) and all(
         want is None or have == want for have, want in zip(value.shape, shape, strict=True)
     )
-    _require(fits, f"{name}.shape", tuple(value.shape), shape)
-
-
-def _require(condition: bool, field: str, value: Any, allowed: Any) -> None:
-    if not condition:
-        raise ValueError(f"{field}={value}: must be {allowed}")
+    require(fits, f"{name}.shape", tuple(value.shape), shape)

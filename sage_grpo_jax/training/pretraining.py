@@ -1,12 +1,15 @@
 """Pretraining on the moving-shapes world: autoencoder, latents, flow matching, export.
 
-Five stages, each of which continues where it was interrupted:
+Six stages, each of which continues where it was interrupted:
 
   vae      reconstruction of random clips (every combination of parameters) plus a small KL term
   polish   the same from its averaged weights, on whole clips only
+  decoder  the decoder alone, for the encoder as it then is
   latents  encodes clips of the training combinations once; their spread fixes `scaling_factor`
   flow     rectified flow matching of the transformer on those latents
   export   writes the averaged weights and samples held-out captions
+
+"decoder" does not touch the latents, so that it and "flow" may run at the same time.
 """
 
 import dataclasses
@@ -41,7 +44,7 @@ from sage_grpo_jax.training.pretraining_loop import (
     say,
 )
 
-STAGES = ("vae", "polish", "latents", "flow", "export")
+STAGES = ("vae", "polish", "decoder", "latents", "flow", "export")
 
 
 class Streams(NamedTuple):
@@ -54,6 +57,7 @@ class Streams(NamedTuple):
     flow: jax.Array
     report: jax.Array
     polish: jax.Array
+    decoder: jax.Array
 
 
 class LatentCache(NamedTuple):
@@ -96,6 +100,8 @@ def run(config: PretrainConfig, workdir: pathlib.Path, stages: Sequence[str] = S
         train_vae(config, streams, workdir)
     if "polish" in stages:
         polish_vae(config, streams, workdir)
+    if "decoder" in stages:
+        train_decoder(config, streams, workdir)
     if "latents" in stages:
         encode_clips(config, streams.latents, workdir)
     if "flow" in stages:
@@ -125,25 +131,55 @@ def polish_vae(config: PretrainConfig, streams: Streams, workdir: pathlib.Path) 
     return run_stage("polish", config.polish, lambda: params, phases, streams.polish, (), workdir)
 
 
-def _vae_phases(model: vae.VaeConfig, stage: VaeStageConfig) -> list[Phase]:
-    loss_fn = functools.partial(vae_loss_fn, model, stage)
+def train_decoder(config: PretrainConfig, streams: Streams, workdir: pathlib.Path) -> Params:
+    """Trains the decoder further, from the polished average; the encoder stays as it is."""
+    step, params = load_average(workdir / "polish")
+    say(f"decoder: starts from polish step {step}")
+    encoder, decoder = {"encoder": params["encoder"]}, {"decoder": params["decoder"]}
+    phases = _vae_phases(config.vae_model, config.decoder, encoder)
+    return run_stage(
+        "decoder", config.decoder, lambda: decoder, phases, streams.decoder, (), workdir
+    )
+
+
+def load_vae(workdir: pathlib.Path) -> tuple[dict[str, int], Params]:
+    """The steps by stage and the averaged parameters of the autoencoder, as far as it is."""
+    step, params = load_average(workdir / "polish")
+    decoder_step, decoder = 0, {"decoder": params["decoder"]}
+    if (workdir / "decoder").exists():
+        decoder_step, decoder = load_average(workdir / "decoder")
+    steps = {"polish_step": step, "decoder_step": decoder_step}
+    return steps, {"encoder": params["encoder"], **decoder}
+
+
+def _vae_phases(
+    model: vae.VaeConfig, stage: VaeStageConfig, frozen: Params | None = None
+) -> list[Phase]:
+    loss_fn = functools.partial(vae_loss_fn, model, stage, frozen=frozen or {})
     return [
         Phase(stage.short_steps, loss_fn(stage.short_batch_size, stage.short_frames)),
         Phase(stage.steps, loss_fn(stage.batch_size, moving_shapes.spec.NUM_FRAMES)),
     ]
 
 
-def vae_loss_fn(model: vae.VaeConfig, stage: VaeStageConfig, clips: int, frames: int) -> LossFn:
-    """loss(params, key, step): reconstruction of `clips` random clips of `frames` frames, KL."""
+def vae_loss_fn(
+    model: vae.VaeConfig, stage: VaeStageConfig, clips: int, frames: int, frozen: Params
+) -> LossFn:
+    """loss(params, key, step): reconstruction of `clips` random clips of `frames` frames, KL.
+
+    `frozen` holds the parts of the parameters that are not trained.
+    """
 
     def loss_fn(params: Params, key: jax.Array, step: jax.Array):
+        params = {**frozen, **params}
         clip_key, noise_key = jax.random.split(key)
         videos = random_clips(clip_key, clips, frames)
         mean, logvar = vae.encode(params, videos, model)
         # Full noise from the start hides the latents from a decoder that does not use them yet.
         n = stage.noise_warmup_steps
         warmup = jnp.minimum(1.0, step / n) if n else 1.0
-        noise = warmup * jnp.exp(0.5 * logvar) * jax.random.normal(noise_key, mean.shape)
+        std = jnp.exp(0.5 * logvar) + stage.latent_noise * jax.lax.stop_gradient(jnp.std(mean))
+        noise = warmup * std * jax.random.normal(noise_key, mean.shape)
         decoded = vae.decode(params, mean + noise, model)
         terms = reconstruction_terms(decoded, videos, stage.contrast_weight)
         terms["kl"] = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
@@ -323,7 +359,7 @@ def export(config: PretrainConfig, key: jax.Array, workdir: pathlib.Path) -> dic
     """
     summary = json.loads((workdir / "latents" / "summary.json").read_text())
     model = dataclasses.replace(config.vae_model, scaling_factor=1.0 / summary["std"])
-    vae_step, vae_params = load_average(workdir / "polish")
+    steps, vae_params = load_vae(workdir)
     flow_step, flow_params = load_average(workdir / "flow")
     for name, params, model_config in (
         ("vae", vae_params, model),
@@ -331,9 +367,10 @@ def export(config: PretrainConfig, key: jax.Array, workdir: pathlib.Path) -> dic
     ):
         # Half the size of float32; the rounding (one part in 2048) is far below the models' errors.
         weights.save(params, workdir / "weights" / name, config=model_config, dtype=jnp.float16)
-    say(f"export: polish step {vae_step}, flow step {flow_step}")
+    steps["flow_step"] = flow_step
+    say(f"export: {steps}")
     pipeline = pretraining_report.Pipeline(model, vae_params, config.transformer, flow_params)
     numbers = pretraining_report.judge(pipeline, config.report, key, workdir)
-    numbers = {"polish_step": vae_step, "flow_step": flow_step, **numbers}
+    numbers = {**steps, **numbers}
     (workdir / "report.json").write_text(json.dumps(numbers, indent=2) + "\n")
     return numbers

@@ -51,7 +51,8 @@ class VaeStageConfig(StageConfig):
     pixels: it asks for sharp borders where plain L1 accepts a soft one. `contrast_weight` is
     explained at `pretraining.reconstruction_terms`. The first `short_steps` updates see
     `short_batch_size` clips of `short_frames` frames, which cost less. Latent noise and KL grow
-    from zero to their full weight over `noise_warmup_steps`.
+    from zero to their full weight over `noise_warmup_steps`. `latent_noise` adds noise of that
+    many standard deviations of the latents, for a decoder that forgives small errors.
     """
 
     l1_weight: float = 1.0
@@ -63,11 +64,12 @@ class VaeStageConfig(StageConfig):
     short_batch_size: int = 8
     short_frames: int = 5
     noise_warmup_steps: int = 0
+    latent_noise: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
         weights = ("l1_weight", "l2_weight", "edge_weight", "contrast_weight", "kl_weight")
-        for name in (*weights, "noise_warmup_steps"):
+        for name in (*weights, "noise_warmup_steps", "latent_noise"):
             _require(getattr(self, name) >= 0, self, name, "0 or more")
         _require(0 <= self.short_steps <= self.steps, self, "short_steps", "0 to its steps")
         for name in ("short_frames", "short_batch_size"):
@@ -135,6 +137,7 @@ class PretrainConfig:
     transformer: HunyuanVideoConfig
     vae: VaeStageConfig
     polish: VaeStageConfig
+    decoder: VaeStageConfig
     latents: LatentsStageConfig
     flow: FlowStageConfig
     report: ReportConfig
@@ -148,6 +151,7 @@ _SECTIONS = {
     "transformer": HunyuanVideoConfig,
     "vae": VaeStageConfig,
     "polish": VaeStageConfig,
+    "decoder": VaeStageConfig,
     "latents": LatentsStageConfig,
     "flow": FlowStageConfig,
     "report": ReportConfig,

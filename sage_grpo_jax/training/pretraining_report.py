@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from sage_grpo_jax.data import moving_shapes, word_embeddings
 from sage_grpo_jax.flow import noise, rollout, schedules
 from sage_grpo_jax.models import hunyuan_video, vae
+from sage_grpo_jax.rewards.backends.moving_shapes import MovingShapesBackend
 from sage_grpo_jax.training.pretraining_config import ReportConfig
 from sage_grpo_jax.training.pretraining_loop import Params, say
 
@@ -33,7 +34,7 @@ def judge(
 ) -> dict[str, float]:
     """Measures real clips, reconstructions and held-out samples; writes contact sheets.
 
-    Returns: reconstruction error and manifold distances by name.
+    Returns: reconstruction error, manifold distances and mean normalised rewards by name.
     """
     captions = spread(moving_shapes.held_out_captions(), config.num_samples)
     real = moving_shapes.render(moving_shapes.parameters_from_captions(captions, key))
@@ -55,9 +56,20 @@ def judge(
         distance = np.asarray(moving_shapes.manifold_distance(clips))
         numbers[f"manifold_distance/{name}"] = float(distance.mean())
         say(f"export: manifold distance of {name}: {distance.mean():.5f}")
+        numbers |= mean_rewards(clips, captions, name)
         sheet = contact_sheet(clips, captions, config.sheet_rows, config.sheet_frames)
         sheet.save(workdir / f"{name}.png")
     return numbers
+
+
+def mean_rewards(clips: np.ndarray, captions: Sequence[str], name: str) -> dict[str, float]:
+    """Mean normalised VQ, MQ and TA of uint8[N, F, H, W, 3], as "vq/name" and so on."""
+    backend, fps = MovingShapesBackend(), float(moving_shapes.spec.FPS)
+    scores = [backend.score(clip, text, fps) for clip, text in zip(clips, captions, strict=True)]
+    return {
+        f"{reward.lower()}/{name}": float(np.mean([score[reward].normalised for score in scores]))
+        for reward in backend.names
+    }
 
 
 def spread(items: Sequence[str], n: int) -> list[str]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from sage_grpo_jax.models import hunyuan_video, vae
+from sage_grpo_jax.models import hunyuan_video, hunyuan_video_config, vae
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.models.vae import VaeConfig
 from sage_grpo_jax.weights import safetensors_io, transformer_keys, vae_keys
@@ -24,7 +24,7 @@ Config = HunyuanVideoConfig | VaeConfig
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _CONFIGS = {
-    hunyuan_video.CLASS_NAME: HunyuanVideoConfig,
+    hunyuan_video_config.CLASS_NAME: HunyuanVideoConfig,
     "AutoencoderKLHunyuanVideo15": VaeConfig,
 }
 

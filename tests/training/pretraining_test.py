@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,40 +16,30 @@ from sage_grpo_jax.data import moving_shapes
 from sage_grpo_jax.training import pretraining, pretraining_config, pretraining_loop
 from sage_grpo_jax.training.pretraining_config import FlowStageConfig, StageConfig
 
+STEPS = 8
 VAE_STAGE = {
-    "batch_size": 2,
-    "short_batch_size": 2,
-    "short_frames": 5,
+    "steps": STEPS,
+    "batch_size": 1,
     "noise_warmup_steps": 4,
     "learning_rate": 3e-3,
     "warmup_steps": 2,
     "log_every": 1,
+    "checkpoint_every": 3,
 }
-FLOW_STAGE = {"batch_size": 8, "learning_rate": 3e-3, "warmup_steps": 2, "log_every": 1}
-
-
-def tiny_config(vae_steps: int, flow_steps: int) -> pretraining_config.PretrainConfig:
-    return pretraining_config.from_mapping(
-        {
-            "seed": 0,
-            "vae_model": TINY_VAE,
-            "transformer": TINY_TRANSFORMER,
-            "vae": VAE_STAGE
-            | {"steps": vae_steps, "short_steps": vae_steps // 2, "checkpoint_every": 4},
-            "polish": VAE_STAGE | {"steps": 4, "learning_rate": 1e-3, "checkpoint_every": 2},
-            "latents": {"num_clips": 16, "batch_size": 8},
-            "flow": {**FLOW_STAGE, "steps": flow_steps, "checkpoint_every": 4},
-            "report": {"sampling_steps": [2], "num_samples": 2, "sheet_rows": 2},
-        }
-    )
-
-
+FLOW_STAGE = {
+    "steps": STEPS,
+    "batch_size": 4,
+    "learning_rate": 3e-3,
+    "warmup_steps": 2,
+    "log_every": 1,
+    "checkpoint_every": 3,
+}
 TINY_VAE = {
     "latent_channels": 4,
-    "block_out_channels": (4, 8, 8),
+    "block_out_channels": (8, 8),
     "layers_per_block": 1,
-    "spatial_compression_ratio": 4,
-    "temporal_compression_ratio": 4,
+    "spatial_compression_ratio": 2,
+    "temporal_compression_ratio": 2,
 }
 TINY_TRANSFORMER = {
     "in_channels": 9,
@@ -58,13 +49,30 @@ TINY_TRANSFORMER = {
     "num_layers": 1,
     "num_refiner_layers": 1,
     "mlp_ratio": 2.0,
-    "patch_size": 1,
+    "patch_size": 4,
     "patch_size_t": 1,
     "text_embed_dim": 8,
     "text_embed_2_dim": None,
     "image_embed_dim": None,
     "rope_axes_dim": (2, 2, 4),
 }
+
+
+def tiny_config() -> pretraining_config.PretrainConfig:
+    return pretraining_config.from_mapping(
+        {
+            "seed": 0,
+            "vae_model": TINY_VAE,
+            "transformer": TINY_TRANSFORMER,
+            # Equal stages are one program, which is compiled once.
+            "vae": VAE_STAGE,
+            "polish": VAE_STAGE,
+            "decoder": VAE_STAGE,
+            "latents": {"num_clips": 8, "batch_size": 4},
+            "flow": FLOW_STAGE,
+            "report": {"sampling_steps": [2], "num_samples": 2, "sheet_rows": 2},
+        }
+    )
 
 
 def losses(workdir: pathlib.Path, stage: str) -> list[float]:
@@ -77,57 +85,62 @@ def losses(workdir: pathlib.Path, stage: str) -> list[float]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("pretrain")
-    pretraining.run(tiny_config(12, 12), workdir)
+    pretraining.run(tiny_config(), workdir)
     return workdir
 
 
+def test_losses_fall(finished):
+    flow, autoencoder = losses(finished, "flow"), losses(finished, "vae")
+    assert len(flow) == len(autoencoder) == STEPS
+    assert np.mean(flow[-3:]) < 0.95 * np.mean(flow[:3])
+    assert np.mean(autoencoder[-3:]) < 0.95 * np.mean(autoencoder[:3])
+    # The later stages go on from where the earlier one ended.
+    assert np.mean(losses(finished, "polish")) < autoencoder[0]
+    assert np.mean(losses(finished, "decoder")) < autoencoder[0]
+
+
+def test_the_decoder_stage_leaves_the_encoder_alone(finished):
+    polished = pretraining_loop.load_average(finished / "polish")[1]
+    steps, final = pretraining.load_vae(finished)
+    assert steps == {"polish_step": STEPS, "decoder_step": STEPS}
+    jax.tree.map(np.testing.assert_array_equal, final["encoder"], polished["encoder"])
+    before, after = (jax.tree.leaves(params["decoder"]) for params in (polished, final))
+    assert any((a != b).any() for a, b in zip(before, after, strict=True))
+
+
 @pytest.mark.parametrize("stage", ["vae", "flow"])
-def test_losses_fall(finished, stage):
-    values = losses(finished, stage)
-    assert len(values) == 12
-    assert np.mean(values[-3:]) < 0.9 * np.mean(values[:3])
-
-
-def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path):
-    config = tiny_config(12, 12)
-
+def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path, monkeypatch, stage):
     class Killed(Exception):
         pass
 
-    def kill_at(step: int):
-        def log(self, logged_step, metrics):
-            original(self, logged_step, metrics)
-            if logged_step == step:
-                raise Killed
+    def log_and_die(self, step, metrics):
+        log(self, step, metrics)
+        if step == 5:
+            raise Killed
 
-        return log
-
-    progress = pretraining_loop._Progress
-    original = progress.log
-    for step in (6, 11):
-        progress.log = kill_at(step)
-        try:
-            with pytest.raises(Killed):
-                pretraining.run(config, tmp_path, ["vae", "polish", "latents", "flow"])
-        finally:
-            progress.log = original
-    pretraining.run(config, tmp_path, ["vae", "polish", "latents", "flow"])
-    for stage in ("vae", "flow"):
-        assert losses(tmp_path, stage) == losses(finished, stage)
-        step, average = pretraining_loop.load_average(tmp_path / stage)
-        assert step == 12
-        expected = pretraining_loop.load_average(finished / stage)[1]
-        jax.tree.map(np.testing.assert_array_equal, average, expected)
+    log = pretraining_loop._Progress.log
+    shutil.copytree(finished / "latents", tmp_path / "latents")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pretraining_loop._Progress, "log", log_and_die)
+        pretraining.run(tiny_config(), tmp_path, [stage])
+    assert len(losses(tmp_path, stage)) == 5
+    pretraining.run(tiny_config(), tmp_path, [stage])
+    assert losses(tmp_path, stage) == losses(finished, stage)
+    step, average = pretraining_loop.load_average(tmp_path / stage)
+    assert step == STEPS
+    expected = pretraining_loop.load_average(finished / stage)[1]
+    jax.tree.map(np.testing.assert_array_equal, average, expected)
 
 
 def test_export(finished):
     report = json.loads((finished / "report.json").read_text())
-    assert (report["polish_step"], report["flow_step"]) == (4, 12)
+    steps = [report[name] for name in ("polish_step", "decoder_step", "flow_step")]
+    assert steps == [STEPS] * 3
     assert report["manifold_distance/real"] < report["manifold_distance/samples_2_steps"]
     vae_file = json.loads((finished / "weights" / "vae" / "config.json").read_text())
     summary = json.loads((finished / "latents" / "summary.json").read_text())
     np.testing.assert_allclose(vae_file["scaling_factor"], 1 / summary["std"])
-    config = tiny_config(12, 12)
+    config = tiny_config()
     loaded = weights.load(finished / "weights" / "transformer", config.transformer)
     expected = pretraining_loop.load_average(finished / "flow")[1]
     # Shipped in float16: 11 bits.
@@ -138,8 +151,8 @@ def test_export(finished):
 
 
 def test_cached_latents_show_training_captions_only(finished):
-    cache = pretraining.encode_clips(tiny_config(12, 12), jax.random.key(0), finished)
-    assert cache.latents.shape == (16, 5, 8, 8, 4)
+    cache = pretraining.encode_clips(tiny_config(), jax.random.key(0), finished)
+    assert cache.latents.shape == (8, 9, 16, 16, 4)
     texts = {moving_shapes.train_captions()[i] for i in cache.caption}
     assert not texts & set(moving_shapes.held_out_captions())
     np.testing.assert_allclose(cache.std, cache.latents.std(), rtol=1e-5)
@@ -147,9 +160,18 @@ def test_cached_latents_show_training_captions_only(finished):
 
 def test_later_stages_need_earlier_ones(tmp_path):
     with pytest.raises(FileNotFoundError, match="run the stage latents first"):
-        pretraining.run(tiny_config(1, 1), tmp_path, ["flow"])
+        pretraining.run(tiny_config(), tmp_path, ["flow"])
     with pytest.raises(ValueError, match=r"unknown \['eat'\]; allowed: vae, latents"):
-        pretraining.run(tiny_config(1, 1), tmp_path, ["eat"])
+        pretraining.run(tiny_config(), tmp_path, ["eat"])
+
+
+def test_short_clips_are_cuts_of_whole_clips():
+    key = jax.random.key(1)
+    whole = np.asarray(pretraining.random_clips(key, 2, 17))
+    short = np.asarray(pretraining.random_clips(key, 2, 5))
+    starts = [i for i in range(13) if (whole[:, i : i + 5] == short).all()]
+    assert starts
+    assert abs(whole.min() - (2 * 38 / 255 - 1)) < 0.2
 
 
 def test_sigma_is_the_shifted_logistic_of_a_normal():
@@ -259,21 +281,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         (
             "latents",
             {"num_clips": 13},
-            r"num_clips is 13; allowed: a positive multiple of .* \(8\)",
+            r"num_clips is 13; allowed: a positive multiple of .* \(4\)",
         ),
         ("report", {"sampling_steps": ()}, r"sampling_steps is \(\); allowed"),
         ("report", {"sheet_rows": 99}, r"sheet_rows is 99; allowed: at most"),
     ],
 )
 def test_bad_settings(section, change, message):
-    config = dataclasses.asdict(tiny_config(1, 1))
+    config = dataclasses.asdict(tiny_config())
     config[section] |= change
     with pytest.raises(ValueError, match=message):
         pretraining_config.from_mapping(config)
 
 
 def test_missing_settings():
-    config = dataclasses.asdict(tiny_config(1, 1))
+    config = dataclasses.asdict(tiny_config())
     del config["flow"]["batch_size"]
     with pytest.raises(ValueError, match=r"flow: missing fields \['batch_size'\]"):
         pretraining_config.from_mapping(config)

@@ -1,0 +1,113 @@
+"""Architecture of the HunyuanVideo-1.5 DiT, and how to run it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from sage_grpo_jax.models.attention import IMPLEMENTATIONS
+
+CLASS_NAME = "HunyuanVideo15Transformer3DModel"
+RUNTIME_FIELDS = ("dtype", "attention", "remat", "unroll")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class HunyuanVideoConfig:
+    """Architecture in diffusers' field names (defaults: the full model), then how to run it.
+
+    Attributes:
+      text_embed_2_dim: width of ByT5 embeddings; None builds no ByT5 mapper.
+      image_embed_dim: width of vision embeddings; None builds no vision projection.
+      rope_axes_dim: head channels that encode time, height, width.
+      target_size, task_type: carried along for pipelines; no influence on the model.
+      use_meanflow: builds the second time embedding.
+      dtype: compute dtype of matmuls and activations; norms, softmax, modulation are float32.
+      attention: "auto" | "splash" | "cudnn" | "xla".
+      remat: recompute each block in the backward pass.
+      unroll: lay the blocks out one after another instead of scanning over them: faster steps and
+        slower compilation, for small models.
+    """
+
+    in_channels: int = 65
+    out_channels: int = 32
+    num_attention_heads: int = 16
+    attention_head_dim: int = 128
+    num_layers: int = 54
+    num_refiner_layers: int = 2
+    mlp_ratio: float = 4.0
+    patch_size: int = 1
+    patch_size_t: int = 1
+    qk_norm: str = "rms_norm"
+    text_embed_dim: int = 3584
+    text_embed_2_dim: int | None = 1472
+    image_embed_dim: int | None = 1152
+    rope_theta: float = 256.0
+    rope_axes_dim: tuple[int, int, int] = (16, 56, 56)
+    target_size: int = 640
+    task_type: str = "t2v"
+    use_meanflow: bool = False
+    dtype: str = "float32"
+    attention: str = "auto"
+    remat: bool = True
+    unroll: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "rope_axes_dim", tuple(self.rope_axes_dim))
+        for field in ("num_attention_heads", "attention_head_dim", "num_layers", "patch_size",
+                      "num_refiner_layers", "patch_size_t", "out_channels"):  # fmt: skip
+            require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
+        require(self.in_channels >= self.out_channels, "in_channels", self.in_channels,
+                 f"at least out_channels={self.out_channels}")  # fmt: skip
+        axes = self.rope_axes_dim
+        require(
+            len(axes) == 3
+            and all(dim % 2 == 0 for dim in axes)
+            and sum(axes) == self.attention_head_dim,
+            "rope_axes_dim",
+            axes,
+            f"three even numbers that sum to attention_head_dim={self.attention_head_dim}",
+        )
+        require(self.qk_norm == "rms_norm", "qk_norm", self.qk_norm, "'rms_norm'")
+        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {DTYPES}")
+        require(self.attention in IMPLEMENTATIONS, "attention", self.attention,
+                 f"one of {IMPLEMENTATIONS}")  # fmt: skip
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Patch size along time, height, width."""
+        return (self.patch_size_t, self.patch_size, self.patch_size)
+
+    @classmethod
+    def from_json(cls, text: str, **runtime: Any) -> HunyuanVideoConfig:
+        """From the text of a diffusers config.json; `runtime` sets dtype, attention, remat, unroll.
+
+        Raises:
+          ValueError: another model's config, or fields that this model does not have.
+        """
+        values = json.loads(text)
+        class_name = values.get("_class_name", CLASS_NAME)
+        require(class_name == CLASS_NAME, "_class_name", class_name, CLASS_NAME)
+        values = {name: value for name, value in values.items() if not name.startswith("_")}
+        known = {field.name for field in dataclasses.fields(cls)} - set(RUNTIME_FIELDS)
+        unknown = sorted(set(values) - known)
+        require(not unknown, "config.json", unknown, f"only {sorted(known)}")
+        return cls(**values, **runtime)
+
+    def to_json(self) -> str:
+        """The text of a diffusers config.json; how to run the model is left out."""
+        values = dataclasses.asdict(self)
+        for field in RUNTIME_FIELDS:
+            del values[field]
+        return json.dumps({"_class_name": CLASS_NAME, **values}, indent=2, sort_keys=True) + "\n"
+
+
+def require(condition: bool, field: str, value: Any, allowed: Any) -> None:
+    """Raises a ValueError that says the field, its value and what is allowed."""
+    if not condition:
+        raise ValueError(f"{field}={value}: must be {allowed}")
