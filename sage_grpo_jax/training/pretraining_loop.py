@@ -109,7 +109,7 @@ def make_update(loss_fn: LossFn, stage: StageConfig) -> Callable[..., tuple[Trai
         step = state.step + 1
         decay = jnp.minimum(stage.ema_decay, step / (step + 9.0))
         average = jax.tree.map(lambda a, p: a + (1.0 - decay) * (p - a), state.average, params)
-        metrics = {"loss": loss, **metrics, "grad_norm": optax.global_norm(gradients)}
+        metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(gradients)}
         return TrainState(step, params, average, optimizer_state), metrics
 
     return jax.jit(update, donate_argnums=0)

@@ -13,6 +13,7 @@ from scipy import special
 
 from sage_grpo_jax import weights
 from sage_grpo_jax.data import moving_shapes
+from sage_grpo_jax.models import vae
 from sage_grpo_jax.training import pretraining, pretraining_config, pretraining_loop
 from sage_grpo_jax.training.pretraining_config import FlowStageConfig, StageConfig
 
@@ -36,10 +37,10 @@ FLOW_STAGE = {
 }
 TINY_VAE = {
     "latent_channels": 4,
-    "block_out_channels": (8, 8),
+    "block_out_channels": (8, 8, 8, 8),
     "layers_per_block": 1,
-    "spatial_compression_ratio": 2,
-    "temporal_compression_ratio": 2,
+    "spatial_compression_ratio": 8,
+    "temporal_compression_ratio": 4,
 }
 TINY_TRANSFORMER = {
     "in_channels": 9,
@@ -49,7 +50,7 @@ TINY_TRANSFORMER = {
     "num_layers": 1,
     "num_refiner_layers": 1,
     "mlp_ratio": 2.0,
-    "patch_size": 4,
+    "patch_size": 1,
     "patch_size_t": 1,
     "text_embed_dim": 8,
     "text_embed_2_dim": None,
@@ -82,10 +83,45 @@ def losses(workdir: pathlib.Path, stage: str) -> list[float]:
     return [entry["loss"] for entry in chosen]
 
 
+class LinearVae:
+    """One matrix each way for every block of 4x8x8 pixels: the real one takes long to compile."""
+
+    @staticmethod
+    def init_params(config, key):
+        keys = jax.random.split(key)
+        encoder = {"kernel": 0.03 * jax.random.normal(keys[0], (768, 8))}
+        decoder = {"kernel": 0.3 * jax.random.normal(keys[1], (4, 768)), "bias": jnp.zeros(768)}
+        return {"encoder": encoder, "decoder": decoder}
+
+    @staticmethod
+    def encode(params, videos, config):
+        padded = jnp.concatenate([jnp.repeat(videos[:, :1], 3, axis=1), videos], axis=1)
+        blocks = padded.reshape(len(videos), -1, 4, 4, 8, 4, 8, 3)
+        blocks = blocks.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(len(videos), -1, 4, 4, 768)
+        return jnp.split(blocks @ params["encoder"]["kernel"], 2, axis=-1)
+
+    @staticmethod
+    def decode(params, latents, config):
+        blocks = latents @ params["decoder"]["kernel"] + params["decoder"]["bias"]
+        blocks = blocks.reshape(len(latents), -1, 4, 4, 4, 8, 8, 3)
+        videos = blocks.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(len(latents), -1, 32, 32, 3)
+        return videos[:, 3:]
+
+
+@pytest.fixture(autouse=True)
+def linear_vae(request, monkeypatch):
+    if "slow" not in request.keywords:
+        for name in ("init_params", "encode", "decode"):
+            monkeypatch.setattr(vae, name, getattr(LinearVae, name))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("pretrain")
-    pretraining.run(tiny_config(), workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("init_params", "encode", "decode"):
+            patch.setattr(vae, name, getattr(LinearVae, name))
+        pretraining.run(tiny_config(), workdir, ["vae", "polish", "decoder", "latents", "flow"])
     return workdir
 
 
@@ -120,9 +156,10 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path, monkeypa
 
     log = pretraining_loop._Progress.log
     shutil.copytree(finished / "latents", tmp_path / "latents")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pretraining_loop._Progress, "log", log_and_die)
+    monkeypatch.setattr(pretraining_loop._Progress, "log", log_and_die)
+    with pytest.raises(Killed):
         pretraining.run(tiny_config(), tmp_path, [stage])
+    monkeypatch.undo()
     assert len(losses(tmp_path, stage)) == 5
     pretraining.run(tiny_config(), tmp_path, [stage])
     assert losses(tmp_path, stage) == losses(finished, stage)
@@ -132,27 +169,28 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path, monkeypa
     jax.tree.map(np.testing.assert_array_equal, average, expected)
 
 
-def test_export(finished):
-    report = json.loads((finished / "report.json").read_text())
+@pytest.mark.slow
+def test_from_start_to_export(tmp_path):
+    pretraining.run(tiny_config(), tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
     steps = [report[name] for name in ("polish_step", "decoder_step", "flow_step")]
     assert steps == [STEPS] * 3
     assert report["manifold_distance/real"] < report["manifold_distance/samples_2_steps"]
-    vae_file = json.loads((finished / "weights" / "vae" / "config.json").read_text())
-    summary = json.loads((finished / "latents" / "summary.json").read_text())
+    vae_file = json.loads((tmp_path / "weights" / "vae" / "config.json").read_text())
+    summary = json.loads((tmp_path / "latents" / "summary.json").read_text())
     np.testing.assert_allclose(vae_file["scaling_factor"], 1 / summary["std"])
-    config = tiny_config()
-    loaded = weights.load(finished / "weights" / "transformer", config.transformer)
-    expected = pretraining_loop.load_average(finished / "flow")[1]
+    loaded = weights.load(tmp_path / "weights" / "transformer", tiny_config().transformer)
+    expected = pretraining_loop.load_average(tmp_path / "flow")[1]
     # Shipped in float16: 11 bits.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-11, atol=1e-7), loaded, expected
     )
-    assert (finished / "samples_2_steps.png").exists()
+    assert (tmp_path / "samples_2_steps.png").exists()
 
 
 def test_cached_latents_show_training_captions_only(finished):
     cache = pretraining.encode_clips(tiny_config(), jax.random.key(0), finished)
-    assert cache.latents.shape == (8, 9, 16, 16, 4)
+    assert cache.latents.shape == (8, 5, 4, 4, 4)
     texts = {moving_shapes.train_captions()[i] for i in cache.caption}
     assert not texts & set(moving_shapes.held_out_captions())
     np.testing.assert_allclose(cache.std, cache.latents.std(), rtol=1e-5)
@@ -161,7 +199,7 @@ def test_cached_latents_show_training_captions_only(finished):
 def test_later_stages_need_earlier_ones(tmp_path):
     with pytest.raises(FileNotFoundError, match="run the stage latents first"):
         pretraining.run(tiny_config(), tmp_path, ["flow"])
-    with pytest.raises(ValueError, match=r"unknown \['eat'\]; allowed: vae, latents"):
+    with pytest.raises(ValueError, match=r"unknown \['eat'\]; allowed: vae, polish"):
         pretraining.run(tiny_config(), tmp_path, ["eat"])
 
 
