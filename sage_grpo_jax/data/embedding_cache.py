@@ -221,8 +221,12 @@ class EmbeddingCache:
         """The entry of the empty prompt."""
         return _parse(self._records[self.manifest["negative"]])
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all entries. An iterator's state is a position: it fits this cache only."""
+        return self.manifest["sha256"]
+
     def __repr__(self) -> str:
-        # grain compares this text when a saved iterator is restored.
         return f"EmbeddingCache({self.manifest['sha256'][:16]}, {len(self)} prompts)"
 
 

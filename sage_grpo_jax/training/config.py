@@ -6,12 +6,14 @@ value and what is allowed.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
 
 import ml_collections
 
+from sage_grpo_jax.data import moving_shapes_spec as spec
 from sage_grpo_jax.grpo import trust_region as trust_region_lib
 
 SDE_KINDS = ("precise", "flow", "dance", "cps", "ode")
@@ -306,13 +308,15 @@ def validate(config: Config) -> None:
             raise ValueError(f"config.{path}: got {value!r}; allowed: {', '.join(allowed)}")
     for path, (low, high) in _RANGES.items():
         value = _get(config, path)
-        # Written so that NaN fails.
-        if not ((low is None or value >= low) and (high is None or value <= high)):
+        # Written so that NaN and infinity fail.
+        if not (
+            (low is None or value >= low) and value < math.inf and (high is None or value <= high)
+        ):
             bounds = f"at least {low}" if high is None else f"{low} to {high}"
             raise ValueError(f"config.{path}: got {value}; allowed: {bounds}")
     for path in _POSITIVE:
-        if not (value := _get(config, path)) > 0:
-            raise ValueError(f"config.{path}: got {value}; allowed: greater than 0")
+        if not 0 < (value := _get(config, path)) < math.inf:
+            raise ValueError(f"config.{path}: got {value}; allowed: greater than 0 and finite")
     _validate_together(config)
 
 
@@ -334,6 +338,13 @@ def _validate_together(config: Config) -> None:
         raise ValueError(
             f"config.rollout.decode_batch: got {rollout.decode_batch}; allowed: a divisor of "
             f"prompts_per_step × group_size = {config.batch_size}"
+        )
+    clip = (config.video.frames, config.video.height, config.video.width)
+    world = (spec.NUM_FRAMES, spec.HEIGHT, spec.WIDTH)
+    if config.eval.manifold_distance and clip != world:
+        raise ValueError(
+            f"config.eval.manifold_distance: got True with clips of {clip}; allowed: clips of the "
+            f"moving-shapes world, {world}, or False"
         )
     if bool(config.rewards.address) == config.rewards.spawn:
         raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from orbax.checkpoint import v1 as ocp
 
@@ -164,7 +165,9 @@ def load_average(directory: pathlib.Path) -> tuple[int, Params]:
     steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {directory}; run that stage first")
-    return max(steps), ocp.load(directory / str(max(steps)))["average"]
+    average = ocp.load(directory / str(max(steps)))["average"]
+    # Restored arrays are bound to a device, new ones are not; mixed, they compile a program twice.
+    return max(steps), jax.tree.map(lambda array: jnp.asarray(np.asarray(array)), average)
 
 
 def _open_checkpointer(directory: pathlib.Path) -> ocp.training.Checkpointer:
@@ -196,16 +199,19 @@ def truncate_metrics(path: pathlib.Path, stage: str, step: int) -> None:
     """Drops lines of `stage` beyond `step`, and a last line that a kill left incomplete."""
     if not path.exists():
         return
+    text = path.read_text()
     kept = []
-    for line in path.read_text().split("\n"):
+    for line in text.split("\n"):
         if not line.endswith("}"):
             continue
         entry = json.loads(line)
         if entry["stage"] != stage or entry["step"] <= step:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    # Untouched where nothing goes: another stage may be writing at this moment.
+    if "".join(kept) != text:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
 
 
 class _Progress:

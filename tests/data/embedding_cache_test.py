@@ -59,8 +59,8 @@ def test_manifest(tmp_path):
 
 def test_equal_contents_have_equal_fingerprints(tmp_path):
     first, second = write(tmp_path / "a"), write(tmp_path / "b")
-    assert first.manifest["sha256"] == second.manifest["sha256"]
-    assert write(tmp_path / "c", n=9).manifest["sha256"] != first.manifest["sha256"]
+    assert first.fingerprint == second.fingerprint
+    assert write(tmp_path / "c", n=9).fingerprint != first.fingerprint
 
 
 def test_nothing_appears_before_the_cache_is_complete(tmp_path):

@@ -106,6 +106,13 @@ def test_cps_takes_eta_up_to_one_only(recipe):
         config_lib.from_config_dict(config)
 
 
+def test_manifold_distance_needs_clips_of_the_world(recipe):
+    config = recipe.get_config()
+    config.video.frames = 21
+    with pytest.raises(ValueError, match=r"manifold_distance: got True with clips of \(21, 32, 32\)"):
+        config_lib.from_config_dict(config)
+
+
 def test_methods_change_only_fields_that_exist():
     fields = dict(methods.METHODS)
     known = loop._flatten(config_lib.default_config().to_dict())

@@ -86,6 +86,7 @@ def tiny_overrides(tiny_networks: pathlib.Path) -> dict[str, object]:
         "eval.num_prompts": 4,
         "eval.num_steps": 2,
         "eval.sheet_prompts": 2,
+        "eval.manifold_distance": False,
         "checkpoint.every": 1,
         "mesh.fsdp": 1,
     }

@@ -71,7 +71,7 @@ def saved_arrays(workdir: pathlib.Path) -> list[np.ndarray]:
 
     with ocp.training.Checkpointer((workdir / checkpoint.FOLDER).absolute()) as checkpointer:
         assert checkpointer.latest.step == TOTAL_STEPS
-        loaded = checkpointer.load_checkpointables(TOTAL_STEPS)
+        loaded = checkpointer.load_checkpointables(TOTAL_STEPS, {"state": None})
     return [np.asarray(x) for x in jax.tree.leaves(loaded["state"])]
 
 

@@ -17,23 +17,23 @@ from sage_grpo_jax.models import vae
 from sage_grpo_jax.training import pretraining, pretraining_config, pretraining_loop
 from sage_grpo_jax.training.pretraining_config import FlowStageConfig, StageConfig
 
-STEPS = 8
+STEPS = 40
 VAE_STAGE = {
     "steps": STEPS,
-    "batch_size": 1,
-    "noise_warmup_steps": 4,
-    "learning_rate": 3e-3,
+    "batch_size": 4,
+    "noise_warmup_steps": 10 * STEPS,
+    "learning_rate": 5e-3,
     "warmup_steps": 2,
     "log_every": 1,
-    "checkpoint_every": 3,
+    "checkpoint_every": 10,
 }
 FLOW_STAGE = {
     "steps": STEPS,
-    "batch_size": 4,
-    "learning_rate": 3e-3,
+    "batch_size": 8,
+    "learning_rate": 5e-3,
     "warmup_steps": 2,
     "log_every": 1,
-    "checkpoint_every": 3,
+    "checkpoint_every": 10,
 }
 TINY_VAE = {
     "latent_channels": 4,
@@ -128,11 +128,11 @@ def finished(tmp_path_factory) -> pathlib.Path:
 def test_losses_fall(finished):
     flow, autoencoder = losses(finished, "flow"), losses(finished, "vae")
     assert len(flow) == len(autoencoder) == STEPS
-    assert np.mean(flow[-3:]) < 0.95 * np.mean(flow[:3])
-    assert np.mean(autoencoder[-3:]) < 0.95 * np.mean(autoencoder[:3])
+    assert np.mean(flow[-5:]) < 0.9 * np.mean(flow[:5])
+    assert np.mean(autoencoder[-5:]) < 0.8 * np.mean(autoencoder[:5])
     # The later stages go on from where the earlier one ended.
-    assert np.mean(losses(finished, "polish")) < autoencoder[0]
-    assert np.mean(losses(finished, "decoder")) < autoencoder[0]
+    assert np.mean(losses(finished, "polish")[-5:]) < np.mean(autoencoder[-5:])
+    assert np.mean(losses(finished, "decoder")[-5:]) < np.mean(autoencoder[-5:])
 
 
 def test_the_decoder_stage_leaves_the_encoder_alone(finished):
@@ -151,7 +151,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path, monkeypa
 
     def log_and_die(self, step, metrics):
         log(self, step, metrics)
-        if step == 5:
+        if step == 25:
             raise Killed
 
     log = pretraining_loop._Progress.log
@@ -159,8 +159,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path, monkeypa
     monkeypatch.setattr(pretraining_loop._Progress, "log", log_and_die)
     with pytest.raises(Killed):
         pretraining.run(tiny_config(), tmp_path, [stage])
-    monkeypatch.undo()
-    assert len(losses(tmp_path, stage)) == 5
+    monkeypatch.setattr(pretraining_loop._Progress, "log", log)
+    assert len(losses(tmp_path, stage)) == 25
     pretraining.run(tiny_config(), tmp_path, [stage])
     assert losses(tmp_path, stage) == losses(finished, stage)
     step, average = pretraining_loop.load_average(tmp_path / stage)
@@ -170,7 +170,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_from_start_to_export(tmp_path):
+def test_from_start_to_export_with_the_real_autoencoder(tmp_path):
     pretraining.run(tiny_config(), tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
     steps = [report[name] for name in ("polish_step", "decoder_step", "flow_step")]
