@@ -29,6 +29,7 @@ class ModelConfig:
     matmul_precision: str = "highest"  # highest | high | default: of float32 matmuls
     attention: str = "auto"  # auto | splash | cudnn | xla
     remat: bool = True  # recompute each block in the backward pass
+    unroll: bool = False  # lay the blocks out instead of scanning them: small models on CPUs
 
 
 @dataclasses.dataclass(frozen=True)

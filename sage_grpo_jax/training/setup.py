@@ -63,7 +63,9 @@ def read_networks(config: config_lib.ModelConfig) -> Networks:
             )
         paths.append(path)
         configs.append(dataclasses.replace(network, dtype=config.compute_dtype))
-    transformer = dataclasses.replace(configs[0], attention=config.attention, remat=config.remat)
+    transformer = dataclasses.replace(
+        configs[0], attention=config.attention, remat=config.remat, unroll=config.unroll
+    )
     return Networks(transformer, configs[1], *paths)
 
 
