@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 5e-5
     config.rewards.update(backend="moving_shapes", budget_seconds=120.0)
 
-    # The KL of this world: a policy moves by a few hundredths of a standard deviation in ten updates,
+    # In ten updates the policy moves by a few hundredths of a standard deviation of a transition,
     # and the penalty matters from a weight of about 1 on.
     config.trust_region.update(
         initial_weight=0.1,

@@ -72,7 +72,8 @@ def _pooled_error(first: dict[str, float], last: dict[str, float]) -> float:
 def seeds_table(runs: Sequence[RunRecord]) -> str:
     """Markdown: every run, then mean and standard error over runs."""
     lines = [
-        "| seed | reward before | after | change | change / s.e. | manifold before | after | change |",
+        "| seed | reward before | after | change | change / s.e. "
+        "| manifold before | after | change |",
         "|---|---|---|---|---|---|---|---|",
     ]
     changes, ratios = [], []

@@ -109,7 +109,7 @@ def test_cps_takes_eta_up_to_one_only(recipe):
 def test_manifold_distance_needs_clips_of_the_world(recipe):
     config = recipe.get_config()
     config.video.frames = 21
-    with pytest.raises(ValueError, match=r"manifold_distance: got True with clips of \(21, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"got True with clips of \(21, 32, 32\)"):
         config_lib.from_config_dict(config)
 
 
