@@ -17,4 +17,6 @@ export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}"
 echo "Training in $workdir; stop it at any time: the same command goes on."
 python -m sage_grpo_jax.train \
   --config="configs/moving_shapes.py:method=$method" --workdir="$workdir" "$@"
+# Stopped by a signal: saved, and not finished.
+[ -f "$workdir/summary.json" ] || exit 0
 python -m sage_grpo_jax.report --runs="$workdir" --out="$workdir/report"

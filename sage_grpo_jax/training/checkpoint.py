@@ -91,11 +91,8 @@ def restore_params(path: str | pathlib.Path, abstract_params: Any) -> Any:
     with ocp.training.Checkpointer(folder.absolute()) as checkpointer:
         if checkpointer.latest is None:
             raise FileNotFoundError(f"{folder}: no complete checkpoint")
-        context = ocp.Context(
-            pytree_options=ocp.options.PyTreeOptions(
-                loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
-            )
-        )
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
         with context:
             loaded = checkpointer.load_checkpointables(
                 checkpointer.latest.step, {"state": {"params": abstract_params}}
