@@ -16,7 +16,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The recipe of the quick start."""
     config = config_lib.default_config()
     config.name = "moving_shapes"
-    config.num_steps = 120
+    config.num_steps = 90
 
     config.model.transformer = "asset:moving_shapes/transformer"
     config.model.vae = "asset:moving_shapes/vae"

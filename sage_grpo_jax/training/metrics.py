@@ -74,7 +74,9 @@ class MetricsWriter:
         write_atomically(self._path, b"".join(_line(row) for row in rows))
         truncate_events(workdir, kept)
         self._file = self._path.open("ab")
-        self._events = SummaryWriter(str(workdir), flush_secs=30)
+        # tensorboardX names files by the second: a quick restart would overwrite the last file.
+        suffix = f".{time.time_ns()}"
+        self._events = SummaryWriter(str(workdir), flush_secs=30, filename_suffix=suffix)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One row, on disk before this returns; non-finite values become null."""

@@ -90,28 +90,27 @@ def test_first_step_starts_at_ratio_one_and_no_divergence(
 
 
 def test_mesh_does_not_change_the_training(make_config, local_scorer, one_device, tmp_path):
-    trainer = make_trainer(make_config(), local_scorer(), one_device, tmp_path / "one")
+    # Adam turns the rounding of a gradient near 0 into a whole step: a small rate keeps it small.
+    rate = {"optimizer.learning_rate": 1e-5}
+    trainer = make_trainer(make_config(rate), local_scorer(), one_device, tmp_path / "one")
     metrics = trainer.steps(2)
     mesh = mesh_lib.make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
-        sharded = make_trainer(
-            make_config({"mesh.data": 2, "mesh.fsdp": 2, "mesh.context": 2}),
-            local_scorer(),
-            mesh,
-            tmp_path / "eight",
-        )
+        config = make_config({**rate, "mesh.data": 2, "mesh.fsdp": 2, "mesh.context": 2})
+        sharded = make_trainer(config, local_scorer(), mesh, tmp_path / "eight")
         spread = [len(x.sharding.device_set) for x in jax.tree.leaves(sharded.state.params)]
         assert set(spread) == {8}
         assert any(not x.is_fully_replicated for x in jax.tree.leaves(sharded.state.opt_state))
         sharded_metrics = sharded.steps(2)
     for ours, theirs in zip(metrics, sharded_metrics, strict=True):
-        for name in ("reward/overall", "grad/norm", "loss/policy"):
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-3, atol=1e-6)
+        # A pixel that rounds the other way moves a reward, and with it the advantages, a little.
+        for name, tolerance in (("reward/overall", 1e-4), ("grad/norm", 5e-3)):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=tolerance)
+        assert theirs["ratio/max_deviation"] <= 1e-6
     for a, b in zip(
         jax.tree.leaves(trainer.params()), jax.tree.leaves(sharded.params()), strict=True
     ):
-        # AdamW's first steps are ±lr whatever the gradient's size: compare with a step's length.
-        assert np.mean(np.abs(a - b)) <= 0.02 * 1e-3
+        assert np.mean(np.abs(a - b)) <= 0.02 * 1e-5
 
 
 def test_mesh_draws_the_same_noise(make_config, local_scorer, one_device, tmp_path):
