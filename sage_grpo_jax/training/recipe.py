@@ -61,11 +61,12 @@ def make_recipe(
             f"last_step={rollout.last_step!r} leaves no stochastic step to train; allowed: more "
             "steps, or last_step=stochastic"
         )
-    weights = trained.astype(np.float32)
     if config.loss.equalizer:
         weights = equalizer.equalizer_weights(
             rollout.sde, schedule, rollout.eta, trained, log_prob=config.loss.log_prob
         )
+    else:
+        weights = equalizer.uniform_weights(rollout.sde, schedule, rollout.eta, trained)
     return Recipe(config, transformer, vae_config, schedule, trained, np.asarray(weights))
 
 

@@ -146,14 +146,6 @@ def _micro_loss(params, micro: MicroBatch, negative, references, kl_weight, norm
     return total, jax.lax.stop_gradient(metrics)
 
 
-def _accumulate(totals: dict, metrics: dict) -> dict:
-    """Sums, except for the names that are maxima."""
-    return {
-        name: jnp.maximum(totals[name], value) if "/max_" in name else totals[name] + value
-        for name, value in metrics.items()
-    }
-
-
 def _gradients(recipe: Recipe, state: state_lib.LearnerState, batch: UpdateBatch, negative):
     """Gradient and metrics of the whole rollout, accumulated over (step, sample) micro-batches."""
     config = recipe.config
@@ -169,7 +161,8 @@ def _gradients(recipe: Recipe, state: state_lib.LearnerState, batch: UpdateBatch
     def body(totals, index):
         micro = _micro_batch(batch, config.loss.micro_batch, index[0], index[1])
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, micro)
-        return (jax.tree.map(jnp.add, totals[0], grads), _accumulate(totals[1], metrics)), None
+        grads = jax.tree.map(jnp.add, totals[0], grads)
+        return (grads, loss.accumulate_metrics(totals[1], metrics)), None
 
     index = np.stack(np.meshgrid(steps, np.arange(pieces), indexing="ij"), -1).reshape(-1, 2)
     micro = jax.eval_shape(lambda: _micro_batch(batch, config.loss.micro_batch, 0, 0))

@@ -104,7 +104,7 @@ def test_mesh_does_not_change_the_training(make_config, local_scorer, one_device
         sharded_metrics = sharded.steps(2)
     for ours, theirs in zip(metrics, sharded_metrics, strict=True):
         # A pixel that rounds the other way moves a reward, and with it the advantages, a little.
-        for name, tolerance in (("reward/overall", 1e-4), ("grad/norm", 5e-3)):
+        for name, tolerance in (("reward/overall", 1e-4), ("grad/norm", 2e-3)):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=tolerance)
         assert theirs["ratio/max_deviation"] <= 1e-6
     for a, b in zip(
