@@ -70,6 +70,8 @@ def lower_programs(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[s
     with jax.set_mesh(mesh):
         return {
             "rollout": programs.rollout.lower(*arguments["rollout"]),
-            "decode": programs.decode.lower(*arguments["decode"], size=config.rollout.decode_batch),
+            "decode": programs.decode.lower(
+                *arguments["decode"], size=recipe_lib.decode_batch(config, mesh)
+            ),
             "update": programs.update.plain.lower(*arguments["update"]),
         }

@@ -65,7 +65,7 @@ class RolloutConfig:
     last_step: str = "deterministic"  # deterministic | stochastic
     prompts_per_step: int = 16
     group_size: int = 4
-    decode_batch: int = 16  # clips that are decoded at a time
+    decode_batch: int = 16  # clips decoded at a time; at least one on each shard of the batch
 
 
 @dataclasses.dataclass(frozen=True)

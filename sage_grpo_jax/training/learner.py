@@ -17,6 +17,7 @@ from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.parallel import hosts, sharding
 from sage_grpo_jax.rewards import types as reward_types
 from sage_grpo_jax.training import programs as programs_lib
+from sage_grpo_jax.training import recipe as recipe_lib
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training import update as update_lib
 
@@ -203,7 +204,7 @@ class Learner:
           name: start of the request ids.
           timer: gets the phases `decode` and `reward`.
         """
-        size = self.config.rollout.decode_batch
+        size = recipe_lib.decode_batch(self.config, self._mesh)
         count = latents.shape[0] // size
         pending: dict[int, futures.Future] = {}
         for piece in range(count):
@@ -225,7 +226,7 @@ class Learner:
 
     def decode(self, latents: jax.Array) -> np.ndarray:
         """All frames of a batch on every process; uint8 [B, F, H, W, 3]."""
-        size = self.config.rollout.decode_batch
+        size = recipe_lib.decode_batch(self.config, self._mesh)
         count = latents.shape[0] // size
         pieces = [
             hosts.to_host(self.programs.decode(self._vae_params, latents, p, size=size))

@@ -92,9 +92,14 @@ def check_mesh(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
     shards = mesh_lib.batch_shards(mesh)
     for path, value in (
         ("loss.micro_batch", config.loss.micro_batch),
-        ("rollout.decode_batch", config.rollout.decode_batch),
+        ("rollout.decode_batch", decode_batch(config, mesh)),
     ):
         if value % shards:
             raise ValueError(
                 f"config.{path}: got {value}; allowed: a multiple of data × fsdp = {shards}"
             )
+
+
+def decode_batch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> int:
+    """Clips that are decoded at a time: what the recipe says, but at least one on each shard."""
+    return max(config.rollout.decode_batch, mesh_lib.batch_shards(mesh))

@@ -9,13 +9,15 @@ import torch
 from sage_grpo_jax.models import convolution
 
 # x [B, T, H, W, C], kernel [kt, kh, kw], output channels. The second has one pixel to a block, the
-# third an even kernel in time and blocks of several pixels, the last more channels than a block
-# holds.
+# third an even kernel in time and blocks of several pixels, the fourth more channels than a block
+# holds. The fifth has few channels in and many out, the first and the last pack pairs of pixels.
 SHAPES = [
     ((2, 5, 6, 8, 3), (3, 3, 3), 4),
     ((1, 3, 4, 7, 40), (3, 3, 3), 5),
     ((2, 1, 3, 9, 6), (2, 1, 5), 8),
     ((1, 2, 2, 4, 70), (1, 3, 3), 66),
+    ((2, 3, 4, 6, 12), (3, 3, 3), 40),
+    ((1, 3, 4, 6, 8), (2, 5, 3), 3),
 ]
 
 
