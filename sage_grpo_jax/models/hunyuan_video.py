@@ -17,15 +17,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sage_grpo_jax.models.attention import Qkv, joint_attention
+from sage_grpo_jax.models import double_stream
+from sage_grpo_jax.models.double_stream import EPSILON
 from sage_grpo_jax.models.hunyuan_video_config import HunyuanVideoConfig, require
 from sage_grpo_jax.models.layers import (
-    Mlp,
     Modulation,
-    RMSNorm,
     VectorEmbed,
     constrain,
-    dense,
     float32_dense,
     layer_norm,
     mesh_axis_size,
@@ -34,12 +32,11 @@ from sage_grpo_jax.models.layers import (
     xavier,
     zeros,
 )
-from sage_grpo_jax.models.rope import apply_rotary, rotary_angles, rotary_tables
+from sage_grpo_jax.models.rope import rotary_angles, rotary_tables
 from sage_grpo_jax.models.text_refiner import ByT5Mapper, ImageProjection, TextRefiner
 
 __all__ = ["Condition", "HunyuanVideoConfig", "init_params", "partition_names", "velocity"]
 
-EPSILON = 1e-6
 # Rows of the condition-type embedding.
 TEXT, BYT5, IMAGE = 0, 1, 2
 
@@ -94,6 +91,8 @@ def velocity(
     timestep: jax.Array,
     condition: Condition,
     config: HunyuanVideoConfig,
+    adapters: Any = None,
+    scale: float = 1.0,
 ) -> jax.Array:
     """The model's velocity dz/dsigma (noise minus clean latents).
 
@@ -103,6 +102,8 @@ def velocity(
       timestep: float [B], 1000 * sigma.
       condition: see `Condition`.
       config: static.
+      adapters: LoRA adapters as from `models.lora.init_adapters`, or None.
+      scale: of the adapters, `LoraConfig.scale`.
 
     Returns:
       float32 [B, T, H, W, out_channels].
@@ -111,7 +112,9 @@ def velocity(
       ValueError: shapes that do not fit the config.
     """
     _check_inputs(latents, timestep, condition, config)
-    return _Transformer(config).apply({"params": params}, latents, timestep, condition)
+    return _Transformer(config).apply(
+        {"params": params}, latents, timestep, condition, adapters, scale
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -133,77 +136,6 @@ def _init_boxed(config: HunyuanVideoConfig, key: jax.Array) -> dict[str, Any]:
         timestep_r=jnp.zeros(1) if config.use_meanflow else None,
     )
     return _Transformer(config).init(key, latents, jnp.zeros(1), condition)["params"]
-
-
-class _Stream(nn.Module):
-    """The image or the text half of a double-stream block."""
-
-    config: HunyuanVideoConfig
-
-    def setup(self):
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
-        width = config.hidden_size
-        self.modulation = Modulation(6, width)
-        self.query = dense(width, ("embed", "heads"), dtype)
-        self.key = dense(width, ("embed", "heads"), dtype)
-        self.value = dense(width, ("embed", "heads"), dtype)
-        self.query_norm = RMSNorm(EPSILON)
-        self.key_norm = RMSNorm(EPSILON)
-        self.proj = dense(width, ("heads", "embed"), dtype)
-        gelu = functools.partial(nn.gelu, approximate=True)
-        self.mlp = Mlp(int(width * config.mlp_ratio), width, gelu, dtype)
-
-    def modulate(self, vector_BxD: jax.Array) -> tuple[jax.Array, ...]:
-        """shift, scale, gate of attention, then of the MLP; float32 [B, 1, D] each."""
-        return self.modulation(vector_BxD)
-
-    def qkv(self, x_BxNxD: jax.Array, modulation: tuple[jax.Array, ...], rope=None) -> Qkv:
-        """Queries (scaled), keys and values [B, N, heads, head_dim]; `rope`: (cos, sin) tables."""
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
-        shift, scale = modulation[:2]
-        x = (layer_norm(x_BxNxD, EPSILON) * (1 + scale) + shift).astype(dtype)
-        shape = (*x.shape[:2], config.num_attention_heads, config.attention_head_dim)
-        query = self.query_norm(self.query(x).reshape(shape), config.attention_head_dim**-0.5)
-        key = self.key_norm(self.key(x).reshape(shape))
-        if rope is not None:
-            query, key = apply_rotary(query, *rope), apply_rotary(key, *rope)
-        return Qkv(query.astype(dtype), key.astype(dtype), self.value(x).reshape(shape))
-
-    def update(
-        self, x_BxNxD: jax.Array, attended_BxNxD: jax.Array, modulation: tuple[jax.Array, ...]
-    ) -> jax.Array:
-        """Residual updates by attention, then by the MLP."""
-        dtype = jnp.dtype(self.config.dtype)
-        gate_attention, shift, scale, gate_mlp = modulation[2:]
-        x = (x_BxNxD + gate_attention * self.proj(attended_BxNxD)).astype(dtype)
-        normed = (layer_norm(x, EPSILON) * (1 + scale) + shift).astype(dtype)
-        return (x + gate_mlp * self.mlp(normed)).astype(dtype)
-
-
-class _Block(nn.Module):
-    """A double-stream block: joint attention, everything else per stream."""
-
-    config: HunyuanVideoConfig
-
-    @nn.compact
-    def __call__(self, carry, vector_BxD, key_mask_BxS, rope):
-        image_BxNxD, text_BxLxD = carry
-        image_stream = _Stream(self.config, name="image")
-        text_stream = _Stream(self.config, name="text")
-        image_modulation = image_stream.modulate(vector_BxD)
-        text_modulation = text_stream.modulate(vector_BxD)
-        image_attended, text_attended = joint_attention(
-            image_stream.qkv(image_BxNxD, image_modulation, rope),
-            text_stream.qkv(text_BxLxD, text_modulation),
-            key_mask_BxS,
-            self.config.attention,
-        )
-        image = image_stream.update(image_BxNxD, image_attended, image_modulation)
-        text = text_stream.update(text_BxLxD, text_attended, text_modulation)
-        return (
-            constrain(image, "batch", "tokens", None),
-            constrain(text, "batch", None, None),
-        ), None
 
 
 class _PatchEmbed(nn.Module):
@@ -257,7 +189,12 @@ class _Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, latents_BxTxHxWxC: jax.Array, timestep_B: jax.Array, condition: Condition
+        self,
+        latents_BxTxHxWxC: jax.Array,
+        timestep_B: jax.Array,
+        condition: Condition,
+        adapters: Any = None,
+        scale: float = 1.0,
     ) -> jax.Array:
         config = self.config
         grid = tuple(
@@ -286,8 +223,17 @@ class _Transformer(nn.Module):
         )
         rope = tuple(constrain(table, "tokens", None) for table in rope)
 
-        image = self._blocks(image, text, vector, key_mask, rope)[:, :num_tokens]
-        out = _FinalLayer(config, name="final")(image, vector)
+        shared = (vector, key_mask, rope)
+        if self.is_initializing():
+            self._init_blocks((image, text), *shared)
+        else:
+            blocks, lora_blocks = self.variables["params"]["blocks"], None
+            if adapters is not None:
+                lora_blocks = adapters["blocks"]
+            image, text = double_stream.run_blocks(
+                blocks, config, (image, text), shared, lora_blocks, scale
+            )
+        out = _FinalLayer(config, name="final")(image[:, :num_tokens], vector)
         return unpatchify(out, grid, config.patch)
 
     def _text_tokens(
@@ -325,41 +271,17 @@ class _Transformer(nn.Module):
             masks.append(mask)
         return jnp.concatenate(tokens, axis=1), jnp.concatenate(masks, axis=1).astype(bool)
 
-    def _blocks(self, image, text, vector, key_mask, rope) -> jax.Array:
-        """All double-stream blocks on the stacked parameters; returns the image tokens."""
-        config = self.config
-        if config.unroll and not self.is_initializing():
-            return self._unrolled_blocks(image, text, vector, key_mask, rope)
-        block = nn.remat(_Block, prevent_cse=False) if config.remat else _Block
+    def _init_blocks(self, carry: tuple[jax.Array, jax.Array], *shared: Any) -> None:
+        """Makes the parameters of the blocks, stacked on a leading axis."""
         blocks = nn.scan(
-            block,
+            double_stream.Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
-            length=config.num_layers,
+            in_axes=(nn.broadcast,) * len(shared),
+            length=self.config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        (image, _), _ = blocks(config, name="blocks")((image, text), vector, key_mask, rope)
-        return image
-
-    def _unrolled_blocks(self, image, text, vector, key_mask, rope) -> jax.Array:
-        """The same without a loop: what the backward pass needs is not copied into stacks."""
-        config = self.config
-
-        def block(params, carry):
-            return _Block(config, parent=None).apply(
-                {"params": params}, carry, vector, key_mask, rope
-            )[0]
-
-        if config.remat:
-            block = jax.checkpoint(block)
-        # Splits, not slices: their transpose is one concatenation.
-        stacked, tree = jax.tree.flatten(self.variables["params"]["blocks"])
-        split = [jax.lax.split(leaf, [1] * config.num_layers) for leaf in stacked]
-        carry = (image, text)
-        for layer in zip(*split, strict=True):
-            carry = block(jax.tree.unflatten(tree, [leaf[0] for leaf in layer]), carry)
-        return carry[0]
+        blocks(self.config, name="blocks")(carry, *shared)
 
 
 def patchify(x_BxTxHxWxC: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
