@@ -37,11 +37,11 @@ def evaluate(config: config_lib.Config, source: str | None, out: pathlib.Path) -
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         if source is None:
-            params = setup.load_transformer(networks, mesh)
+            trained = setup.fresh_state(networks, config, mesh).params
         else:
             abstract = setup.make_abstract_state(networks, config, mesh)
-            params = checkpoint.restore_params(source, abstract.params)
-        prompts = setup.open_prompts(config, out, networks.transformer.text_embed_dim)
+            trained = checkpoint.restore_params(source, abstract.params)
+        prompts = setup.open_prompts(config, out, networks)
         scorer = stack.enter_context(loop.open_scorer(config, out))
         learner = learner_lib.Learner(
             setup.build_programs(networks, config, mesh),
@@ -49,8 +49,9 @@ def evaluate(config: config_lib.Config, source: str | None, out: pathlib.Path) -
             prompts.negative,
             scorer,
             mesh,
+            base=setup.load_base(networks, config, mesh),
         )
-        result = evaluation.evaluate(learner, params, prompts.evaluation)
+        result = evaluation.evaluate(learner, trained, prompts.evaluation)
     evaluation.save_samples(result, out, "evaluation", config)
     metrics.write_json(out / "metrics.json", result.metrics)
     return result.metrics

@@ -17,6 +17,8 @@ import numpy as np
 # Streams of one sample's key. The numbers are part of every run: never reuse or renumber them.
 _INITIAL_STREAM = 0
 _STEP_STREAM = 1
+# Of the run's own key.
+_ADAPTER_STREAM = 2
 
 
 def prompt_hash(prompt_id: str) -> np.uint32:
@@ -75,6 +77,11 @@ def step_noise(keys: jax.Array, t: Any, shape: tuple[int, ...]) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(key, _STEP_STREAM), t)
 
     return _normal(jax.vmap(step_key)(keys, t_B), shape)
+
+
+def adapter_key(seed: int) -> jax.Array:
+    """Returns the typed key of the initial LoRA adapters of a run."""
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), _ADAPTER_STREAM)
 
 
 def check_keys(keys: jax.Array) -> None:

@@ -55,3 +55,17 @@ def make_schedule(num_steps: int, shift: float) -> Schedule:
     # Concrete also when called while tracing: equalizer weights are computed on the host.
     with jax.ensure_compile_time_eval():
         return Schedule(jnp.asarray(schedule.sigmas), jnp.asarray(schedule.timesteps))
+
+
+def next_timestep(schedule: Schedule, timestep: jax.Array) -> jax.Array:
+    """The timestep at which the step ends that starts at `timestep`; 0 for the last step.
+
+    Args:
+        schedule: of T steps.
+        timestep: f32[...], each one of `schedule.timesteps`; any other value gives NaN.
+    """
+    starts = jnp.asarray(schedule.timesteps)
+    ends = jnp.append(starts[1:], 0.0)
+    hit = timestep[..., None] == starts
+    end = jnp.sum(jnp.where(hit, ends, 0.0), axis=-1)
+    return jnp.where(jnp.any(hit, axis=-1), end, jnp.nan)

@@ -23,7 +23,7 @@ def lower_programs(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[s
       config: the recipe; only the networks' config.json files are read.
       mesh: of the target's devices, which may come from a topology description.
     """
-    networks = setup.read_networks(config.model)
+    networks = setup.describe_networks(config.model)
     recipe_lib.check_mesh(config, mesh)
     programs = setup.build_programs(networks, config, mesh)
     state = setup.make_abstract_state(networks, config, mesh)
@@ -33,9 +33,10 @@ def lower_programs(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[s
         return jax.ShapeDtypeStruct(size, dtype, sharding=place)
 
     def condition(batch: int, place: Any) -> hunyuan_video.Condition:
-        length, dim = config.data.max_text_tokens, networks.transformer.text_embed_dim
+        length, dim = config.data.max_text_tokens or 1000, networks.transformer.text_embed_dim
+        dtype = jnp.dtype(networks.transformer.dtype)
         return hunyuan_video.Condition(
-            shape((batch, length, dim), jnp.float32, place), shape((batch, length), bool, place)
+            shape((batch, length, dim), dtype, place), shape((batch, length), bool, place)
         )
 
     batch = config.batch_size
@@ -47,7 +48,8 @@ def lower_programs(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[s
         sharding.batch_sharding(mesh, 1),
     )
     vae_params = jax.tree.map(
-        lambda s: shape(s.shape, s.dtype, whole), setup.abstract_params(networks.vae)
+        lambda s: shape(s.shape, jnp.dtype(networks.vae.dtype), whole),
+        setup.abstract_params(networks.vae),
     )
     update_batch = update_lib.UpdateBatch(
         trajectory,
@@ -56,16 +58,16 @@ def lower_programs(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[s
         shape((batch,), jnp.float32, rows),
         shape((batch,), bool, rows),
     )
-    negative = condition(1, whole)
+    frozen = update_lib.Frozen(condition(1, whole), setup.abstract_base(networks, config, mesh))
     scalar = shape((), jnp.float32, whole)
     arguments = {
-        "rollout": (state.params, condition(batch, rows), negative, keys),
+        "rollout": (state.params, condition(batch, rows), frozen, keys),
         "decode": (
             vae_params,
             shape((batch, *latent_shape), jnp.float32, rows),
             shape((), jnp.int32, whole),
         ),
-        "update": (state, update_batch, negative, scalar),
+        "update": (state, update_batch, frozen, scalar),
     }
     with jax.set_mesh(mesh):
         return {

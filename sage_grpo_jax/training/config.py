@@ -6,30 +6,31 @@ value and what is allowed.
 """
 
 import dataclasses
-import math
 import types
 import typing
 from typing import Any
 
 import ml_collections
 
-from sage_grpo_jax.data import moving_shapes_spec as spec
 from sage_grpo_jax.grpo import trust_region as trust_region_lib
-
-SDE_KINDS = ("precise", "flow", "dance", "cps", "ode")
+from sage_grpo_jax.models import lora as lora_lib
+from sage_grpo_jax.training import config_checks
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Which networks, and in which numerics."""
 
-    transformer: str = ""  # folder with config.json and safetensors; "asset:NAME" for shipped ones
+    # Folder in diffusers, Tencent or our orbax layout; "asset:NAME" for shipped weights.
+    transformer: str = ""
     vae: str = ""
+    variant: str = ""  # released HunyuanVideo-1.5 variant, as in 480p_t2v; "": another model
     compute_dtype: str = "float32"  # float32 | bfloat16
     matmul_precision: str = "highest"  # highest | high | default: of float32 matmuls
     attention: str = "auto"  # auto | splash | cudnn | xla
     remat: bool = True  # recompute each block in the backward pass
     unroll: bool = False  # lay the blocks out instead of scanning them: small models on CPUs
+    vae_tiling: str = "off"  # off | official | diffusers: decode in overlapping tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +45,14 @@ class VideoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The prompts: a text file, or the captions of the moving-shapes world."""
+    """The prompts: embeddings from `encode_prompts`, or text for the small world's encoder."""
 
-    train_prompts: str = ""  # FILE.{txt,csv,jsonl}, or moving_shapes:train | moving_shapes:held_out
+    # cache:FOLDER of encode_prompts; with text_encoder=words also FILE.{txt,csv,jsonl}, or
+    # moving_shapes:train | moving_shapes:held_out
+    train_prompts: str = ""
     eval_prompts: str = ""
-    text_encoder: str = "words"  # words: the deterministic word embeddings of the small world
-    max_text_tokens: int = 16
+    text_encoder: str = "words"  # words: the small world's word embeddings; cache: encoded before
+    max_text_tokens: int = 16  # static length; 0: the smallest bucket that holds every prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +132,25 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in place of full fine-tuning."""
+
+    rank: int = 0  # 0: all weights are trained
+    alpha: float = 0.0  # adapters are scaled by alpha / rank; 0: alpha = 2 * rank
+    targets: str = ",".join(lora_lib.TARGETS)  # layers of both streams
+    base_dtype: str = "auto"  # of the frozen weights; auto: the compute dtype
+    learning_rate: float = 0.0  # 0: that of the optimizer
+
+    @property
+    def adapters(self) -> lora_lib.LoraConfig | None:
+        """Rank, scale and targets; None without adapters."""
+        if self.rank == 0:
+            return None
+        alpha = self.alpha or 2.0 * self.rank
+        return lora_lib.LoraConfig(self.rank, alpha, tuple(self.targets.split(",")))
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """The evaluation on fixed prompts and seeds."""
 
@@ -177,6 +199,7 @@ class Config:
         default_factory=trust_region_lib.TrustRegionConfig
     )
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -185,6 +208,11 @@ class Config:
     def batch_size(self) -> int:
         """Samples of one rollout: prompts × group."""
         return self.rollout.prompts_per_step * self.rollout.group_size
+
+    @property
+    def learning_rate(self) -> float:
+        """Of what is trained: the adapters where there are any."""
+        return (self.lora.rank and self.lora.learning_rate) or self.optimizer.learning_rate
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -199,7 +227,7 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
       ValueError: unknown or missing field, wrong type, value out of range.
     """
     result = _build(Config, config.to_dict(), "config")
-    validate(result)
+    config_checks.validate(result)
     return result
 
 
@@ -232,124 +260,3 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             f"{path}: got {value!r} ({type(value).__name__}); allowed: {hint.__name__}"
         )
     return value
-
-
-_CHOICES = {
-    "model.compute_dtype": ("float32", "bfloat16"),
-    "model.matmul_precision": ("highest", "high", "default"),
-    "model.attention": ("auto", "splash", "cudnn", "xla"),
-    "data.text_encoder": ("words",),
-    "rollout.sde": SDE_KINDS,
-    "rollout.guidance_mode": ("batch", "sequential"),
-    "rollout.last_step": ("deterministic", "stochastic"),
-    "loss.objective": ("ppo", "reinforce"),
-    "loss.log_prob": ("gaussian", "squared"),
-    "loss.ratio_action": ("stop", "replay", "log"),
-    "optimizer.name": ("adamw",),
-}
-# field -> (lowest, highest); None: no bound.
-_RANGES: dict[str, tuple[float | None, float | None]] = {
-    "num_steps": (1, None),
-    "seed": (0, 2**32 - 1),
-    "video.frames": (1, None),
-    "video.height": (1, None),
-    "video.width": (1, None),
-    "data.max_text_tokens": (1, None),
-    "rollout.eta": (0, 2),
-    "rollout.num_steps": (1, 1000),
-    "rollout.shift": (0.1, 20),
-    "rollout.guidance": (0, None),
-    "rollout.prompts_per_step": (1, None),
-    "rollout.group_size": (2, None),
-    "rollout.decode_batch": (1, None),
-    "rewards.budget_seconds": (0, None),
-    "rewards.max_in_flight": (1, None),
-    "rewards.min_valid_fraction": (0, 1),
-    "rewards.max_skipped_updates": (1, None),
-    "advantage.epsilon": (0, None),
-    "loss.updates_per_rollout": (1, None),
-    "loss.micro_batch": (1, None),
-    "loss.ratio_tolerance": (0, None),
-    "optimizer.warmup_steps": (0, None),
-    "optimizer.weight_decay": (0, None),
-    "eval.every": (0, None),
-    "eval.num_prompts": (1, None),
-    "eval.samples_per_prompt": (1, None),
-    "eval.num_steps": (1, 1000),
-    "eval.seed": (0, 2**32 - 1),
-    "eval.sheet_prompts": (0, None),
-    "checkpoint.every": (1, None),
-    "checkpoint.keep": (1, None),
-}
-_POSITIVE = (
-    "video.fps",
-    "rewards.timeout_seconds",
-    "advantage.clip",
-    "loss.clip_range",
-    "optimizer.learning_rate",
-    "optimizer.grad_clip",
-    "optimizer.eps",
-)
-
-
-def _get(config: Config, path: str) -> Any:
-    for name in path.split("."):
-        config = getattr(config, name)
-    return config
-
-
-def validate(config: Config) -> None:
-    """Checks every field by itself, then those that depend on each other.
-
-    Raises:
-      ValueError: with the field, its value and what is allowed.
-    """
-    for path, allowed in _CHOICES.items():
-        if (value := _get(config, path)) not in allowed:
-            raise ValueError(f"config.{path}: got {value!r}; allowed: {', '.join(allowed)}")
-    for path, (low, high) in _RANGES.items():
-        value = _get(config, path)
-        # Written so that NaN and infinity fail.
-        if not (
-            (low is None or value >= low) and value < math.inf and (high is None or value <= high)
-        ):
-            bounds = f"at least {low}" if high is None else f"{low} to {high}"
-            raise ValueError(f"config.{path}: got {value}; allowed: {bounds}")
-    for path in _POSITIVE:
-        if not 0 < (value := _get(config, path)) < math.inf:
-            raise ValueError(f"config.{path}: got {value}; allowed: greater than 0 and finite")
-    _validate_together(config)
-
-
-def _validate_together(config: Config) -> None:
-    rollout = config.rollout
-    if rollout.sde == "ode" or rollout.eta == 0:
-        raise ValueError(
-            f"config.rollout: sde={rollout.sde!r} with eta={rollout.eta} samples without noise, "
-            "so there is nothing to learn from; allowed: precise, flow, dance or cps with eta > 0"
-        )
-    if rollout.sde == "cps" and rollout.eta > 1:
-        raise ValueError(f"config.rollout.eta: got {rollout.eta}; allowed with sde=cps: 0 to 1")
-    if config.batch_size % config.loss.micro_batch:
-        raise ValueError(
-            f"config.loss.micro_batch: got {config.loss.micro_batch}; allowed: a divisor of "
-            f"prompts_per_step × group_size = {config.batch_size}"
-        )
-    if config.batch_size % rollout.decode_batch:
-        raise ValueError(
-            f"config.rollout.decode_batch: got {rollout.decode_batch}; allowed: a divisor of "
-            f"prompts_per_step × group_size = {config.batch_size}"
-        )
-    clip = (config.video.frames, config.video.height, config.video.width)
-    world = (spec.NUM_FRAMES, spec.HEIGHT, spec.WIDTH)
-    if config.eval.manifold_distance and clip != world:
-        raise ValueError(
-            f"config.eval.manifold_distance: got True with clips of {clip}; allowed: clips of the "
-            f"moving-shapes world, {world}, or False"
-        )
-    if bool(config.rewards.address) == config.rewards.spawn:
-        raise ValueError(
-            f"config.rewards: spawn={config.rewards.spawn} with address="
-            f"{config.rewards.address!r}; allowed: spawn=True without an address, or "
-            "spawn=False with the HOST:PORT of a running server"
-        )

@@ -5,11 +5,11 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
 
+from sage_grpo_jax.data import media
 from sage_grpo_jax.flow import noise
+from sage_grpo_jax.training import conditions
 from sage_grpo_jax.training import learner as learner_lib
-from sage_grpo_jax.training import metrics as metrics_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Evaluation:
     scores: dict[str, np.ndarray]  # dimension -> [N]; NaN where the reward failed
 
 
-def evaluate(learner: learner_lib.Learner, params: Any, prompts: learner_lib.PromptBatch):
+def evaluate(learner: learner_lib.Learner, params: Any, prompts: conditions.PromptBatch):
     """Samples, scores and measures the evaluation prompts.
 
     The noise depends on `eval.seed`, prompt and sample only, so every evaluation of a run (and of
@@ -48,7 +48,7 @@ def evaluate(learner: learner_lib.Learner, params: Any, prompts: learner_lib.Pro
     for start in range(0, count, size):
         # The last batch is filled up with its own samples: one shape, one compilation.
         rows = np.arange(start, start + size) % count
-        batch = take(prompts, rows)
+        batch = prompts.take(rows)
         videos.append(learner.decode(learner.sample(params, batch, keys[rows])))
         parts.append(learner.score_videos(videos[-1], batch, f"eval{start}"))
     videos = np.concatenate(videos)[:count]
@@ -57,16 +57,6 @@ def evaluate(learner: learner_lib.Learner, params: Any, prompts: learner_lib.Pro
         np.concatenate([p.valid for p in parts])[:count],
     )
     return Evaluation(_metrics(config, scores, videos), videos, prompts.prompts, scores.values)
-
-
-def take(batch: learner_lib.PromptBatch, rows: np.ndarray) -> learner_lib.PromptBatch:
-    """The rows of a batch."""
-    return learner_lib.PromptBatch(
-        [batch.ids[r] for r in rows],
-        [batch.prompts[r] for r in rows],
-        batch.text[rows],
-        batch.mask[rows],
-    )
 
 
 def _occurrence(ids: list[str]) -> np.ndarray:
@@ -94,45 +84,6 @@ def _metrics(config, scores: learner_lib.Scores, videos: np.ndarray) -> dict[str
     return {f"eval/{name}": value for name, value in values.items()}
 
 
-def contact_sheet(videos: np.ndarray, captions: list[str], frames: int = 6, scale: int = 3):
-    """A picture with one clip a row: `frames` of its frames, evenly spaced, and the caption.
-
-    Args:
-      videos: uint8 [N, F, H, W, 3].
-      captions: N texts.
-      frames: pictures a clip.
-      scale: how many times to enlarge small clips.
-    """
-    count, total, height, width, _ = videos.shape
-    chosen = np.linspace(0, total - 1, min(frames, total)).round().astype(int)
-    gap, text = 4, 14
-    row = height * scale + gap + text
-    sheet = Image.new(
-        "RGB", ((width * scale + gap) * len(chosen) + gap, row * count + gap), "white"
-    )
-    draw = ImageDraw.Draw(sheet)
-    for i in range(count):
-        top = i * row + gap
-        draw.text((gap, top), captions[i], fill="black")
-        for column, frame in enumerate(chosen):
-            image = Image.fromarray(videos[i, frame]).resize(
-                (width * scale, height * scale), Image.Resampling.NEAREST
-            )
-            sheet.paste(image, (gap + column * (width * scale + gap), top + text))
-    return sheet
-
-
-def tile(videos: np.ndarray, columns: int) -> np.ndarray:
-    """Clips side by side in a grid, with a white line between; uint8 [F, H', W', 3]."""
-    count, frames, height, width, _ = videos.shape
-    rows = -(-count // columns)
-    canvas = np.full((frames, rows * (height + 1) + 1, columns * (width + 1) + 1, 3), 255, np.uint8)
-    for i in range(count):
-        top, left = (i // columns) * (height + 1) + 1, (i % columns) * (width + 1) + 1
-        canvas[:, top : top + height, left : left + width] = videos[i]
-    return canvas
-
-
 def save_samples(result: Evaluation, workdir: pathlib.Path, name: str, config) -> bytes:
     """Writes `samples/NAME.png`, `.gif` and `.npz`; returns the GIF."""
     count = min(config.eval.sheet_prompts, len(result.videos))
@@ -142,9 +93,8 @@ def save_samples(result: Evaluation, workdir: pathlib.Path, name: str, config) -
     scale = max(1, 96 // config.video.height)
     total = sum(result.scores.values())
     captions = [f"{p}   {s:+.2f}" for p, s in zip(result.prompts, total, strict=True)]
-    sheet = contact_sheet(videos, captions[:count], scale=scale)
-    sheet.save(folder / f".{name}.tmp.png")
-    (folder / f".{name}.tmp.png").replace(folder / f"{name}.png")
-    gif = metrics_lib.encode_gif(tile(videos, columns=4), config.video.fps, scale)
-    metrics_lib.write_atomically(folder / f"{name}.gif", gif)
+    sheet = media.contact_sheet(videos, captions[:count], scale=scale)
+    media.write_picture(folder / f"{name}.png", sheet)
+    gif = media.encode_gif(media.tile(videos, columns=4), config.video.fps, scale)
+    media.write_atomically(folder / f"{name}.gif", gif)
     return gif

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from typing import Any, Protocol
 
@@ -16,10 +16,12 @@ from sage_grpo_jax.grpo import advantage
 from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.parallel import hosts, sharding
 from sage_grpo_jax.rewards import types as reward_types
+from sage_grpo_jax.training import conditions
 from sage_grpo_jax.training import programs as programs_lib
 from sage_grpo_jax.training import recipe as recipe_lib
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training import update as update_lib
+from sage_grpo_jax.training.conditions import PromptBatch
 
 
 class NumericsError(RuntimeError):
@@ -38,25 +40,6 @@ class Scorer(Protocol):
     ) -> futures.Future[reward_types.RewardResult]:
         """Scores uint8 frames [F, H, W, 3]; a failed sample is a result, not an exception."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptBatch:
-    """P prompts with their text embeddings."""
-
-    ids: list[str]
-    prompts: list[str]
-    text: np.ndarray  # [P, L, D]
-    mask: np.ndarray  # bool [P, L]
-
-    def repeat(self, count: int) -> "PromptBatch":
-        """Every prompt `count` times in a row: the members of a group."""
-        return PromptBatch(
-            [i for i in self.ids for _ in range(count)],
-            [p for p in self.prompts for _ in range(count)],
-            np.repeat(self.text, count, axis=0),
-            np.repeat(self.mask, count, axis=0),
-        )
 
 
 @dataclasses.dataclass
@@ -102,6 +85,7 @@ class Learner:
         scorer: Scorer,
         mesh: jax.sharding.Mesh,
         check_interrupt: Callable[[], None] = lambda: None,
+        base: Any = None,
     ) -> None:
         """
         Args:
@@ -111,6 +95,7 @@ class Learner:
           scorer: scores videos.
           mesh: the device mesh.
           check_interrupt: called between phases; raises to abandon the step.
+          base: with LoRA the frozen weights, on the mesh; None for full fine-tuning.
         """
         self.programs = programs
         self.recipe = programs.recipe
@@ -120,7 +105,7 @@ class Learner:
         self._mesh = mesh
         self._check_interrupt = check_interrupt
         self._rows = sharding.batch_sharding(mesh)
-        self.negative = _to_condition(negative, sharding.replicated(mesh))
+        self.frozen = update_lib.Frozen(self.condition(negative, sharding.replicated(mesh)), base)
 
     def step(
         self, state: state_lib.LearnerState, batch: PromptBatch
@@ -142,7 +127,7 @@ class Learner:
         keys = self.sample_keys(batch, int(state.step))
         condition = self.condition(samples)
         with timer("rollout"):
-            trajectory = self.programs.rollout(state.params, condition, self.negative, keys)
+            trajectory = self.programs.rollout(state.params, condition, self.frozen, keys)
             jax.block_until_ready(trajectory)
         self._check_interrupt()
         scores = self.score(trajectory.latents[-1], samples, f"step{int(state.step)}", timer)
@@ -191,7 +176,7 @@ class Learner:
     def sample(self, params: Any, batch: PromptBatch, keys: jax.Array) -> jax.Array:
         """Clean latents of the evaluation sampler (ODE); float32 [B, t, h, w, C]."""
         condition = self.condition(batch)
-        return self.programs.sample(params, condition, self.negative, keys).latents[-1]
+        return self.programs.sample(params, condition, self.frozen, keys).latents[-1]
 
     def score(
         self, latents: jax.Array, samples: PromptBatch, name: str, timer: PhaseTimer
@@ -314,12 +299,12 @@ class Learner:
         metrics: dict[str, float] = {}
         for index in range(loss.updates_per_rollout):
             limit = tolerance if index == 0 else np.float32(np.inf)
-            state, device_metrics = self.programs.update(state, batch, self.negative, limit)
+            state, device_metrics = self.programs.update(state, batch, self.frozen, limit)
             values = _floats(device_metrics)
             if index == 0 and not values["update/ratio_in_tolerance"]:
                 batch = self._replayed(state, batch, values)
                 state, device_metrics = self.programs.update(
-                    state, batch, self.negative, np.float32(np.inf)
+                    state, batch, self.frozen, np.float32(np.inf)
                 )
                 # The metric keeps the mismatch that made the replay necessary.
                 mismatch = values["ratio/max_deviation"]
@@ -345,19 +330,16 @@ class Learner:
                 "tolerance, or ratio_action=replay (recompute the old means) or log"
             )
         logging.info("%s: replaying the old means", text)
-        means = self.programs.replay(state.params, batch, self.negative)
+        means = self.programs.replay(state.params, batch, self.frozen)
         return batch._replace(mean_old=means)
 
-    def condition(self, batch: PromptBatch) -> hunyuan_video.Condition:
-        """The text of B samples on the mesh; B must divide over it."""
-        return _to_condition(batch, self._rows)
-
-
-def _to_condition(batch: PromptBatch, place: jax.sharding.Sharding) -> hunyuan_video.Condition:
-    return hunyuan_video.Condition(
-        text=hosts.to_global(batch.text.astype(np.float32), place),
-        text_mask=hosts.to_global(batch.mask, place),
-    )
+    def condition(
+        self, batch: PromptBatch, place: jax.sharding.Sharding | None = None
+    ) -> hunyuan_video.Condition:
+        """The condition of B samples, divided over the mesh; B must divide."""
+        place = self._rows if place is None else place
+        dtype, frames = self.recipe.transformer.dtype, self.recipe.latent_shape[0]
+        return conditions.to_condition(batch, place, dtype, frames)
 
 
 def reward_metrics(scores: Scores, weights: Mapping[str, float]) -> dict[str, float]:
@@ -383,9 +365,3 @@ def _public(values: dict[str, float]) -> dict[str, float]:
     """The metrics without the flags that only the learner looks at."""
     internal = ("update/finite_", "update/ratio_in_tolerance")
     return {name: value for name, value in values.items() if not name.startswith(internal)}
-
-
-def batches(iterator: Iterator[dict[str, Any]]) -> Iterator[PromptBatch]:
-    """`PromptBatch`es from the dicts of `data.prompts.make_prompt_iterator`."""
-    for item in iterator:
-        yield PromptBatch(list(item["ids"]), list(item["prompts"]), item["text"], item["mask"])

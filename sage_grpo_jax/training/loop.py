@@ -94,6 +94,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any] | 
     mesh = mesh_lib.make_mesh(**dataclasses.asdict(config.mesh))
     recipe_lib.check_mesh(config, mesh)
     claim_workdir(config, workdir)
+    _describe_policy(config, networks, workdir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         scorer = stack.enter_context(open_scorer(config, workdir))
@@ -128,6 +129,17 @@ def claim_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         metrics.write_json(path, dataclasses.asdict(config))
+
+
+def _describe_policy(config: config_lib.Config, networks, workdir: pathlib.Path) -> None:
+    """Writes transformer.json, and lora.json with adapters: all that `convert` needs to know."""
+    if jax.process_index():
+        return
+    text = networks.transformer.to_json()
+    metrics.write_atomically(workdir / "transformer.json", text.encode())
+    if (adapters := config.lora.adapters) is not None:
+        base = str(networks.transformer_path.absolute())
+        metrics.write_json(workdir / "lora.json", {**dataclasses.asdict(adapters), "base": base})
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -177,7 +189,7 @@ class _Run:
         self.config, self.workdir = config, workdir
         self.interrupt = interrupt
         self.fingerprint = scorer.fingerprint
-        self.prompts = setup.open_prompts(config, workdir, networks.transformer.text_embed_dim)
+        self.prompts = setup.open_prompts(config, workdir, networks)
         self.checkpoints = checkpoint.Checkpoints(
             workdir, config.checkpoint.every, config.checkpoint.keep
         )
@@ -188,6 +200,7 @@ class _Run:
             scorer,
             mesh,
             interrupt.check_alone,
+            setup.load_base(networks, config, mesh),
         )
         self.skipped = 0
         last_step = self.checkpoints.latest_step
@@ -208,6 +221,11 @@ class _Run:
                 f"config.rewards: the reward model has changed (fingerprint "
                 f"{self.fingerprint[:16]}, the run was started with "
                 f"{record['fingerprint'][:16]}). Allowed: the same model, or a new workdir"
+            )
+        if record["prompts"] != self.prompts.fingerprint:
+            raise ValueError(
+                f"config.data.train_prompts: {self.config.data.train_prompts} holds other prompts "
+                "or embeddings than when the run was started. Allowed: the same, or a new workdir"
             )
         logging.info("going on from step %d", int(self.state.step))
 
@@ -285,7 +303,11 @@ class _Run:
     def _save(self) -> None:
         if (step := int(self.state.step)) == 0:
             return
-        record = {"skipped": self.skipped, "fingerprint": self.fingerprint}
+        record = {
+            "skipped": self.skipped,
+            "fingerprint": self.fingerprint,
+            "prompts": self.prompts.fingerprint,
+        }
         self.checkpoints.save(step, self.state, self.prompts.train, record)
 
     def _summarise(self) -> dict[str, Any] | None:

@@ -14,25 +14,14 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 from absl import logging
-from PIL import Image
 from tensorboardX import SummaryWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import masked_crc32c
 
+from sage_grpo_jax.data.media import write_atomically
+
 METRICS_FILE = "metrics.jsonl"
-
-
-def write_atomically(path: pathlib.Path, data: bytes) -> None:
-    """Writes to a temporary name, then renames: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -182,24 +171,6 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def encode_gif(frames: np.ndarray, fps: float, scale: int = 1) -> bytes:
-    """A looping GIF of uint8 frames [F, H, W, 3], each pixel enlarged `scale` times."""
-    import io
-
-    big = frames.repeat(scale, axis=1).repeat(scale, axis=2)
-    images = [Image.fromarray(frame) for frame in big]
-    buffer = io.BytesIO()
-    images[0].save(
-        buffer,
-        format="GIF",
-        save_all=True,
-        append_images=images[1:],
-        duration=round(1000 / fps),
-        loop=0,
-    )
-    return buffer.getvalue()
 
 
 def log_versions() -> None:

@@ -8,9 +8,8 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageDraw
 
-from sage_grpo_jax.data import moving_shapes, word_embeddings
+from sage_grpo_jax.data import media, moving_shapes, word_embeddings
 from sage_grpo_jax.flow import noise, rollout, schedules
 from sage_grpo_jax.models import hunyuan_video, vae
 from sage_grpo_jax.rewards.backends.moving_shapes import MovingShapesBackend
@@ -57,8 +56,10 @@ def judge(
         numbers[f"manifold_distance/{name}"] = float(distance.mean())
         say(f"export: manifold distance of {name}: {distance.mean():.5f}")
         numbers |= mean_rewards(clips, captions, name)
-        sheet = contact_sheet(clips, captions, config.sheet_rows, config.sheet_frames)
-        sheet.save(workdir / f"{name}.png")
+        rows = np.unique(np.linspace(0, len(clips) - 1, config.sheet_rows).round().astype(int))
+        shown = [captions[row] for row in rows]
+        sheet = media.contact_sheet(clips[rows], shown, config.sheet_frames)
+        media.write_picture(workdir / f"{name}.png", sheet)
     return numbers
 
 
@@ -131,32 +132,6 @@ def latent_shape(model: vae.VaeConfig) -> tuple[int, ...]:
     clip = jax.ShapeDtypeStruct((1, spec.NUM_FRAMES, spec.HEIGHT, spec.WIDTH, 3), jnp.float32)
     mean, _ = jax.eval_shape(lambda p, v: vae.encode(p, v, model), params, clip)
     return mean.shape[1:]
-
-
-def contact_sheet(
-    videos: np.ndarray, captions: Sequence[str], rows: int, frames: int, scale: int = 3
-) -> Image.Image:
-    """A picture with one clip per row: its caption above `frames` of its frames, enlarged.
-
-    Args:
-      videos: uint8[N, F, H, W, 3]; rows are taken at even distances from the N clips.
-    """
-    chex.assert_rank(videos, 5)
-    chosen = np.unique(np.linspace(0, len(videos) - 1, rows).round().astype(int))
-    shown = np.unique(np.linspace(0, videos.shape[1] - 1, frames).round().astype(int))
-    height, width = (scale * size for size in videos.shape[2:4])
-    gap, text_height = 4, 14
-    row_height = height + text_height + gap
-    size = (len(shown) * (width + gap) + gap, len(chosen) * row_height + gap)
-    sheet = Image.new("RGB", size, (128, 128, 128))
-    draw = ImageDraw.Draw(sheet)
-    for row, clip in enumerate(chosen):
-        top = gap + row * row_height
-        draw.text((gap, top), captions[clip], fill=(255, 255, 255))
-        for column, frame in enumerate(shown):
-            picture = Image.fromarray(videos[clip, frame]).resize((width, height), Image.NEAREST)
-            sheet.paste(picture, (gap + column * (width + gap), top + text_height))
-    return sheet
 
 
 def _starts(n: int) -> range:

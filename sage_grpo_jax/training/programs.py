@@ -29,10 +29,10 @@ class UpdatePrograms:
     plain: Callable
     with_means: Callable
 
-    def __call__(self, state, batch: update_lib.UpdateBatch, negative, tolerance):
+    def __call__(self, state, batch: update_lib.UpdateBatch, frozen, tolerance):
         """See `update.make_update`."""
         program = self.plain if batch.mean_old is None else self.with_means
-        return program(state, batch, negative, tolerance)
+        return program(state, batch, frozen, tolerance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Programs:
 
 
 def make_rollout(recipe: Recipe, *, kind: str, schedule: schedules.Schedule, stochastic):
-    """(params, condition [B], negative [1], keys [B]) -> Trajectory."""
+    """(params, condition [B], frozen, keys [B]) -> Trajectory."""
     config = recipe.config.rollout
 
-    def rollout(params, condition, negative, keys):
-        velocity = update_lib.velocity_fn(recipe, params, condition, negative)
+    def rollout(params, condition, frozen, keys):
+        velocity = update_lib.velocity_fn(recipe, params, condition, frozen, schedule)
         return rollout_lib.rollout(
             velocity, keys, recipe.latent_shape, schedule, kind, config.eta, stochastic
         )
@@ -88,7 +88,11 @@ def to_uint8(videos: jax.Array) -> jax.Array:
 
 
 def build(
-    recipe: Recipe, tx: optax.GradientTransformationExtraArgs, mesh: jax.sharding.Mesh, state: Any
+    recipe: Recipe,
+    tx: optax.GradientTransformationExtraArgs,
+    mesh: jax.sharding.Mesh,
+    state: Any,
+    base: Any = None,
 ) -> Programs:
     """Jits the programs with explicit shardings.
 
@@ -97,10 +101,12 @@ def build(
       tx: the optimizer of `training.state.make_optimizer`.
       mesh: the device mesh; call the programs under `jax.set_mesh(mesh)`.
       state: an abstract `LearnerState` with shardings.
+      base: with LoRA the frozen weights, abstract with shardings; else None.
     """
     whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     trajectory = rollout_lib.Trajectory(sharding.batch_sharding(mesh, 1), whole)
     placed = state_lib.shardings_of(state)
+    frozen = update_lib.Frozen(whole, state_lib.shardings_of(base))
     batch = update_lib.UpdateBatch(trajectory.latents, rows, rows, rows, rows, None)
     replayed = batch._replace(mean_old=trajectory.latents)
     evaluation = schedules.make_schedule(recipe.config.eval.num_steps, recipe.config.rollout.shift)
@@ -110,7 +116,7 @@ def build(
         jax.jit(
             update,
             donate_argnums=0,
-            in_shardings=(placed, layout, whole, whole),
+            in_shardings=(placed, layout, frozen, whole),
             out_shardings=(placed, whole),
         )
         for layout in (batch, replayed)
@@ -119,7 +125,7 @@ def build(
     def jit_rollout(**kwargs):
         return jax.jit(
             make_rollout(recipe, **kwargs),
-            in_shardings=(placed.params, rows, whole, rows),
+            in_shardings=(placed.params, rows, frozen, rows),
             out_shardings=trajectory,
         )
 
@@ -140,7 +146,7 @@ def build(
         update=UpdatePrograms(plain, with_means),
         replay=jax.jit(
             update_lib.make_replay(recipe),
-            in_shardings=(placed.params, batch, whole),
+            in_shardings=(placed.params, batch, frozen),
             out_shardings=trajectory.latents,
         ),
     )

@@ -8,22 +8,26 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 from absl import logging
 from jax.experimental import multihost_utils
 
 from sage_grpo_jax import weights
 from sage_grpo_jax.data import embedding_cache, moving_shapes_spec, word_embeddings
 from sage_grpo_jax.data import prompts as prompts_lib
-from sage_grpo_jax.models import hunyuan_video, vae
+from sage_grpo_jax.flow import noise
+from sage_grpo_jax.models import hunyuan_video, lora, vae
 from sage_grpo_jax.parallel import sharding
+from sage_grpo_jax.training import checkpoint as checkpoint_lib
+from sage_grpo_jax.training import conditions
 from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import programs as programs_lib
 from sage_grpo_jax.training import recipe as recipe_lib
 from sage_grpo_jax.training import state as state_lib
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 WORLD = "moving_shapes:"
+CACHE = "cache:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +67,42 @@ def read_networks(config: config_lib.ModelConfig) -> Networks:
             )
         paths.append(path)
         configs.append(dataclasses.replace(network, dtype=config.compute_dtype))
+    if config.variant and configs[0].use_meanflow != _is_meanflow(config.variant):
+        raise ValueError(
+            f"config.model.transformer: use_meanflow={configs[0].use_meanflow} in {paths[0]} is "
+            f"not that of config.model.variant={config.variant}; allowed: weights of the variant"
+        )
     transformer = dataclasses.replace(
         configs[0], attention=config.attention, remat=config.remat, unroll=config.unroll
     )
     return Networks(transformer, configs[1], *paths)
+
+
+def describe_networks(config: config_lib.ModelConfig) -> Networks:
+    """The networks' configs without their weights: where those are not here, as released.
+
+    Raises:
+      ValueError: no folders, and no released variant either.
+    """
+    here = resolve_path(config.transformer).is_dir() and resolve_path(config.vae).is_dir()
+    if here or not config.variant:
+        return read_networks(config)
+    transformer = hunyuan_video.HunyuanVideoConfig(
+        target_size=960 if config.variant.startswith("720p") else 640,
+        task_type="i2v" if "i2v" in config.variant else "t2v",
+        use_meanflow=_is_meanflow(config.variant),
+        dtype=config.compute_dtype,
+        attention=config.attention,
+        remat=config.remat,
+        unroll=config.unroll,
+    )
+    paths = resolve_path(config.transformer), resolve_path(config.vae)
+    return Networks(transformer, vae.VaeConfig(dtype=config.compute_dtype), *paths)
+
+
+def _is_meanflow(variant: str) -> bool:
+    """Whether a released variant knows where its steps end."""
+    return variant.endswith("step_distilled")
 
 
 def abstract_params(network: Any) -> Any:
@@ -76,38 +112,102 @@ def abstract_params(network: Any) -> Any:
 
 
 def load_vae(networks: Networks, mesh: jax.sharding.Mesh) -> Any:
-    """The VAE's parameters, on every device."""
+    """The VAE's parameters in its compute dtype, on every device."""
     place = jax.tree.map(lambda _: sharding.replicated(mesh), abstract_params(networks.vae))
-    return weights.load(networks.vae_path, networks.vae, place)
+    return weights.load(networks.vae_path, networks.vae, place, dtype=jnp.dtype(networks.vae.dtype))
 
 
-def load_transformer(networks: Networks, mesh: jax.sharding.Mesh) -> Any:
+def load_transformer(networks: Networks, mesh: jax.sharding.Mesh, dtype: Any = jnp.float32) -> Any:
     """The transformer's parameters, sharded."""
+    shardings = state_lib.shardings_of(_abstract_transformer(networks, mesh, dtype))
+    return weights.load(networks.transformer_path, networks.transformer, shardings, dtype=dtype)
+
+
+def _abstract_transformer(networks: Networks, mesh: jax.sharding.Mesh, dtype: Any) -> Any:
+    """The transformer's parameters as shapes with shardings."""
+    shapes = abstract_params(networks.transformer)
     names = hunyuan_video.partition_names(networks.transformer)
-    shardings = sharding.parameter_shardings(mesh, names, abstract_params(networks.transformer))
-    return weights.load(networks.transformer_path, networks.transformer, shardings)
+    shardings = sharding.parameter_shardings(mesh, names, shapes)
+    return jax.tree.map(
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, dtype, sharding=place), shapes, shardings
+    )
+
+
+def _base_dtype(networks: Networks, config: config_lib.Config) -> Any:
+    wanted = config.lora.base_dtype
+    return jnp.dtype(networks.transformer.dtype if wanted == "auto" else wanted)
+
+
+def abstract_base(networks: Networks, config: config_lib.Config, mesh: jax.sharding.Mesh) -> Any:
+    """The frozen weights under the adapters as shapes with shardings; None without adapters."""
+    if config.lora.adapters is None:
+        return None
+    return _abstract_transformer(networks, mesh, _base_dtype(networks, config))
+
+
+def load_base(networks: Networks, config: config_lib.Config, mesh: jax.sharding.Mesh) -> Any:
+    """The frozen weights under the adapters; None without adapters."""
+    if config.lora.adapters is None:
+        return None
+    return load_transformer(networks, mesh, _base_dtype(networks, config))
 
 
 def make_abstract_state(
     networks: Networks, config: config_lib.Config, mesh: jax.sharding.Mesh
 ) -> state_lib.LearnerState:
-    """The learner's state as shapes with shardings."""
-    return state_lib.abstract_state(
-        state_lib.make_optimizer(config),
-        abstract_params(networks.transformer),
-        hunyuan_video.partition_names(networks.transformer),
-        mesh,
-    )
+    """The learner's state as shapes with shardings; with LoRA its parameters are the adapters."""
+    shapes, adapters = abstract_params(networks.transformer), config.lora.adapters
+    if adapters is None:
+        names = hunyuan_video.partition_names(networks.transformer)
+    else:
+        shapes, names = lora.abstract_adapters(shapes, adapters), lora.partition_names(adapters)
+    return state_lib.abstract_state(state_lib.make_optimizer(config), shapes, names, mesh)
 
 
 def fresh_state(
     networks: Networks, config: config_lib.Config, mesh: jax.sharding.Mesh
 ) -> state_lib.LearnerState:
-    """The state at step 0: loaded weights, empty optimizer, trust region around the weights."""
+    """The state at step 0: loaded weights or fresh adapters, empty optimizer, trust region."""
     tx = state_lib.make_optimizer(config)
     shardings = state_lib.shardings_of(make_abstract_state(networks, config, mesh))
-    init = jax.jit(lambda params: state_lib.init_state(tx, params), out_shardings=shardings)
-    return init(load_transformer(networks, mesh))
+    adapters = config.lora.adapters
+    if adapters is None:
+        init = jax.jit(lambda params: state_lib.init_state(tx, params), out_shardings=shardings)
+        return init(load_transformer(networks, mesh))
+    shapes = abstract_params(networks.transformer)
+
+    def init_adapters(key):
+        return state_lib.init_state(tx, lora.init_adapters(shapes, adapters, key))
+
+    return jax.jit(init_adapters, out_shardings=shardings)(noise.adapter_key(config.seed))
+
+
+def load_policy(
+    networks: Networks,
+    config: config_lib.Config,
+    mesh: jax.sharding.Mesh,
+    checkpoint: str | pathlib.Path | None = None,
+) -> tuple[Any, Any]:
+    """The policy of a run, or of a recipe that has not started.
+
+    Args:
+      networks: of `read_networks`.
+      config: of the run; its `lora` decides what a checkpoint holds.
+      mesh: the device mesh.
+      checkpoint: workdir of a run, for its newest checkpoint; None for the recipe's own weights.
+
+    Returns:
+      (weights, adapters): what `hunyuan_video.velocity` takes; adapters None where there are none.
+
+    Raises:
+      FileNotFoundError: no complete checkpoint there.
+    """
+    base = load_base(networks, config, mesh)
+    if checkpoint is None:
+        return (load_transformer(networks, mesh) if base is None else base), None
+    abstract = make_abstract_state(networks, config, mesh)
+    trained = checkpoint_lib.restore_params(checkpoint, abstract.params)
+    return (trained, None) if base is None else (base, trained)
 
 
 def build_programs(
@@ -116,11 +216,12 @@ def build_programs(
     """The recipe's constants and its jitted programs."""
     recipe = recipe_lib.make_recipe(config, networks.transformer, networks.vae)
     tx = state_lib.make_optimizer(config)
-    return programs_lib.build(recipe, tx, mesh, make_abstract_state(networks, config, mesh))
+    state = make_abstract_state(networks, config, mesh)
+    return programs_lib.build(recipe, tx, mesh, state, abstract_base(networks, config, mesh))
 
 
 def read_prompts(source: str, field: str) -> list[prompts_lib.Prompt]:
-    """The prompts of a file, or the captions of one split of the moving-shapes world.
+    """The prompts of a text file, or the captions of one split of the moving-shapes world.
 
     Raises:
       ValueError: naming the field.
@@ -144,9 +245,30 @@ def read_prompts(source: str, field: str) -> list[prompts_lib.Prompt]:
 
 
 def open_cache(
-    source: str, field: str, workdir: pathlib.Path, dim: int
+    config: config_lib.Config, field: str, workdir: pathlib.Path, networks: Networks
 ) -> embedding_cache.EmbeddingCache:
-    """The embeddings of the prompts, written into the workdir the first time."""
+    """The embeddings of the prompts of `config.data.FIELD`.
+
+    Either they were made before (`cache:FOLDER`), or they are word embeddings, which are written
+    into the workdir the first time.
+
+    Raises:
+      ValueError: no such cache, or one that does not fit the model; naming the field.
+    """
+    source = getattr(config.data, field)
+    dim = networks.transformer.text_embed_dim
+    if source.startswith(CACHE):
+        try:
+            cache = embedding_cache.EmbeddingCache(source.removeprefix(CACHE))
+            _check_fits(cache, config, networks)
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(f"config.data.{field}: {error}") from error
+        return cache
+    if config.data.text_encoder != "words":
+        raise ValueError(
+            f"config.data.{field}: got {source!r}; allowed: {CACHE}FOLDER, written by "
+            "python -m sage_grpo_jax.encode_prompts"
+        )
     prompts = read_prompts(source, field)
     # The folder's name holds the prompts, so that an edited file is embedded again.
     digest = hashlib.sha256(repr((dim, prompts)).encode()).hexdigest()[:12]
@@ -158,32 +280,52 @@ def open_cache(
     return embedding_cache.EmbeddingCache(path)
 
 
+def _check_fits(cache, config: config_lib.Config, networks: Networks) -> None:
+    transformer, ratio = networks.transformer, networks.vae.spatial_compression_ratio
+    first_frame = (
+        1,
+        config.video.height // ratio,
+        config.video.width // ratio,
+        networks.vae.latent_channels,
+    )
+    cache.check_fits(
+        text_dim=transformer.text_embed_dim,
+        byt5_dim=transformer.text_embed_2_dim,
+        image_dim=transformer.image_embed_dim,
+        latent_shape=first_frame,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompts:
     """The prompts of a run."""
 
     train: grain.DatasetIterator  # endless, checkpointable
-    evaluation: learner_lib.PromptBatch
-    negative: learner_lib.PromptBatch
+    fingerprint: str  # of the training prompts: the iterator's position fits these only
+    evaluation: conditions.PromptBatch
+    negative: conditions.PromptBatch
 
-    def __iter__(self) -> Iterator[learner_lib.PromptBatch]:
-        return learner_lib.batches(self.train)
+    def __iter__(self) -> Iterator[conditions.PromptBatch]:
+        return conditions.batches(self.train)
 
 
-def open_prompts(config: config_lib.Config, workdir: pathlib.Path, dim: int) -> Prompts:
+def open_prompts(config: config_lib.Config, workdir: pathlib.Path, networks: Networks) -> Prompts:
     """Opens the training prompts (shuffled, repeated) and fixes those of the evaluation.
 
     Raises:
       ValueError: prompts that cannot be read, or too few for the evaluation.
     """
-    length = config.data.max_text_tokens
-    train = open_cache(config.data.train_prompts, "train_prompts", workdir, dim)
-    evaluation = open_cache(config.data.eval_prompts, "eval_prompts", workdir, dim)
+    train = open_cache(config, "train_prompts", workdir, networks)
+    evaluation = open_cache(config, "eval_prompts", workdir, networks)
     if config.eval.num_prompts > len(evaluation):
         raise ValueError(
             f"config.eval.num_prompts: got {config.eval.num_prompts}; allowed: at most the "
             f"{len(evaluation)} prompts of {config.data.eval_prompts}"
         )
+    # One static length for everything: one compilation.
+    length = config.data.max_text_tokens or embedding_cache.text_bucket(
+        max(train.max_length, evaluation.max_length)
+    )
     fixed = embedding_cache.make_prompt_iterator(
         evaluation, config.eval.num_prompts, config.eval.seed, length=length, repeat=False
     )
@@ -193,6 +335,7 @@ def open_prompts(config: config_lib.Config, workdir: pathlib.Path, dim: int) -> 
         train=embedding_cache.make_prompt_iterator(
             train, config.rollout.prompts_per_step, config.seed, length=length
         ),
-        evaluation=next(learner_lib.batches(fixed)).repeat(config.eval.samples_per_prompt),
-        negative=next(learner_lib.batches(iter([negative]))),
+        fingerprint=train.fingerprint,
+        evaluation=next(conditions.batches(fixed)).repeat(config.eval.samples_per_prompt),
+        negative=next(conditions.batches(iter([negative]))),
     )

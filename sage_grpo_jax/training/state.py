@@ -14,7 +14,7 @@ from sage_grpo_jax.training import config as config_lib
 class LearnerState(NamedTuple):
     """The trained state; everything that a checkpoint must hold besides the data iterator."""
 
-    params: Any
+    params: Any  # all weights, or with LoRA the adapters
     opt_state: Any  # clip, AdamW, trust region (with anchor and previous parameters)
     step: jax.Array  # rollouts so far; int32 []
 
@@ -23,8 +23,8 @@ def make_optimizer(config: config_lib.Config) -> optax.GradientTransformationExt
     """Global-norm clip, AdamW with linear warm-up, trust region last (it sees the final update)."""
     optimizer = config.optimizer
     learning_rate = optax.schedules.warmup_constant_schedule(
-        init_value=optimizer.learning_rate / (optimizer.warmup_steps + 1),
-        peak_value=optimizer.learning_rate,
+        init_value=config.learning_rate / (optimizer.warmup_steps + 1),
+        peak_value=config.learning_rate,
         warmup_steps=optimizer.warmup_steps,
     )
     return optax.chain(

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sage_grpo_jax.flow import guidance, noise, sde
+from sage_grpo_jax.flow import guidance, noise, schedules, sde
 from sage_grpo_jax.flow import rollout as rollout_lib
 from sage_grpo_jax.grpo import kl, loss, trust_region
 from sage_grpo_jax.models import hunyuan_video
+from sage_grpo_jax.training import conditions
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training.recipe import Recipe
 
@@ -42,22 +43,46 @@ class MicroBatch(NamedTuple):
     mean_old: jax.Array | None  # [m, ...]
 
 
-def velocity_fn(recipe: Recipe, params: Any, condition: Any, negative: Any):
-    """(latents, timestep) -> velocity, with guidance.
+class Frozen(NamedTuple):
+    """What the policy needs besides the trained parameters."""
 
-    `negative` is the one unconditional prompt, leaves [1, ...].
+    negative: hunyuan_video.Condition  # the one unconditional prompt, leaves [1, ...]
+    base: Any = None  # the weights under the adapters; None: all weights are trained
+
+
+def velocity_fn(
+    recipe: Recipe,
+    trained: Any,
+    condition: hunyuan_video.Condition,
+    frozen: Frozen,
+    schedule: schedules.Schedule | None = None,
+):
+    """(latents, timestep) -> velocity of the policy, with guidance.
+
+    Args:
+      recipe: the constants.
+      trained: all parameters, or the adapters where `frozen` holds their base.
+      condition: of B samples.
+      frozen: negative prompt and base.
+      schedule: of the sampler; None for that of the rollout. Only a model that knows where its step
+        ends (use_meanflow) looks at it.
     """
-    scale = recipe.config.rollout.guidance
-    batch = jax.tree.leaves(condition)[0].shape[0]
-    negative = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), negative)
+    schedule = recipe.schedule if schedule is None else schedule
+    negative = conditions.unconditional(condition, frozen.negative)
+    params, adapters, scale = trained, None, 1.0
+    if frozen.base is not None:
+        params, adapters, scale = frozen.base, trained, recipe.config.lora.adapters.scale
 
-    def model(latents, timestep, branch_condition):
+    def model(latents, timestep, branch):
+        if recipe.transformer.use_meanflow:
+            branch = branch._replace(timestep_r=schedules.next_timestep(schedule, timestep))
         with jax.default_matmul_precision(recipe.config.model.matmul_precision):
             return hunyuan_video.velocity(
-                params, latents, timestep, branch_condition, recipe.transformer
+                params, latents, timestep, branch, recipe.transformer, adapters, scale
             )
 
-    guided = guidance.guided(model, scale, mode=recipe.config.rollout.guidance_mode)
+    rollout = recipe.config.rollout
+    guided = guidance.guided(model, rollout.guidance, mode=rollout.guidance_mode)
     return lambda latents, timestep: guided(latents, timestep, condition, negative)
 
 
@@ -96,11 +121,11 @@ def _micro_batch(batch: UpdateBatch, size: int, step: jax.Array, piece: jax.Arra
     )
 
 
-def _transition(recipe: Recipe, params: Any, micro: MicroBatch, negative: Any) -> sde.Transition:
+def _transition(recipe: Recipe, params: Any, micro: MicroBatch, frozen: Frozen) -> sde.Transition:
     """The transition of the policy `params` at the states of a micro-batch."""
     config, schedule = recipe.config.rollout, recipe.schedule
     count = micro.latents.shape[0]
-    velocity = velocity_fn(recipe, params, micro.condition, negative)
+    velocity = velocity_fn(recipe, params, micro.condition, frozen)
     timestep = jnp.broadcast_to(jnp.asarray(schedule.timesteps)[micro.step], (count,))
     sigmas = jnp.asarray(schedule.sigmas)
     return sde.transition(
@@ -113,9 +138,9 @@ def _transition(recipe: Recipe, params: Any, micro: MicroBatch, negative: Any) -
     )
 
 
-def _micro_loss(params, micro: MicroBatch, negative, references, kl_weight, normalizer, recipe):
+def _micro_loss(params, micro: MicroBatch, frozen, references, kl_weight, normalizer, recipe):
     """Policy loss and KL of one micro-batch, both divided by the fixed `normalizer`."""
-    new = _transition(recipe, params, micro, negative)
+    new = _transition(recipe, params, micro, frozen)
     if micro.mean_old is None:
         draw = noise.step_noise(micro.keys, micro.step, recipe.latent_shape)
         mean_old = rollout_lib.behaviour_mean(micro.next_latents, draw, new.std)
@@ -136,7 +161,7 @@ def _micro_loss(params, micro: MicroBatch, negative, references, kl_weight, norm
     )
     penalty = jnp.zeros(())
     for name, reference, beta in references:
-        mean = jax.lax.stop_gradient(_transition(recipe, reference, micro, negative).mean)
+        mean = jax.lax.stop_gradient(_transition(recipe, reference, micro, frozen).mean)
         divergence = kl.gaussian_kl(new.mean, mean, new.std)
         divergence = jnp.sum(jnp.where(micro.valid, divergence, 0.0)) / normalizer
         metrics[f"kl/{name}"] = jax.lax.stop_gradient(divergence)
@@ -146,7 +171,7 @@ def _micro_loss(params, micro: MicroBatch, negative, references, kl_weight, norm
     return total, jax.lax.stop_gradient(metrics)
 
 
-def _gradients(recipe: Recipe, state: state_lib.LearnerState, batch: UpdateBatch, negative):
+def _gradients(recipe: Recipe, state: state_lib.LearnerState, batch: UpdateBatch, frozen):
     """Gradient and metrics of the whole rollout, accumulated over (step, sample) micro-batches."""
     config = recipe.config
     region = trust_region.find_state(state.opt_state)
@@ -156,7 +181,7 @@ def _gradients(recipe: Recipe, state: state_lib.LearnerState, batch: UpdateBatch
     normalizer = jnp.maximum(jnp.sum(batch.valid) * len(steps), 1).astype(jnp.float32)
 
     def loss_fn(params, micro):
-        return _micro_loss(params, micro, negative, references, region.weight, normalizer, recipe)
+        return _micro_loss(params, micro, frozen, references, region.weight, normalizer, recipe)
 
     def body(totals, index):
         micro = _micro_batch(batch, config.loss.micro_batch, index[0], index[1])
@@ -181,14 +206,14 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 def make_update(recipe: Recipe, tx: optax.GradientTransformationExtraArgs):
-    """(state, batch, negative, tolerance) -> (state, metrics).
+    """(state, batch, frozen, tolerance) -> (state, metrics).
 
     The update is applied only if loss, gradient and new parameters are finite and no ratio is
     further than `tolerance` from 1; otherwise the state comes back unchanged (`update/applied` 0).
     """
 
-    def update(state, batch, negative, tolerance):
-        grads, metrics, kl_weight = _gradients(recipe, state, batch, negative)
+    def update(state, batch, frozen, tolerance):
+        grads, metrics, kl_weight = _gradients(recipe, state, batch, frozen)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, kl=metrics["kl/total"])
         new = state_lib.LearnerState(
             optax.apply_updates(state.params, updates), opt_state, state.step
@@ -217,20 +242,20 @@ def make_update(recipe: Recipe, tx: optax.GradientTransformationExtraArgs):
 
 
 def make_replay(recipe: Recipe):
-    """(params, batch, negative) -> transition means [T, B, ...] by the update's own forward pass.
+    """(params, batch, frozen) -> transition means [T, B, ...] by the update's own forward pass.
 
     Where low precision makes the update program disagree with the rollout, its means replace those
     of the rollout, so that the ratio starts at 1. Untrained steps stay 0.
     """
     size = recipe.config.loss.micro_batch
 
-    def replay(params, batch, negative):
+    def replay(params, batch, frozen):
         pieces = jnp.arange(recipe.config.batch_size // size)
 
         def at_step(step):
             def piece_mean(piece):
                 micro = _micro_batch(batch, size, step, piece)
-                return _transition(recipe, params, micro, negative).mean
+                return _transition(recipe, params, micro, frozen).mean
 
             means = jnp.moveaxis(jax.lax.map(piece_mean, pieces), 0, 1)
             return means.reshape(batch.latents.shape[1:])

@@ -52,13 +52,14 @@ def compiled(config, networks, mesh) -> programs_lib.Programs:
 
 def make_trainer(config, scorer, mesh, tmp_path) -> Trainer:
     networks = setup.read_networks(config.model)
-    prompts = setup.open_prompts(config, tmp_path, networks.transformer.text_embed_dim)
+    prompts = setup.open_prompts(config, tmp_path, networks)
     learner = learner_lib.Learner(
         compiled(config, networks, mesh),
         setup.load_vae(networks, mesh),
         prompts.negative,
         scorer,
         mesh,
+        base=setup.load_base(networks, config, mesh),
     )
     return Trainer(learner, setup.fresh_state(networks, config, mesh), prompts)
 
@@ -126,12 +127,12 @@ def test_mesh_draws_the_same_noise(make_config, local_scorer, one_device, tmp_pa
         assert (np.asarray(jax.random.key_data(rows)) == keys).all()
         condition = other.learner.condition(samples)
         sharded = other.learner.programs.rollout(
-            other.state.params, condition, other.learner.negative, rows
+            other.state.params, condition, other.learner.frozen, rows
         )
     alone = trainer.learner.programs.rollout(
         trainer.state.params,
         trainer.learner.condition(samples),
-        trainer.learner.negative,
+        trainer.learner.frozen,
         trainer.learner.sample_keys(batch, 3),
     )
     ours, theirs = np.asarray(alone.latents), np.asarray(sharded.latents)
@@ -157,7 +158,7 @@ def test_a_failed_sample_has_no_influence(make_config, local_scorer, one_device,
     learner, batch = trainer.learner, next(iter(trainer.prompts))
     samples = batch.repeat(4)
     keys, condition = learner.sample_keys(batch, 0), learner.condition(samples)
-    trajectory = learner.programs.rollout(trainer.state.params, condition, learner.negative, keys)
+    trajectory = learner.programs.rollout(trainer.state.params, condition, learner.frozen, keys)
     advantages = np.random.default_rng(0).standard_normal(16).astype(np.float32)
     valid = np.ones(16, bool)
     valid[3] = False
@@ -165,7 +166,7 @@ def test_a_failed_sample_has_no_influence(make_config, local_scorer, one_device,
     def norm(latents):
         update = update_lib.UpdateBatch(latents, keys, condition, advantages, valid)
         state = setup.fresh_state(setup.read_networks(config.model), config, one_device)
-        _, metrics = learner.programs.update(state, update, learner.negative, np.float32(1e-6))
+        _, metrics = learner.programs.update(state, update, learner.frozen, np.float32(1e-6))
         assert metrics["update/applied"]
         return float(metrics["grad/norm"])
 
@@ -260,3 +261,36 @@ def test_guidance_in_batch_equals_in_sequence(make_config, local_scorer, one_dev
         (metrics,) = trainer.steps(1)
         found.append([metrics[n] for n in ("reward/overall", "grad/norm")])
     np.testing.assert_allclose(found[0], found[1], rtol=1e-3)
+
+
+def test_adapters_train_and_leave_the_base_alone(make_config, local_scorer, one_device, tmp_path):
+    config = make_config({"lora.rank": 2})
+    trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
+    full = make_trainer(make_config(), local_scorer(), one_device, tmp_path / "full")
+    base = jax.tree.map(np.asarray, trainer.learner.frozen.base)
+    jax.tree.map(np.testing.assert_array_equal, base, full.params())
+    before, batch = trainer.params(), next(iter(trainer.prompts))
+    # Fresh adapters are the base: the same videos bit for bit, and so the same rewards.
+    samples = batch.repeat(config.rollout.group_size)
+    keys = trainer.learner.sample_keys(batch, 0)
+    condition = trainer.learner.condition(samples)
+    ours = trainer.learner.programs.rollout(
+        trainer.state.params, condition, trainer.learner.frozen, keys
+    )
+    theirs = full.learner.programs.rollout(full.state.params, condition, full.learner.frozen, keys)
+    np.testing.assert_array_equal(ours.latents, theirs.latents)
+
+    first, second = trainer.steps(2)
+    assert first["ratio/max_deviation"] <= 1e-6
+    assert second["ratio/max_deviation"] <= 1e-6
+    assert first["kl/anchor"] <= 1e-12
+    assert second["kl/previous"] > 1e-12
+    assert first["update/applied"] == second["update/applied"] == 1
+    jax.tree.map(np.testing.assert_array_equal, base, trainer.learner.frozen.base)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, trainer.params())
+    assert min(jax.tree.leaves(moved)) > 0
+    # Optimizer and trust region hold adapters only: two moments, anchor, previous, each as large.
+    adapters = sum(x.size for x in jax.tree.leaves(trainer.state.params))
+    held = sum(x.size for x in jax.tree.leaves(trainer.state.opt_state))
+    assert 4 * adapters <= held <= 4 * adapters + 100
+    assert adapters < 0.2 * sum(x.size for x in jax.tree.leaves(base))

@@ -1,0 +1,144 @@
+"""Checks of a config: every field by itself, then those that depend on each other.
+
+Every error names the field, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from sage_grpo_jax.data import moving_shapes_spec as spec
+
+if TYPE_CHECKING:
+    from sage_grpo_jax.training.config import Config
+
+SDE_KINDS = ("precise", "flow", "dance", "cps", "ode")
+_CHOICES = {
+    "model.compute_dtype": ("float32", "bfloat16"),
+    "model.matmul_precision": ("highest", "high", "default"),
+    "model.attention": ("auto", "splash", "cudnn", "xla"),
+    "model.vae_tiling": ("off", "official", "diffusers"),
+    "data.text_encoder": ("words", "cache"),
+    "rollout.sde": SDE_KINDS,
+    "rollout.guidance_mode": ("batch", "sequential"),
+    "rollout.last_step": ("deterministic", "stochastic"),
+    "loss.objective": ("ppo", "reinforce"),
+    "loss.log_prob": ("gaussian", "squared"),
+    "loss.ratio_action": ("stop", "replay", "log"),
+    "optimizer.name": ("adamw",),
+    "lora.base_dtype": ("auto", "float32", "bfloat16"),
+}
+# field -> (lowest, highest); None: no bound.
+_RANGES: dict[str, tuple[float | None, float | None]] = {
+    "num_steps": (1, None),
+    "seed": (0, 2**32 - 1),
+    "video.frames": (1, None),
+    "video.height": (1, None),
+    "video.width": (1, None),
+    "data.max_text_tokens": (0, None),
+    "rollout.eta": (0, 2),
+    "rollout.num_steps": (1, 1000),
+    "rollout.shift": (0.1, 20),
+    "rollout.guidance": (0, None),
+    "rollout.prompts_per_step": (1, None),
+    "rollout.group_size": (2, None),
+    "rollout.decode_batch": (1, None),
+    "rewards.budget_seconds": (0, None),
+    "rewards.max_in_flight": (1, None),
+    "rewards.min_valid_fraction": (0, 1),
+    "rewards.max_skipped_updates": (1, None),
+    "advantage.epsilon": (0, None),
+    "loss.updates_per_rollout": (1, None),
+    "loss.micro_batch": (1, None),
+    "loss.ratio_tolerance": (0, None),
+    "optimizer.warmup_steps": (0, None),
+    "optimizer.weight_decay": (0, None),
+    "lora.rank": (0, None),
+    "lora.alpha": (0, None),
+    "lora.learning_rate": (0, None),
+    "eval.every": (0, None),
+    "eval.num_prompts": (1, None),
+    "eval.samples_per_prompt": (1, None),
+    "eval.num_steps": (1, 1000),
+    "eval.seed": (0, 2**32 - 1),
+    "eval.sheet_prompts": (0, None),
+    "checkpoint.every": (1, None),
+    "checkpoint.keep": (1, None),
+}
+_POSITIVE = (
+    "video.fps",
+    "rewards.timeout_seconds",
+    "advantage.clip",
+    "loss.clip_range",
+    "optimizer.learning_rate",
+    "optimizer.grad_clip",
+    "optimizer.eps",
+)
+
+
+def _get(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def validate(config: Config) -> None:
+    """Checks every field by itself, then those that depend on each other.
+
+    Raises:
+      ValueError: with the field, its value and what is allowed.
+    """
+    for path, allowed in _CHOICES.items():
+        if (value := _get(config, path)) not in allowed:
+            raise ValueError(f"config.{path}: got {value!r}; allowed: {', '.join(allowed)}")
+    for path, (low, high) in _RANGES.items():
+        value = _get(config, path)
+        # Written so that NaN and infinity fail.
+        if not (
+            (low is None or value >= low) and value < math.inf and (high is None or value <= high)
+        ):
+            bounds = f"at least {low}" if high is None else f"{low} to {high}"
+            raise ValueError(f"config.{path}: got {value}; allowed: {bounds}")
+    for path in _POSITIVE:
+        if not 0 < (value := _get(config, path)) < math.inf:
+            raise ValueError(f"config.{path}: got {value}; allowed: greater than 0 and finite")
+    _validate_together(config)
+
+
+def _validate_together(config: Config) -> None:
+    rollout = config.rollout
+    try:
+        _ = config.lora.adapters
+    except ValueError as error:
+        raise ValueError(f"config.{error}") from error
+    if rollout.sde == "ode" or rollout.eta == 0:
+        raise ValueError(
+            f"config.rollout: sde={rollout.sde!r} with eta={rollout.eta} samples without noise, "
+            "so there is nothing to learn from; allowed: precise, flow, dance or cps with eta > 0"
+        )
+    if rollout.sde == "cps" and rollout.eta > 1:
+        raise ValueError(f"config.rollout.eta: got {rollout.eta}; allowed with sde=cps: 0 to 1")
+    if config.batch_size % config.loss.micro_batch:
+        raise ValueError(
+            f"config.loss.micro_batch: got {config.loss.micro_batch}; allowed: a divisor of "
+            f"prompts_per_step × group_size = {config.batch_size}"
+        )
+    if config.batch_size % rollout.decode_batch:
+        raise ValueError(
+            f"config.rollout.decode_batch: got {rollout.decode_batch}; allowed: a divisor of "
+            f"prompts_per_step × group_size = {config.batch_size}"
+        )
+    clip = (config.video.frames, config.video.height, config.video.width)
+    world = (spec.NUM_FRAMES, spec.HEIGHT, spec.WIDTH)
+    if config.eval.manifold_distance and clip != world:
+        raise ValueError(
+            f"config.eval.manifold_distance: got True with clips of {clip}; allowed: clips of the "
+            f"moving-shapes world, {world}, or False"
+        )
+    if bool(config.rewards.address) == config.rewards.spawn:
+        raise ValueError(
+            f"config.rewards: spawn={config.rewards.spawn} with address="
+            f"{config.rewards.address!r}; allowed: spawn=True without an address, or "
+            "spawn=False with the HOST:PORT of a running server"
+        )
