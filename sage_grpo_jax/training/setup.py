@@ -280,19 +280,17 @@ def open_cache(
     return embedding_cache.EmbeddingCache(path)
 
 
-def _check_fits(cache, config: config_lib.Config, networks: Networks) -> None:
+def _check_fits(
+    cache: embedding_cache.EmbeddingCache, config: config_lib.Config, networks: Networks
+) -> None:
     transformer, ratio = networks.transformer, networks.vae.spatial_compression_ratio
-    first_frame = (
-        1,
-        config.video.height // ratio,
-        config.video.width // ratio,
-        networks.vae.latent_channels,
-    )
+    height, width = config.video.height // ratio, config.video.width // ratio
+    with_image = "i2v" in config.model.variant or cache.image_shape is not None
     cache.check_fits(
         text_dim=transformer.text_embed_dim,
         byt5_dim=transformer.text_embed_2_dim,
         image_dim=transformer.image_embed_dim,
-        latent_shape=first_frame,
+        latent_shape=(height, width, networks.vae.latent_channels) if with_image else None,
     )
 
 
@@ -322,20 +320,34 @@ def open_prompts(config: config_lib.Config, workdir: pathlib.Path, networks: Net
             f"config.eval.num_prompts: got {config.eval.num_prompts}; allowed: at most the "
             f"{len(evaluation)} prompts of {config.data.eval_prompts}"
         )
-    # One static length for everything: one compilation.
-    length = config.data.max_text_tokens or embedding_cache.text_bucket(
-        max(train.max_length, evaluation.max_length)
-    )
+    shapes = _static_shapes(config, networks, train, evaluation)
     fixed = embedding_cache.make_prompt_iterator(
-        evaluation, config.eval.num_prompts, config.eval.seed, length=length, repeat=False
+        evaluation, config.eval.num_prompts, config.eval.seed, repeat=False, **shapes
     )
-    negative = embedding_cache.pad_entries([train.negative], length)
+    negative = embedding_cache.pad_entries([train.negative], shapes["length"])
     logging.info("%d training prompts, %d evaluation prompts", len(train), config.eval.num_prompts)
     return Prompts(
         train=embedding_cache.make_prompt_iterator(
-            train, config.rollout.prompts_per_step, config.seed, length=length
+            train, config.rollout.prompts_per_step, config.seed, **shapes
         ),
         fingerprint=train.fingerprint,
         evaluation=next(conditions.batches(fixed)).repeat(config.eval.samples_per_prompt),
         negative=next(conditions.batches(iter([negative]))),
     )
+
+
+def _static_shapes(
+    config: config_lib.Config, networks: Networks, *caches: embedding_cache.EmbeddingCache
+) -> dict[str, int | None]:
+    """Lengths that hold the prompts of all caches: one compilation for training and evaluation."""
+    length = config.data.max_text_tokens or embedding_cache.text_bucket(
+        max(cache.max_length for cache in caches)
+    )
+    quoted = max(cache.byt5_max_length for cache in caches)
+    if not quoted:
+        return {"length": length, "byt5_length": None, "byt5_dim": None}
+    return {
+        "length": length,
+        "byt5_length": embedding_cache.text_bucket(quoted, embedding_cache.BYT5_LENGTHS),
+        "byt5_dim": networks.transformer.text_embed_2_dim,
+    }
