@@ -4,4 +4,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/setup_env.sh requirements-dev.txt
 export JAX_PLATFORMS=cpu
-exec python -m pytest -n "${TEST_WORKERS:-2}" "$@"
+# A file stays with one worker, so that its tests share what they compile.
+exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

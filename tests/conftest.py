@@ -26,7 +26,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
+# The longest first, so that no worker is left alone with them at the end.
+LONGEST = ("learner_test", "loop_test", "pretraining_test", "tpu_compile_test", "vae_test")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     if config.getoption("--slow"):
         return
     skip = pytest.mark.skip(reason="needs --slow")

@@ -94,6 +94,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any] | 
     mesh = mesh_lib.make_mesh(**dataclasses.asdict(config.mesh))
     recipe_lib.check_mesh(config, mesh)
     claim_workdir(config, workdir)
+    if (summary := _finished(config, workdir)) is not None:
+        return summary
     _describe_policy(config, networks, workdir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
@@ -129,6 +131,15 @@ def claim_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         metrics.write_json(path, dataclasses.asdict(config))
+
+
+def _finished(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do."""
+    path = workdir / "summary.json"
+    if not path.exists():
+        return None
+    summary = json.loads(path.read_text())
+    return summary if summary["steps"] >= config.num_steps else None
 
 
 def _describe_policy(config: config_lib.Config, networks, workdir: pathlib.Path) -> None:

@@ -5,6 +5,7 @@ them. They are also what the TPU compile checks lower.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import optax
 
 from sage_grpo_jax.flow import rollout as rollout_lib
 from sage_grpo_jax.flow import schedules
-from sage_grpo_jax.models import vae
+from sage_grpo_jax.models import vae, vae_tiling
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training import update as update_lib
@@ -67,10 +68,19 @@ def make_decode(recipe: Recipe):
     Piece p holds the samples `p + (B/decode_batch)·row`, see `update.split_batch`.
     """
 
+    tiling = recipe.config.model.vae_tiling
+    if tiling == "off":
+        decode_latents = functools.partial(vae.decode, config=recipe.vae)
+    else:
+        overlap = vae_tiling.OVERLAPS[tiling]
+        decode_latents = functools.partial(
+            vae_tiling.decode_tiled, config=recipe.vae, overlap=overlap
+        )
+
     def decode(vae_params, latents, piece, size):
         chunk = update_lib.split_batch(latents, size)[piece]
         with jax.default_matmul_precision(recipe.config.model.matmul_precision):
-            videos = vae.decode(vae_params, chunk / recipe.vae.scaling_factor, recipe.vae)
+            videos = decode_latents(vae_params, chunk / recipe.vae.scaling_factor)
         return to_uint8(videos)
 
     return decode

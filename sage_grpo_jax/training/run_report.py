@@ -20,6 +20,7 @@ ROWS = (
     ("reward TA", "eval/reward/ta"),
     ("manifold distance", "eval/manifold_distance"),
 )
+_WINDOW = 9  # steps that the curves average over
 PHASES = ("rollout", "decode", "reward", "update", "eval")
 
 
@@ -30,6 +31,11 @@ class RunRecord:
     workdir: pathlib.Path
     summary: dict[str, Any]
     rows: list[dict[str, Any]]
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values of a metric, where it was measured."""
+        rows = [row for row in self.rows if row.get(name) is not None]
+        return np.array([row["step"] for row in rows]), np.array([row[name] for row in rows])
 
 
 def read_run(workdir: pathlib.Path) -> RunRecord:
@@ -108,13 +114,16 @@ def write_curve(runs: Sequence[RunRecord], path: pathlib.Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for i, run in enumerate(runs):
         label = f"{run.summary['method']}, seed {run.summary['seed']}"
-        _plot(axes[0], run, "reward/overall", f"C{i}", label, 0.5)
-        _plot(axes[0], run, "eval/reward/overall", f"C{i}", f"{label}: held-out", 1.0)
+        _plot_smoothed(axes[0], run, "reward/overall", f"C{i}", label)
+        held_out = f"{label}: held-out"
+        steps, values = run.series("eval/reward/overall")
+        axes[0].plot(steps, values, color=f"C{i}", label=held_out, marker="o", linestyle="--")
         for j, name in enumerate(("vq", "mq", "ta")):
             text = name.upper() if i == 0 else None
-            _plot(axes[1], run, f"reward/{name}", f"C{j}", text, 0.8)
-    axes[0].set(title="overall reward", xlabel="step", ylabel="VQ + MQ + TA")
-    axes[1].set(title="reward by dimension (training prompts)", xlabel="step")
+            _plot_smoothed(axes[1], run, f"reward/{name}", f"C{j}", text)
+    smoothing = f"mean of {_WINDOW} steps"
+    axes[0].set(title=f"overall reward ({smoothing})", xlabel="step", ylabel="VQ + MQ + TA")
+    axes[1].set(title=f"reward by dimension, training prompts ({smoothing})", xlabel="step")
     for axis in axes:
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
@@ -123,11 +132,15 @@ def write_curve(runs: Sequence[RunRecord], path: pathlib.Path) -> None:
     pyplot.close(figure)
 
 
-def _plot(axis, run: RunRecord, name: str, color: str, label: str | None, alpha: float) -> None:
-    points = [(r["step"], r[name]) for r in run.rows if r.get(name) is not None]
-    style = {"marker": "o", "linestyle": "--"} if name.startswith("eval/") else {"linewidth": 1}
-    if points:
-        axis.plot(*zip(*points, strict=True), color=color, label=label, alpha=alpha, **style)
+def _plot_smoothed(axis, run: RunRecord, name: str, color: str, label: str | None) -> None:
+    """Every step faintly, and the moving average: a step sees a handful of prompts only."""
+    steps, values = run.series(name)
+    axis.plot(steps, values, color=color, alpha=0.15)
+    if (window := min(_WINDOW, len(values))) == 0:
+        return
+    smooth = np.convolve(values, np.full(window, 1 / window), mode="valid")
+    axis.plot(np.convolve(steps, np.full(window, 1 / window), mode="valid"), smooth, color=color,
+              label=label)  # fmt: skip
 
 
 def write_before_after(run: RunRecord, out: pathlib.Path) -> None:
