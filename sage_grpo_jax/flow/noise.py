@@ -17,8 +17,11 @@ import numpy as np
 # Streams of one sample's key. The numbers are part of every run: never reuse or renumber them.
 _INITIAL_STREAM = 0
 _STEP_STREAM = 1
+_WINDOW_STREAM = 3
 # Of the run's own key.
 _ADAPTER_STREAM = 2
+# In place of the index of a sample: what belongs to the whole group.
+_GROUP = 2**32 - 1
 
 
 def prompt_hash(prompt_id: str) -> np.uint32:
@@ -77,6 +80,22 @@ def step_noise(keys: jax.Array, t: Any, shape: tuple[int, ...]) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(key, _STEP_STREAM), t)
 
     return _normal(jax.vmap(step_key)(keys, t_B), shape)
+
+
+def window_starts(
+    seed: Any, step: Any, slot: Any, prompt_hashes: Any, num_places: int
+) -> np.ndarray:
+    """Returns where the window of trained steps starts, int32[B] in 0 ... num_places - 1.
+
+    Arguments as for `sample_keys`, without the sample: all samples of a group have the same start.
+    """
+    count = np.full(np.shape(prompt_hashes), _GROUP, np.uint32)
+    keys = sample_keys(seed, step, slot, prompt_hashes, count)
+
+    def start(key: jax.Array) -> jax.Array:
+        return jax.random.randint(jax.random.fold_in(key, _WINDOW_STREAM), (), 0, num_places)
+
+    return np.asarray(jax.vmap(start)(keys), np.int32)
 
 
 def adapter_key(seed: int) -> jax.Array:

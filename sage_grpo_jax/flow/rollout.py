@@ -21,7 +21,9 @@ class Trajectory(NamedTuple):
     """All states of a rollout. The injected noise is not stored: `noise.step_noise` repeats it."""
 
     latents: jax.Array  # f32[T + 1, B, ...], from noise to data
-    stds: jax.Array  # f32[T], std of the noise that each step injected, 0 where deterministic
+    # f32[T], or [T, B] where samples differ: std of the noise that each step injected, 0 where it
+    # was deterministic.
+    stds: jax.Array
 
 
 def rollout(
@@ -46,7 +48,8 @@ def rollout(
         latent_shape: shape of one sample's latents, without the batch.
         schedule: T steps.
         kind, eta: the transition of the stochastic steps, see `sde.transition`.
-        stochastic: bool[T]; the other steps follow the ODE and inject nothing.
+        stochastic: bool[T], or bool[T, B] where samples differ; the other steps follow the ODE and
+            inject nothing.
         initial_latents: f32[B, *latent_shape] at σ = 1; drawn from the keys by default.
     """
     noise_lib.check_keys(keys)
@@ -54,7 +57,8 @@ def rollout(
     latent_shape = tuple(latent_shape)
     sigmas, timesteps = jnp.asarray(schedule.sigmas), jnp.asarray(schedule.timesteps)
     stochastic = jnp.asarray(stochastic, bool)
-    chex.assert_shape([timesteps, stochastic], (sigmas.shape[0] - 1,))
+    chex.assert_shape(timesteps, (sigmas.shape[0] - 1,))
+    chex.assert_shape(stochastic, (*timesteps.shape, *keys.shape)[: max(stochastic.ndim, 1)])
     if initial_latents is None:
         initial_latents = noise_lib.initial_noise(keys, latent_shape)
     initial_latents = initial_latents.astype(jnp.float32)
@@ -66,8 +70,11 @@ def rollout(
         velocity = velocity.astype(jnp.float32)
         mean, std = sde.transition(kind, velocity, latents, sigma, sigma_next, eta)
         std = jnp.where(is_stochastic, std, 0.0)
-        mean = jnp.where(is_stochastic, mean, latents + (sigma_next - sigma) * velocity)
-        latents = mean + std * noise_lib.step_noise(keys, t, latent_shape)
+        axes = (1,) * (latents.ndim - 1)  # of one sample
+        noisy = is_stochastic.reshape(is_stochastic.shape + axes)
+        mean = jnp.where(noisy, mean, latents + (sigma_next - sigma) * velocity)
+        noise = noise_lib.step_noise(keys, t, latent_shape)
+        latents = mean + std.reshape(std.shape + axes) * noise
         return latents, (latents, std)
 
     steps = jnp.arange(timesteps.shape[0])

@@ -225,6 +225,42 @@ def stochastic_steps(
     return noisy
 
 
+def injected_variance(
+    kind: str, schedule: Schedule, eta: float, last_step: str = "deterministic"
+) -> float:
+    """Returns the sum of std² over the stochastic steps, in float64, on the host."""
+    sigmas = np.asarray(schedule.sigmas, np.float64)
+    _, std = step_coefficients(kind, sigmas[:-1], sigmas[1:], float(eta), xp=np)
+    return float(np.sum(std[stochastic_steps(kind, schedule, eta, last_step)] ** 2))
+
+
+def matched_eta(
+    kind: str,
+    schedule: Schedule,
+    other_kind: str,
+    other_eta: float,
+    last_step: str = "deterministic",
+) -> float:
+    """Returns the η at which `kind` injects as much variance as `other_kind` does at `other_eta`.
+
+    η means different things for different kinds and step counts; this makes them comparable. The
+    variance grows with η², and with sin²(η·π/2) for `cps`.
+
+    Raises:
+        ValueError: no η gives that much noise.
+    """
+    wanted = injected_variance(other_kind, schedule, other_eta, last_step)
+    share = wanted / injected_variance(kind, schedule, 1.0, last_step)
+    if kind != "cps":
+        return math.sqrt(share)
+    if share > 1:
+        raise ValueError(
+            f"kind='cps' injects a variance of at most {wanted / share:.3g} over the schedule; "
+            f"kind={other_kind!r} with eta={other_eta} injects {wanted:.3g}"
+        )
+    return 2.0 / math.pi * math.asin(math.sqrt(share))
+
+
 def require_stochastic(stochastic: np.ndarray, kind: str, eta: float) -> None:
     """Raises ValueError when no step of a training recipe injects noise: nothing can be trained."""
     if not np.any(stochastic):

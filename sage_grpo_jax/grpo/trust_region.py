@@ -27,6 +27,7 @@ import optax
 
 KINDS = ("none", "fixed", "stepwise", "moving", "dual", "fixed_stepwise")
 FEEDBACKS = ("tighten", "paper", "none")
+ESTIMATORS = ("closed_form", "log_ratio")
 
 _FIXED_KINDS = ("fixed", "fixed_stepwise")
 _MOVING_KINDS = ("moving", "dual")
@@ -52,6 +53,12 @@ class TrustRegionConfig:
         history: H, feedback acts on the mean of the last H KLs.
         high, low: feedback acts above high·D and below low·D ...
         up, down: ... and multiplies the weight by up or down.
+        previous_estimator: of KL(π ‖ π_previous). `closed_form`, against the parameters before the
+            last update: one more forward pass; `log_ratio`: the mean of log π_old - log π over the
+            rollout's samples (Eq. 15 and the official code), which needs no parameters and has a
+            gradient of mean zero with one update per rollout.
+        step_bound: an update is scaled down so that KL(π_new ‖ π) is expected to stay below this,
+            from the measured KL of the last update and the lengths of both; 0: no bound.
     """
 
     kind: str = "dual"
@@ -70,6 +77,8 @@ class TrustRegionConfig:
     low: float = 0.5
     up: float = 1.1
     down: float = 0.9
+    previous_estimator: str = "closed_form"
+    step_bound: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises ValueError for the first field that is out of range."""
@@ -78,6 +87,18 @@ class TrustRegionConfig:
             self._require(name, math.isfinite(getattr(self, name)), "finite")
         self._require("kind", self.kind in KINDS, f"one of {', '.join(KINDS)}")
         self._require("feedback", self.feedback in FEEDBACKS, f"one of {', '.join(FEEDBACKS)}")
+        estimators = ", ".join(ESTIMATORS)
+        self._require(
+            "previous_estimator", self.previous_estimator in ESTIMATORS, f"one of {estimators}"
+        )
+        self._require("step_bound", self.step_bound >= 0, ">= 0")
+        if self.step_bound > 0:
+            self._require(
+                "step_bound",
+                self.has_previous,
+                "0 without the previous policy in closed form (kind stepwise, dual or "
+                "fixed_stepwise, previous_estimator closed_form)",
+            )
         for name, lowest in (("anchor_every", 1), ("history", 1), ("warmup_steps", 0)):
             value = getattr(self, name)
             self._require(
@@ -111,9 +132,14 @@ class TrustRegionConfig:
         return self.kind in _FIXED_KINDS + _MOVING_KINDS
 
     @property
-    def has_previous(self) -> bool:
-        """Whether the loss needs KL(π ‖ π_previous)."""
+    def penalises_motion(self) -> bool:
+        """Whether the loss has a term for the previous policy, by whichever estimator."""
         return self.kind in _PREVIOUS_KINDS
+
+    @property
+    def has_previous(self) -> bool:
+        """Whether the loss needs KL(π ‖ π_previous) in closed form, and so the parameters."""
+        return self.penalises_motion and self.previous_estimator == "closed_form"
 
 
 class TrustRegionState(NamedTuple):
@@ -124,6 +150,7 @@ class TrustRegionState(NamedTuple):
     weight: jax.Array  # f32[], λ of the next loss
     history: jax.Array  # f32[H], ring buffer of KLs, the latest at (count - 1) mod H
     count: jax.Array  # i32[], applied updates
+    squared_norm: jax.Array  # f32[], of the last applied update
 
 
 class Reference(NamedTuple):
@@ -137,9 +164,10 @@ class Reference(NamedTuple):
 def trust_region(config: TrustRegionConfig) -> optax.GradientTransformationExtraArgs:
     """Returns the transformation; its update takes `kl`, the β-weighted sum that is in the loss.
 
-    update(updates, state, params, *, kl): params are those before the update, θ_k, at which kl
-    was measured. Afterwards previous = θ_k, and every N-th update a moving anchor becomes θ_k+1.
-    With kind `none` kl may be left out.
+    update(updates, state, params, *, kl, kl_previous=None): params are those before the update,
+    θ_k, at which kl was measured. Afterwards previous = θ_k, and every N-th update a moving anchor
+    becomes θ_k+1. With kind `none` kl may be left out; kl_previous, KL(π_k ‖ π_k-1) without its β,
+    is needed for `step_bound` only. Updates change only where they exceed that bound.
     """
 
     def init(params: Any) -> TrustRegionState:
@@ -149,6 +177,7 @@ def trust_region(config: TrustRegionConfig) -> optax.GradientTransformationExtra
             weight=_warmup_weight(config, jnp.zeros([], jnp.int32)),
             history=jnp.zeros([config.history], jnp.float32),
             count=jnp.zeros([], jnp.int32),
+            squared_norm=jnp.zeros([], jnp.float32),
         )
 
     def update(
@@ -157,6 +186,7 @@ def trust_region(config: TrustRegionConfig) -> optax.GradientTransformationExtra
         params: Any = None,
         *,
         kl: Any = None,
+        kl_previous: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, TrustRegionState]:
         del extra_args
@@ -166,6 +196,7 @@ def trust_region(config: TrustRegionConfig) -> optax.GradientTransformationExtra
             if config.kind != "none":
                 raise ValueError(f"trust_region: update needs kl for kind={config.kind!r}")
             kl = 0.0
+        updates, squared_norm = _bounded(config, updates, state.squared_norm, kl_previous)
         history = state.history.at[state.count % config.history].set(kl)
         count = optax.safe_increment(state.count)
         return updates, TrustRegionState(
@@ -174,6 +205,7 @@ def trust_region(config: TrustRegionConfig) -> optax.GradientTransformationExtra
             weight=_next_weight(config, state.weight, history, count),
             history=history,
             count=count,
+            squared_norm=squared_norm,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -204,6 +236,27 @@ def find_state(optimizer_state: Any) -> TrustRegionState:
     if len(found) != 1:
         raise ValueError(f"optimizer state: must hold one TrustRegionState, holds {len(found)}")
     return found[0]
+
+
+def _bounded(
+    config: TrustRegionConfig, updates: Any, last_squared_norm: jax.Array, kl_previous: Any
+) -> tuple[Any, jax.Array]:
+    """Returns the update, scaled down to `step_bound`, and its squared length.
+
+    KL is quadratic in a small step: the last step of squared length n moved the policy by
+    kl_previous, so this one is expected to move it by kl_previous·‖u‖²/n.
+    """
+    squared_norm = optax.tree.norm(updates, squared=True).astype(jnp.float32)
+    if config.step_bound == 0:
+        return updates, squared_norm
+    if kl_previous is None:
+        raise ValueError("trust_region: update needs kl_previous for step_bound")
+    known = (last_squared_norm > 0) & (kl_previous > 0)
+    expected = kl_previous * squared_norm / jnp.where(known, last_squared_norm, 1.0)
+    exceeds = known & (expected > config.step_bound)
+    scale = jnp.where(exceeds, jnp.sqrt(config.step_bound / jnp.where(exceeds, expected, 1.0)), 1.0)
+    updates = jax.tree.map(lambda u: (scale * u).astype(u.dtype), updates)
+    return updates, squared_norm * scale**2
 
 
 def _next_anchor(

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import optax
+from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sage_grpo_jax.parallel import mesh as mesh_lib
@@ -62,13 +63,23 @@ def parameter_shardings(mesh: jax.sharding.Mesh, names: Any, abstract: Any) -> A
 def optimizer_shardings(
     tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, abstract_params: Any, shardings: Any
 ) -> Any:
-    """Shardings for `tx.init(params)`: what mirrors the parameters follows them, the rest is
-    replicated. Without it `jit(tx.init)` replicates the moments on every device."""
-    abstract_state = jax.eval_shape(tx.init, abstract_params)
-    return optax.tree.map_params(
-        tx,
-        lambda _, sharding: sharding,
-        abstract_state,
-        shardings,
-        transform_non_params=lambda _: replicated(mesh),
-    )
+    """Shardings for `tx.init(params)`: what mirrors a parameter follows it, the rest is replicated.
+    Without it `jit(tx.init)` replicates the moments on every device.
+
+    A leaf mirrors a parameter if its path ends with that of the parameter and the shapes are the
+    same. (`optax.tree.map_params` cannot tell for transformations that look at the parameters
+    while they partition them, as Muon does.)
+    """
+    where = traverse_util.flatten_dict(shardings)
+    shapes = {
+        path: leaf.shape for path, leaf in traverse_util.flatten_dict(abstract_params).items()
+    }
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        for start in range(len(names)):
+            if shapes.get(names[start:]) == leaf.shape:
+                return where[names[start:]]
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, abstract_params))

@@ -41,6 +41,7 @@ def lower_programs(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[s
 
     batch = config.batch_size
     keys = shape((batch,), jax.random.key(0).dtype, rows)
+    starts = shape((batch,), jnp.int32, rows)
     latent_shape = programs.recipe.latent_shape
     trajectory = shape(
         (config.rollout.num_steps + 1, batch, *latent_shape),
@@ -57,11 +58,12 @@ def lower_programs(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[s
         condition(batch, rows),
         shape((batch,), jnp.float32, rows),
         shape((batch,), bool, rows),
+        starts,
     )
     frozen = update_lib.Frozen(condition(1, whole), setup.abstract_base(networks, config, mesh))
     scalar = shape((), jnp.float32, whole)
     arguments = {
-        "rollout": (state.params, condition(batch, rows), frozen, keys),
+        "rollout": (state.params, condition(batch, rows), frozen, keys, starts),
         "decode": (
             vae_params,
             shape((batch, *latent_shape), jnp.float32, rows),

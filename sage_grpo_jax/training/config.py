@@ -12,6 +12,7 @@ from typing import Any
 
 import ml_collections
 
+from sage_grpo_jax.flow import schedules, sde
 from sage_grpo_jax.grpo import trust_region as trust_region_lib
 from sage_grpo_jax.models import lora as lora_lib
 from sage_grpo_jax.training import config_checks
@@ -56,11 +57,25 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EtaMatch:
+    """Chooses eta by the noise that another sampler injects: the same sum of variances."""
+
+    kind: str = ""  # flow, precise, dance or cps; "": rollout.eta holds
+    eta: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class RolloutConfig:
     """How videos are sampled."""
 
     sde: str = "precise"
     eta: float = 0.5
+    eta_match: EtaMatch = dataclasses.field(default_factory=EtaMatch)
+    # The steps that inject noise and are trained: all, the first window_size of them, or so many
+    # in a row at a random place (the same within a group); the others follow the ODE.
+    window: str = "all"
+    window_size: int = 0
+    same_initial_noise: bool = False  # within a group
     num_steps: int = 20
     shift: float = 5.0
     guidance: float = 1.0
@@ -101,6 +116,7 @@ class AdvantageConfig:
 
     epsilon: float = 1e-4
     clip: float = 5.0
+    std_floor: float = 0.0  # of a group, in reward units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +126,10 @@ class LossConfig:
     objective: str = "ppo"  # ppo | reinforce
     clip_range: float = 1e-4
     equalizer: bool = True
+    median: str = "lower"  # lower | mean: of an even number of steps
     log_prob: str = "gaussian"  # gaussian | squared
+    log_prob_reduction: str = "mean"  # mean | sum, over the elements of a sample
+    step_reduction: str = "mean"  # mean | sum, over the trained steps
     updates_per_rollout: int = 1
     micro_batch: int = 16  # samples in one forward and backward pass
     ratio_tolerance: float = 1e-6  # largest |ratio - 1| before the first update of a rollout
@@ -119,11 +138,15 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW behind a global-norm clip."""
+    """AdamW or Muon behind a global-norm clip."""
 
-    name: str = "adamw"
+    name: str = "adamw"  # adamw | muon (matrices by Muon, vectors by AdamW)
     learning_rate: float = 1e-5
     warmup_steps: int = 0
+    schedule: str = "constant"  # constant | linear | cosine, after the warm-up, over num_steps
+    final_fraction: float = 0.0  # of the learning rate, at the end of linear and cosine
+    momentum: float = 0.95  # of Muon
+    newton_schulz_steps: int = 5
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
@@ -228,7 +251,22 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
     """
     result = _build(Config, config.to_dict(), "config")
     config_checks.validate(result)
-    return result
+    return _with_matched_eta(result)
+
+
+def _with_matched_eta(config: Config) -> Config:
+    """Replaces eta by the one that `rollout.eta_match` asks for."""
+    rollout, match = config.rollout, config.rollout.eta_match
+    if not match.kind:
+        return config
+    schedule = schedules.host_schedule(rollout.num_steps, rollout.shift)
+    try:
+        eta = sde.matched_eta(
+            rollout.sde, schedule, match.kind, match.eta, last_step=rollout.last_step
+        )
+    except ValueError as error:
+        raise ValueError(f"config.rollout.eta_match: {error}") from error
+    return dataclasses.replace(config, rollout=dataclasses.replace(rollout, eta=eta))
 
 
 def _build(cls: type, values: Any, path: str) -> Any:

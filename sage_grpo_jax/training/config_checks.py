@@ -21,12 +21,18 @@ _CHOICES = {
     "model.vae_tiling": ("off", "official", "diffusers"),
     "data.text_encoder": ("words", "cache"),
     "rollout.sde": SDE_KINDS,
+    "rollout.eta_match.kind": ("", "precise", "flow", "dance", "cps"),
+    "rollout.window": ("all", "first_k", "random_k"),
     "rollout.guidance_mode": ("batch", "sequential"),
     "rollout.last_step": ("deterministic", "stochastic"),
     "loss.objective": ("ppo", "reinforce"),
+    "loss.median": ("lower", "mean"),
     "loss.log_prob": ("gaussian", "squared"),
+    "loss.log_prob_reduction": ("mean", "sum"),
+    "loss.step_reduction": ("mean", "sum"),
     "loss.ratio_action": ("stop", "replay", "log"),
-    "optimizer.name": ("adamw",),
+    "optimizer.name": ("adamw", "muon"),
+    "optimizer.schedule": ("constant", "linear", "cosine"),
     "lora.base_dtype": ("auto", "float32", "bfloat16"),
 }
 # field -> (lowest, highest); None: no bound.
@@ -38,6 +44,8 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "video.width": (1, None),
     "data.max_text_tokens": (0, None),
     "rollout.eta": (0, 2),
+    "rollout.eta_match.eta": (0, 2),
+    "rollout.window_size": (0, 1000),
     "rollout.num_steps": (1, 1000),
     "rollout.shift": (0.1, 20),
     "rollout.guidance": (0, None),
@@ -49,10 +57,14 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "rewards.min_valid_fraction": (0, 1),
     "rewards.max_skipped_updates": (1, None),
     "advantage.epsilon": (0, None),
+    "advantage.std_floor": (0, None),
     "loss.updates_per_rollout": (1, None),
     "loss.micro_batch": (1, None),
     "loss.ratio_tolerance": (0, None),
     "optimizer.warmup_steps": (0, None),
+    "optimizer.final_fraction": (0, 1),
+    "optimizer.momentum": (0, 1),
+    "optimizer.newton_schulz_steps": (1, 20),
     "optimizer.weight_decay": (0, None),
     "lora.rank": (0, None),
     "lora.alpha": (0, None),
@@ -117,6 +129,13 @@ def _validate_together(config: Config) -> None:
             f"config.rollout: sde={rollout.sde!r} with eta={rollout.eta} samples without noise, "
             "so there is nothing to learn from; allowed: precise, flow, dance or cps with eta > 0"
         )
+    if (rollout.window == "all") != (rollout.window_size == 0):
+        raise ValueError(
+            f"config.rollout: window={rollout.window!r} with window_size={rollout.window_size}; "
+            "allowed: all with 0, first_k and random_k with at least 1"
+        )
+    if rollout.eta_match.kind and rollout.eta_match.eta == 0:
+        raise ValueError("config.rollout.eta_match.eta: got 0; allowed: more than 0")
     if rollout.sde == "cps" and rollout.eta > 1:
         raise ValueError(f"config.rollout.eta: got {rollout.eta}; allowed with sde=cps: 0 to 1")
     if config.batch_size % config.loss.micro_batch:

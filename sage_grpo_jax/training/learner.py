@@ -16,7 +16,7 @@ from sage_grpo_jax.grpo import advantage
 from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.parallel import hosts, sharding
 from sage_grpo_jax.rewards import types as reward_types
-from sage_grpo_jax.training import conditions
+from sage_grpo_jax.training import conditions, optimizers
 from sage_grpo_jax.training import programs as programs_lib
 from sage_grpo_jax.training import recipe as recipe_lib
 from sage_grpo_jax.training import state as state_lib
@@ -125,9 +125,10 @@ class Learner:
         timer, started = PhaseTimer(), time.perf_counter()
         samples = batch.repeat(self.config.rollout.group_size)
         keys = self.sample_keys(batch, int(state.step))
+        starts = self.window_starts(batch, int(state.step))
         condition = self.condition(samples)
         with timer("rollout"):
-            trajectory = self.programs.rollout(state.params, condition, self.frozen, keys)
+            trajectory = self.programs.rollout(state.params, condition, self.frozen, keys, starts)
             jax.block_until_ready(trajectory)
         self._check_interrupt()
         scores = self.score(trajectory.latents[-1], samples, f"step{int(state.step)}", timer)
@@ -140,6 +141,7 @@ class Learner:
             condition,
             hosts.to_global(advantages, self._rows),
             hosts.to_global(scores.valid, self._rows),
+            starts,
         )
         if self._enough(scores):
             with timer("update"):
@@ -173,10 +175,19 @@ class Learner:
         )
         return jax.device_put(keys, self._rows)
 
+    def window_starts(self, batch: PromptBatch, step: int) -> jax.Array:
+        """Where the window of trained steps starts, int32 [P·G]; the same within a group."""
+        group, places = self.config.rollout.group_size, self.recipe.window_places
+        hashes = np.array([noise.prompt_hash(i) for i in batch.ids], np.uint32)
+        slots = np.arange(len(batch.ids), dtype=np.uint32)
+        starts = noise.window_starts(self.config.seed, step, slots, hashes, places)
+        return hosts.to_global(np.repeat(starts, group), self._rows)
+
     def sample(self, params: Any, batch: PromptBatch, keys: jax.Array) -> jax.Array:
         """Clean latents of the evaluation sampler (ODE); float32 [B, t, h, w, C]."""
         condition = self.condition(batch)
-        return self.programs.sample(params, condition, self.frozen, keys).latents[-1]
+        starts = jnp.zeros(len(batch.ids), jnp.int32)
+        return self.programs.sample(params, condition, self.frozen, keys, starts).latents[-1]
 
     def score(
         self, latents: jax.Array, samples: PromptBatch, name: str, timer: PhaseTimer
@@ -268,6 +279,7 @@ class Learner:
             jnp.asarray(scores.valid.reshape(shape)),
             config.advantage.epsilon,
             config.advantage.clip,
+            std_floor=config.advantage.std_floor,
         )
         advantages = np.asarray(advantages).reshape(-1)
         metrics = reward_metrics(scores, dataclasses.asdict(config.rewards.weights))
@@ -312,9 +324,16 @@ class Learner:
             for name in ("loss", "gradient", "params"):
                 if not values[f"update/finite_{name}"]:
                     logging.warning("update skipped: the %s is not finite", name)
+            self._warn_about_epsilon(values)
             # With several updates the metrics of the last one tell how far the policy has gone.
             metrics = values
         return state, _public(metrics)
+
+    def _warn_about_epsilon(self, values: dict[str, float]) -> None:
+        eps = self.config.optimizer.eps
+        text = optimizers.warn_about_epsilon(values["grad/rms_over_eps"], eps)
+        if text is not None:
+            logging.log_every_n(logging.WARNING, "%s", 50, text)
 
     def _replayed(self, state, batch, values) -> update_lib.UpdateBatch:
         deviation = values["ratio/max_deviation"]

@@ -8,13 +8,59 @@ from typing import Any
 
 import ml_collections
 
+# The trust region as the official code has it; warm-up, range and direction of the feedback are
+# those of the paper's Eq. 41 and 42 as printed.
+_AS_PRINTED = {
+    "trust_region.kind": "dual",
+    "trust_region.anchor_every": 10,
+    "trust_region.anchor_weight": 1.0,
+    "trust_region.previous_weight": 0.1,
+    "trust_region.previous_estimator": "log_ratio",
+    "trust_region.initial_weight": 1e-7,
+    "trust_region.final_weight": 1e-5,
+    "trust_region.warmup_steps": 100,
+    "trust_region.min_weight": 1e-7,
+    "trust_region.max_weight": 1e-5,
+    "trust_region.feedback": "paper",
+}
+
 METHODS: dict[str, dict[str, Any]] = {
-    # SAGE-GRPO: precise SDE, equalized timesteps, moving anchor plus previous policy.
+    # SAGE-GRPO with what this project corrects: precise SDE, equalized timesteps, clean last step,
+    # moving anchor plus previous policy in closed form, feedback that tightens.
     "sage": {
         "rollout.sde": "precise",
         "loss.equalizer": True,
         "loss.log_prob": "gaussian",
         "trust_region.kind": "dual",
+    },
+    # What the authors' PyTorch code does.
+    "sage_official": {
+        "rollout.sde": "precise",
+        "rollout.last_step": "stochastic",
+        "loss.objective": "ppo",
+        "loss.clip_range": 1e-4,
+        "loss.equalizer": True,
+        "loss.median": "lower",
+        "loss.log_prob": "gaussian",
+        "loss.step_reduction": "mean",
+        "optimizer.name": "muon",
+        "optimizer.momentum": 0.95,
+        "optimizer.b1": 0.95,
+        "optimizer.b2": 0.95,
+        "optimizer.weight_decay": 0.01,
+        **_AS_PRINTED,
+    },
+    # What the paper prints (Eq. 43: REINFORCE, summed over steps), with the score that is one and
+    # the sign that minimises the KL.
+    "sage_paper": {
+        "rollout.sde": "precise",
+        "rollout.last_step": "stochastic",
+        "loss.objective": "reinforce",
+        "loss.equalizer": True,
+        "loss.median": "mean",
+        "loss.log_prob": "gaussian",
+        "loss.step_reduction": "sum",
+        **_AS_PRINTED,
     },
     # Flow-GRPO (arXiv 2505.05470): its SDE, a fixed reference.
     "flow_grpo": {

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sage_grpo_jax.flow import noise, schedules
 from sage_grpo_jax.flow import rollout as rollout_lib
-from sage_grpo_jax.flow import schedules
 from sage_grpo_jax.models import vae, vae_tiling
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.training import state as state_lib
@@ -50,16 +50,41 @@ class Programs:
 
 
 def make_rollout(recipe: Recipe, *, kind: str, schedule: schedules.Schedule, stochastic):
-    """(params, condition [B], frozen, keys [B]) -> Trajectory."""
+    """(params, condition [B], frozen, keys [B], starts int32 [B]) -> Trajectory."""
     config = recipe.config.rollout
 
-    def rollout(params, condition, frozen, keys):
+    def rollout(params, condition, frozen, keys, starts):
         velocity = update_lib.velocity_fn(recipe, params, condition, frozen, schedule)
+        steps, initial = stochastic, None
+        if kind != "ode" and recipe.window_places > 1:
+            steps = in_window(stochastic, starts, recipe.positions)
+        if kind != "ode" and config.same_initial_noise:
+            first = jnp.repeat(keys[:: config.group_size], config.group_size)
+            initial = noise.initial_noise(first, recipe.latent_shape)
         return rollout_lib.rollout(
-            velocity, keys, recipe.latent_shape, schedule, kind, config.eta, stochastic
+            velocity,
+            keys,
+            recipe.latent_shape,
+            schedule,
+            kind,
+            config.eta,
+            steps,
+            initial_latents=initial,
         )
 
     return rollout
+
+
+def in_window(trained: np.ndarray, starts: jax.Array, size: int) -> jax.Array:
+    """Which steps of each sample lie in its window; bool [T, B].
+
+    Args:
+      trained: bool [T]; windows count these steps only.
+      starts: int32 [B].
+      size: steps in a window.
+    """
+    rank = jnp.asarray(np.cumsum(trained) - 1)[:, None]
+    return jnp.asarray(trained)[:, None] & (rank >= starts) & (rank < starts + size)
 
 
 def make_decode(recipe: Recipe):
@@ -108,7 +133,7 @@ def build(
 
     Args:
       recipe: the constants.
-      tx: the optimizer of `training.state.make_optimizer`.
+      tx: the optimizer of `training.optimizers.make_optimizer`.
       mesh: the device mesh; call the programs under `jax.set_mesh(mesh)`.
       state: an abstract `LearnerState` with shardings.
       base: with LoRA the frozen weights, abstract with shardings; else None.
@@ -117,7 +142,7 @@ def build(
     trajectory = rollout_lib.Trajectory(sharding.batch_sharding(mesh, 1), whole)
     placed = state_lib.shardings_of(state)
     frozen = update_lib.Frozen(whole, state_lib.shardings_of(base))
-    batch = update_lib.UpdateBatch(trajectory.latents, rows, rows, rows, rows, None)
+    batch = update_lib.UpdateBatch(trajectory.latents, rows, rows, rows, rows, rows, None)
     replayed = batch._replace(mean_old=trajectory.latents)
     evaluation = schedules.make_schedule(recipe.config.eval.num_steps, recipe.config.rollout.shift)
     update = update_lib.make_update(recipe, tx)
@@ -135,7 +160,7 @@ def build(
     def jit_rollout(**kwargs):
         return jax.jit(
             make_rollout(recipe, **kwargs),
-            in_shardings=(placed.params, rows, frozen, rows),
+            in_shardings=(placed.params, rows, frozen, rows, rows),
             out_shardings=trajectory,
         )
 

@@ -20,8 +20,14 @@ class Recipe:
     transformer: hunyuan_video.HunyuanVideoConfig
     vae: vae.VaeConfig
     schedule: schedules.Schedule
-    trained: np.ndarray  # bool [T]
+    trained: np.ndarray  # bool [T]: steps that may be stochastic, and are then trained
     weights: np.ndarray  # float32 [T]: S_t, or 1 without the equalizer
+    positions: int  # how many steps of a sample are trained; fewer than `trained` with random_k
+
+    @property
+    def window_places(self) -> int:
+        """At how many places the window of trained steps may start; 1 unless random."""
+        return int(self.trained.sum()) - self.positions + 1
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -52,6 +58,17 @@ def make_recipe(
             f"config.model: the transformer makes {transformer.out_channels} latent channels, "
             f"the VAE decodes {vae_config.latent_channels}; allowed: networks that fit"
         )
+    schedule, trained, positions = trained_steps(config)
+    weights = step_weights(config, schedule, trained)
+    return Recipe(config, transformer, vae_config, schedule, trained, weights, positions)
+
+
+def trained_steps(config: config_lib.Config) -> tuple[schedules.Schedule, np.ndarray, int]:
+    """(schedule, steps that may be trained bool [T], how many of them each sample trains).
+
+    Raises:
+      ValueError: there is no stochastic step.
+    """
     rollout = config.rollout
     schedule = schedules.make_schedule(rollout.num_steps, rollout.shift)
     trained = sde.stochastic_steps(rollout.sde, schedule, rollout.eta, last_step=rollout.last_step)
@@ -61,13 +78,29 @@ def make_recipe(
             f"last_step={rollout.last_step!r} leaves no stochastic step to train; allowed: more "
             "steps, or last_step=stochastic"
         )
-    if config.loss.equalizer:
-        weights = equalizer.equalizer_weights(
-            rollout.sde, schedule, rollout.eta, trained, log_prob=config.loss.log_prob
+    positions = min(rollout.window_size or len(trained), int(trained.sum()))
+    if rollout.window == "first_k":
+        trained[np.flatnonzero(trained)[positions:]] = False
+    return schedule, trained, positions
+
+
+def step_weights(
+    config: config_lib.Config, schedule: schedules.Schedule, trained: np.ndarray
+) -> np.ndarray:
+    """S_t of every step; float32 [T]."""
+    rollout, loss = config.rollout, config.loss
+    if not loss.equalizer:
+        return np.asarray(equalizer.uniform_weights(rollout.sde, schedule, rollout.eta, trained))
+    return np.asarray(
+        equalizer.equalizer_weights(
+            rollout.sde,
+            schedule,
+            rollout.eta,
+            trained,
+            median=loss.median,
+            log_prob=loss.log_prob,
         )
-    else:
-        weights = equalizer.uniform_weights(rollout.sde, schedule, rollout.eta, trained)
-    return Recipe(config, transformer, vae_config, schedule, trained, np.asarray(weights))
+    )
 
 
 def _check_sizes(video: config_lib.VideoConfig, vae_config: vae.VaeConfig) -> None:

@@ -19,7 +19,7 @@ from sage_grpo_jax.flow import noise
 from sage_grpo_jax.models import hunyuan_video, lora, vae
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.training import checkpoint as checkpoint_lib
-from sage_grpo_jax.training import conditions
+from sage_grpo_jax.training import conditions, optimizers
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import programs as programs_lib
 from sage_grpo_jax.training import recipe as recipe_lib
@@ -161,14 +161,14 @@ def make_abstract_state(
         names = hunyuan_video.partition_names(networks.transformer)
     else:
         shapes, names = lora.abstract_adapters(shapes, adapters), lora.partition_names(adapters)
-    return state_lib.abstract_state(state_lib.make_optimizer(config), shapes, names, mesh)
+    return state_lib.abstract_state(optimizers.make_optimizer(config), shapes, names, mesh)
 
 
 def fresh_state(
     networks: Networks, config: config_lib.Config, mesh: jax.sharding.Mesh
 ) -> state_lib.LearnerState:
     """The state at step 0: loaded weights or fresh adapters, empty optimizer, trust region."""
-    tx = state_lib.make_optimizer(config)
+    tx = optimizers.make_optimizer(config)
     shardings = state_lib.shardings_of(make_abstract_state(networks, config, mesh))
     adapters = config.lora.adapters
     if adapters is None:
@@ -215,7 +215,7 @@ def build_programs(
 ) -> programs_lib.Programs:
     """The recipe's constants and its jitted programs."""
     recipe = recipe_lib.make_recipe(config, networks.transformer, networks.vae)
-    tx = state_lib.make_optimizer(config)
+    tx = optimizers.make_optimizer(config)
     state = make_abstract_state(networks, config, mesh)
     return programs_lib.build(recipe, tx, mesh, state, abstract_base(networks, config, mesh))
 

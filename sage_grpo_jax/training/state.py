@@ -6,9 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sage_grpo_jax.grpo import trust_region
 from sage_grpo_jax.parallel import sharding
-from sage_grpo_jax.training import config as config_lib
 
 
 class LearnerState(NamedTuple):
@@ -17,27 +15,6 @@ class LearnerState(NamedTuple):
     params: Any  # all weights, or with LoRA the adapters
     opt_state: Any  # clip, AdamW, trust region (with anchor and previous parameters)
     step: jax.Array  # rollouts so far; int32 []
-
-
-def make_optimizer(config: config_lib.Config) -> optax.GradientTransformationExtraArgs:
-    """Global-norm clip, AdamW with linear warm-up, trust region last (it sees the final update)."""
-    optimizer = config.optimizer
-    learning_rate = optax.schedules.warmup_constant_schedule(
-        init_value=config.learning_rate / (optimizer.warmup_steps + 1),
-        peak_value=config.learning_rate,
-        warmup_steps=optimizer.warmup_steps,
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(optimizer.grad_clip),
-        optax.adamw(
-            learning_rate,
-            b1=optimizer.b1,
-            b2=optimizer.b2,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-        ),
-        trust_region.trust_region(config.trust_region),
-    )
 
 
 def init_state(tx: optax.GradientTransformation, params: Any) -> LearnerState:

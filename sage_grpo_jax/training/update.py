@@ -27,13 +27,15 @@ class UpdateBatch(NamedTuple):
     condition: hunyuan_video.Condition  # leaves [B, ...]
     advantages: jax.Array  # float32 [B]
     valid: jax.Array  # bool [B]: the reward arrived
-    mean_old: jax.Array | None = None  # [T, B, ...]: replayed transition means; None: from noise
+    starts: jax.Array  # int32 [B]: where the window of trained steps starts
+    mean_old: jax.Array | None = None  # [K, B, ...]: replayed means of the K trained steps; None:
+    # from the noise
 
 
 class MicroBatch(NamedTuple):
-    """The part of an `UpdateBatch` that goes through the model at once: m samples at one step."""
+    """The part of an `UpdateBatch` that goes through the model at once: m samples, a step each."""
 
-    step: jax.Array  # int32 []
+    step: jax.Array  # int32 [], or [m] where samples are at different steps
     latents: jax.Array  # x_t [m, ...]
     next_latents: jax.Array  # x_{t+1} [m, ...]
     keys: jax.Array  # [m]
@@ -99,25 +101,40 @@ def split_batch(tree: Any, size: int) -> Any:
     return jax.tree.map(split, tree)
 
 
-def _micro_batch(batch: UpdateBatch, size: int, step: jax.Array, piece: jax.Array) -> MicroBatch:
+def _micro_batch(
+    recipe: Recipe, batch: UpdateBatch, position: jax.Array, piece: jax.Array
+) -> MicroBatch:
+    """A piece of the samples at the `position`-th of their trained steps."""
+    size = recipe.config.loss.micro_batch
+
     def take(x):
         return split_batch(x, size)[piece]
 
     valid = take(batch.valid)
+    steps = jnp.asarray(np.flatnonzero(recipe.trained), jnp.int32)
+    random = recipe.window_places > 1
+    step = steps[take(batch.starts) + position] if random else steps[position]
 
-    def take_latents(x):
+    def at(x, step):
+        """x[step] of the piece, for one step or one of each sample."""
+        if not random:
+            return take(x[step])
+        pieces = split_batch(jnp.moveaxis(x, 0, 1), size)[piece]  # [m, T + 1, ...]
+        return jax.vmap(lambda states, t: states[t])(pieces, step)
+
+    def clean(x):
         # The latents of a masked sample may be NaN, and 0 · NaN in the backward pass is NaN.
-        return jnp.where(valid.reshape(-1, *[1] * (x.ndim - 2)), take(x[step]), 0.0)
+        return jnp.where(valid.reshape(-1, *[1] * (x.ndim - 1)), x, 0.0)
 
     return MicroBatch(
         step=step,
-        latents=take_latents(batch.latents),
-        next_latents=take_latents(batch.latents[1:]),
+        latents=clean(at(batch.latents, step)),
+        next_latents=clean(at(batch.latents, step + 1)),
         keys=take(batch.keys),
         condition=jax.tree.map(take, batch.condition),
         advantages=take(batch.advantages),
         valid=valid,
-        mean_old=None if batch.mean_old is None else take_latents(batch.mean_old),
+        mean_old=None if batch.mean_old is None else clean(take(batch.mean_old[position])),
     )
 
 
@@ -147,28 +164,49 @@ def _micro_loss(params, micro: MicroBatch, frozen, references, kl_weight, normal
     else:
         mean_old = micro.mean_old
         draw = (micro.next_latents - mean_old) / new.std
+    config = recipe.config.loss
     log_ratio = sde.log_ratio(
-        draw, new.mean, mean_old, new.std, log_prob=recipe.config.loss.log_prob
+        draw,
+        new.mean,
+        mean_old,
+        new.std,
+        log_prob=config.log_prob,
+        reduction=config.log_prob_reduction,
     )
+    weights = jnp.asarray(recipe.weights)[micro.step]
     policy_loss, metrics = loss.policy_loss(
         log_ratio[:, None],
         micro.advantages,
-        jnp.asarray(recipe.weights)[micro.step][None],
-        recipe.config.loss.clip_range,
+        weights.reshape(-1, 1) * _step_factor(recipe),
+        config.clip_range,
         mask=micro.valid[:, None],
-        objective=recipe.config.loss.objective,
+        objective=config.objective,
         normalizer=normalizer,
     )
     penalty = jnp.zeros(())
-    for name, reference, beta in references:
-        mean = jax.lax.stop_gradient(_transition(recipe, reference, micro, frozen).mean)
-        divergence = kl.gaussian_kl(new.mean, mean, new.std)
+    for name, divergence, beta in _divergences(recipe, new, log_ratio, references, micro, frozen):
         divergence = jnp.sum(jnp.where(micro.valid, divergence, 0.0)) / normalizer
-        metrics[f"kl/{name}"] = jax.lax.stop_gradient(divergence)
+        metrics[f"kl/{name}"] = divergence
         penalty += beta * divergence
     total = policy_loss + kl_weight * penalty
     metrics |= {"loss/policy": policy_loss, "loss/total": total, "kl/total": penalty}
     return total, jax.lax.stop_gradient(metrics)
+
+
+def _step_factor(recipe: Recipe) -> float:
+    """What turns the mean over the trained steps into what the recipe asks for."""
+    return float(recipe.positions) if recipe.config.loss.step_reduction == "sum" else 1.0
+
+
+def _divergences(recipe, new: sde.Transition, log_ratio, references, micro: MicroBatch, frozen):
+    """(name, divergence [m], beta) for every term of the KL penalty."""
+    region, reduction = recipe.config.trust_region, recipe.config.loss.log_prob_reduction
+    for name, reference, beta in references:
+        mean = jax.lax.stop_gradient(_transition(recipe, reference, micro, frozen).mean)
+        yield name, kl.gaussian_kl(new.mean, mean, new.std, reduction=reduction), beta
+    if region.penalises_motion and not region.has_previous:
+        # Eq. 15: the mean of log π_old - log π over the samples of π_old.
+        yield "previous", -log_ratio, region.previous_weight
 
 
 def _gradients(recipe: Recipe, state: state_lib.LearnerState, batch: UpdateBatch, frozen):
@@ -176,21 +214,21 @@ def _gradients(recipe: Recipe, state: state_lib.LearnerState, batch: UpdateBatch
     config = recipe.config
     region = trust_region.find_state(state.opt_state)
     references = trust_region.references(region, config.trust_region)
-    steps = np.flatnonzero(recipe.trained)
     pieces = config.batch_size // config.loss.micro_batch
-    normalizer = jnp.maximum(jnp.sum(batch.valid) * len(steps), 1).astype(jnp.float32)
+    normalizer = jnp.maximum(jnp.sum(batch.valid) * recipe.positions, 1).astype(jnp.float32)
 
     def loss_fn(params, micro):
         return _micro_loss(params, micro, frozen, references, region.weight, normalizer, recipe)
 
     def body(totals, index):
-        micro = _micro_batch(batch, config.loss.micro_batch, index[0], index[1])
+        micro = _micro_batch(recipe, batch, index[0], index[1])
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, micro)
         grads = jax.tree.map(jnp.add, totals[0], grads)
         return (grads, loss.accumulate_metrics(totals[1], metrics)), None
 
-    index = np.stack(np.meshgrid(steps, np.arange(pieces), indexing="ij"), -1).reshape(-1, 2)
-    micro = jax.eval_shape(lambda: _micro_batch(batch, config.loss.micro_batch, 0, 0))
+    index = np.indices((recipe.positions, pieces)).reshape(2, -1).T
+    first = jnp.zeros((), jnp.int32)
+    micro = jax.eval_shape(lambda: _micro_batch(recipe, batch, first, first))
     shapes = jax.eval_shape(lambda m: loss_fn(state.params, m)[1], micro)
     init = (
         jax.tree.map(jnp.zeros_like, state.params),
@@ -214,7 +252,13 @@ def make_update(recipe: Recipe, tx: optax.GradientTransformationExtraArgs):
 
     def update(state, batch, frozen, tolerance):
         grads, metrics, kl_weight = _gradients(recipe, state, batch, frozen)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, kl=metrics["kl/total"])
+        updates, opt_state = tx.update(
+            grads,
+            state.opt_state,
+            state.params,
+            kl=metrics["kl/total"],
+            kl_previous=metrics.get("kl/previous"),
+        )
         new = state_lib.LearnerState(
             optax.apply_updates(state.params, updates), opt_state, state.step
         )
@@ -242,26 +286,24 @@ def make_update(recipe: Recipe, tx: optax.GradientTransformationExtraArgs):
 
 
 def make_replay(recipe: Recipe):
-    """(params, batch, frozen) -> transition means [T, B, ...] by the update's own forward pass.
+    """(params, batch, frozen) -> transition means [K, B, ...] by the update's own forward pass.
 
     Where low precision makes the update program disagree with the rollout, its means replace those
-    of the rollout, so that the ratio starts at 1. Untrained steps stay 0.
+    of the rollout, so that the ratio starts at 1.
     """
     size = recipe.config.loss.micro_batch
 
     def replay(params, batch, frozen):
         pieces = jnp.arange(recipe.config.batch_size // size)
 
-        def at_step(step):
+        def at_position(position):
             def piece_mean(piece):
-                micro = _micro_batch(batch, size, step, piece)
+                micro = _micro_batch(recipe, batch, position, piece)
                 return _transition(recipe, params, micro, frozen).mean
 
             means = jnp.moveaxis(jax.lax.map(piece_mean, pieces), 0, 1)
             return means.reshape(batch.latents.shape[1:])
 
-        steps = np.flatnonzero(recipe.trained)
-        means = jax.lax.map(at_step, jnp.asarray(steps, jnp.int32))
-        return jnp.zeros_like(batch.latents[1:]).at[steps].set(means)
+        return jax.lax.map(at_position, jnp.arange(recipe.positions))
 
     return replay

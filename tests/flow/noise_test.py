@@ -90,3 +90,16 @@ def test_bad_input():
         noise.initial_noise(jnp.zeros((4, 2), jnp.uint32), SHAPE)
     with pytest.raises(ValueError, match=r"must be \(B,\)"):
         noise.sample_keys(0, 0, 0, np.uint32(1), 0)
+
+
+def test_windows_start_anywhere_and_alike_within_a_group():
+    hashes = np.array([noise.prompt_hash(f"p{i}") for i in range(400)], np.uint32)
+    slots = np.arange(400, dtype=np.uint32)
+    starts = noise.window_starts(3, 7, slots, hashes, 5)
+    assert starts.dtype == np.int32
+    counts = np.bincount(starts, minlength=5)
+    assert len(counts) == 5
+    assert counts.min() > 40  # 80 are expected, with a standard deviation of 8
+    # Another step moves the windows; the same arguments do not, whatever else is in the batch.
+    assert (noise.window_starts(3, 8, slots, hashes, 5) != starts).any()
+    np.testing.assert_array_equal(noise.window_starts(3, 7, slots[9:], hashes[9:], 5), starts[9:])

@@ -183,3 +183,23 @@ def test_bad_input():
         rollout.rollout(velocity_fn, jnp.zeros(2), SHAPE, schedule, "flow", 0.5, always)
     with pytest.raises(AssertionError):
         rollout.rollout(velocity_fn, make_keys(2), SHAPE, schedule, "flow", 0.5, np.ones(3, bool))
+
+
+def test_steps_may_be_stochastic_for_some_samples_only():
+    """A mask for each sample gives what each sample gets alone with its own mask."""
+    schedule = schedules.make_schedule(4, 3.0)
+    keys = noise.sample_keys(0, 0, 0, np.arange(3, dtype=np.uint32), np.zeros(3, np.uint32))
+    mask = np.array([[1, 1, 0], [0, 1, 1], [0, 0, 1], [0, 0, 0]], bool)  # [T, B]
+
+    def sample(keys, stochastic):
+        return rollout.rollout(
+            lambda x, t: 0.3 * x + t[:, None] / 1000, keys, (2,), schedule, "precise", 0.7,
+            stochastic,
+        )  # fmt: skip
+
+    together = sample(keys, mask)
+    assert together.stds.shape == (4, 3)
+    np.testing.assert_array_equal(together.stds > 0, mask)
+    for b in range(3):
+        alone = sample(keys[b : b + 1], mask[:, b])
+        np.testing.assert_allclose(together.latents[:, b], alone.latents[:, 0], rtol=1e-6)

@@ -351,3 +351,24 @@ def test_bad_input():
         sde.log_prob(x, x, 0.5, reduction="max")
     with pytest.raises(ValueError, match="shape"):
         sde.transition("flow", x[None], x[None], jnp.zeros((2, 3)), 0.8, 0.5)
+
+
+@pytest.mark.parametrize("kind", SDE_KINDS)
+@pytest.mark.parametrize("other", SDE_KINDS)
+def test_matched_eta_injects_the_same_variance(kind, other):
+    schedule = schedules.make_schedule(20, 5.0)
+    eta = sde.matched_eta(kind, schedule, other, 0.4)
+    assert (kind == other) == (eta == pytest.approx(0.4, rel=1e-12))
+
+    def variance(kind, eta):
+        pairs = zip(schedule.sigmas[:-2], schedule.sigmas[1:-1], strict=True)
+        zeros = jnp.zeros((1, 2))
+        return sum(float(sde.transition(kind, zeros, zeros, a, b, eta).std) ** 2 for a, b in pairs)
+
+    assert variance(kind, eta) == pytest.approx(variance(other, 0.4), rel=1e-4)
+
+
+def test_matched_eta_refuses_more_noise_than_a_kind_has():
+    schedule = schedules.make_schedule(20, 5.0)
+    with pytest.raises(ValueError, match="at most"):
+        sde.matched_eta("cps", schedule, "flow", 2.0)

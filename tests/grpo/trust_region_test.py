@@ -215,3 +215,38 @@ def test_find_state_and_missing_arguments():
 def test_config_names_field_value_and_what_is_allowed(field, value, message):
     with pytest.raises(ValueError, match=rf"{field}={value!r}: {message}"):
         tr.TrustRegionConfig(**{field: value})
+
+
+def test_step_bound_scales_an_update_to_the_expected_kl():
+    """On a quadratic KL the bound is met exactly, whatever the update asks for."""
+    bound = 1e-3
+    config = tr.TrustRegionConfig("stepwise", feedback="none", step_bound=bound)
+    optimizer = tr.trust_region(config)
+    params = {"w": jnp.zeros(4)}
+    state = optimizer.init(params)
+    rng = np.random.default_rng(0)
+    kl, lengths = 0.0, []
+    for k in range(6):
+        wanted = (3.0**k) * 0.01 * rng.standard_normal(4).astype(np.float32)
+        updates, state = optimizer.update({"w": wanted}, state, params, kl=kl, kl_previous=kl)
+        step = np.asarray(updates["w"], np.float64)
+        # KL = |step|² / 2, as for the mean of a unit Gaussian.
+        kl = float(np.sum(step**2) / 2)
+        lengths.append(np.linalg.norm(step) / np.linalg.norm(wanted))
+        if k > 0:
+            assert kl <= bound * (1 + 1e-5)
+    assert lengths[0] == pytest.approx(1)  # nothing is known before the first step
+    assert lengths[-1] < 0.1
+    assert kl == pytest.approx(bound, rel=1e-5)
+    np.testing.assert_allclose(state.squared_norm, 2 * kl, rtol=1e-5)
+
+
+def test_log_ratio_estimator_keeps_no_parameters():
+    config = tr.TrustRegionConfig("dual", previous_estimator="log_ratio")
+    state = tr.trust_region(config).init(make_params())
+    assert state.previous is None
+    assert [r.name for r in tr.references(state, config)] == ["anchor"]
+    with pytest.raises(ValueError, match="step_bound"):
+        tr.TrustRegionConfig("dual", previous_estimator="log_ratio", step_bound=1e-3)
+    with pytest.raises(ValueError, match="step_bound"):
+        tr.TrustRegionConfig("moving", step_bound=1e-3)

@@ -127,13 +127,18 @@ def test_mesh_draws_the_same_noise(make_config, local_scorer, one_device, tmp_pa
         assert (np.asarray(jax.random.key_data(rows)) == keys).all()
         condition = other.learner.condition(samples)
         sharded = other.learner.programs.rollout(
-            other.state.params, condition, other.learner.frozen, rows
+            other.state.params,
+            condition,
+            other.learner.frozen,
+            rows,
+            other.learner.window_starts(batch, 3),
         )
     alone = trainer.learner.programs.rollout(
         trainer.state.params,
         trainer.learner.condition(samples),
         trainer.learner.frozen,
         trainer.learner.sample_keys(batch, 3),
+        trainer.learner.window_starts(batch, 3),
     )
     ours, theirs = np.asarray(alone.latents), np.asarray(sharded.latents)
     # The initial noise is bit for bit the same, the videos within float32 rounding.
@@ -158,13 +163,16 @@ def test_a_failed_sample_has_no_influence(make_config, local_scorer, one_device,
     learner, batch = trainer.learner, next(iter(trainer.prompts))
     samples = batch.repeat(4)
     keys, condition = learner.sample_keys(batch, 0), learner.condition(samples)
-    trajectory = learner.programs.rollout(trainer.state.params, condition, learner.frozen, keys)
+    starts = learner.window_starts(batch, 0)
+    trajectory = learner.programs.rollout(
+        trainer.state.params, condition, learner.frozen, keys, starts
+    )
     advantages = np.random.default_rng(0).standard_normal(16).astype(np.float32)
     valid = np.ones(16, bool)
     valid[3] = False
 
     def norm(latents):
-        update = update_lib.UpdateBatch(latents, keys, condition, advantages, valid)
+        update = update_lib.UpdateBatch(latents, keys, condition, advantages, valid, starts)
         state = setup.fresh_state(setup.read_networks(config.model), config, one_device)
         _, metrics = learner.programs.update(state, update, learner.frozen, np.float32(1e-6))
         assert metrics["update/applied"]
@@ -230,7 +238,7 @@ def test_several_updates_move_the_ratio(make_config, local_scorer, one_device, t
     assert metrics["ratio/clip_fraction"] > 0
 
 
-@pytest.mark.parametrize("method", ["flow_grpo", "dance_grpo", "cps"])
+@pytest.mark.parametrize("method", ["flow_grpo", "dance_grpo", "cps", "sage_official"])
 def test_the_other_methods_run(make_config, local_scorer, one_device, tmp_path, method):
     from sage_grpo_jax.training import methods
 
@@ -240,7 +248,11 @@ def test_the_other_methods_run(make_config, local_scorer, one_device, tmp_path, 
     assert metrics["update/applied"] == 1
     assert metrics["ratio/max_deviation"] <= 1e-6
     assert metrics["grad/norm"] > 0
-    assert ("kl/anchor" in metrics) == (method == "flow_grpo")
+    assert ("kl/anchor" in metrics) == (method in ("flow_grpo", "sage_official"))
+    if method == "sage_official":
+        assert trainer.learner.recipe.trained.all()  # the last step too
+        # With one update the estimate of Eq. 15 is 0 before it.
+        assert abs(metrics["kl/previous"]) <= 1e-7
 
 
 def test_accumulation_equals_one_batch(make_config, local_scorer, one_device, tmp_path):
@@ -274,10 +286,13 @@ def test_adapters_train_and_leave_the_base_alone(make_config, local_scorer, one_
     samples = batch.repeat(config.rollout.group_size)
     keys = trainer.learner.sample_keys(batch, 0)
     condition = trainer.learner.condition(samples)
+    starts = trainer.learner.window_starts(batch, 0)
     ours = trainer.learner.programs.rollout(
-        trainer.state.params, condition, trainer.learner.frozen, keys
+        trainer.state.params, condition, trainer.learner.frozen, keys, starts
     )
-    theirs = full.learner.programs.rollout(full.state.params, condition, full.learner.frozen, keys)
+    theirs = full.learner.programs.rollout(
+        full.state.params, condition, full.learner.frozen, keys, starts
+    )
     np.testing.assert_array_equal(ours.latents, theirs.latents)
 
     first, second = trainer.steps(2)
@@ -294,3 +309,37 @@ def test_adapters_train_and_leave_the_base_alone(make_config, local_scorer, one_
     held = sum(x.size for x in jax.tree.leaves(trainer.state.opt_state))
     assert 4 * adapters <= held <= 4 * adapters + 100
     assert adapters < 0.2 * sum(x.size for x in jax.tree.leaves(base))
+
+
+def test_random_windows_and_shared_initial_noise(make_config, local_scorer, one_device, tmp_path):
+    config = make_config(
+        {
+            "rollout.window": "random_k",
+            "rollout.window_size": 2,
+            "rollout.same_initial_noise": True,
+            "loss.objective": "reinforce",
+            "loss.step_reduction": "sum",
+            "loss.equalizer": False,
+        }
+    )
+    trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
+    learner, batch = trainer.learner, next(iter(trainer.prompts))
+    starts = np.asarray(learner.window_starts(batch, 0))
+    assert learner.recipe.window_places == 2
+    trajectory = learner.programs.rollout(
+        trainer.state.params, learner.condition(batch.repeat(4)), learner.frozen,
+        learner.sample_keys(batch, 0), starts,
+    )  # fmt: skip
+    latents, stds = np.asarray(trajectory.latents), np.asarray(trajectory.stds)
+    for b in range(16):
+        np.testing.assert_array_equal(np.flatnonzero(stds[:, b]), starts[b] + np.arange(2))
+        np.testing.assert_array_equal(latents[0, b], latents[0, b - b % 4])
+    # Within a group the samples part where their window starts, and not before.
+    for b in range(1, 16, 4):
+        start = starts[b]
+        np.testing.assert_array_equal(latents[start, b], latents[start, b - 1])
+        assert (latents[start + 1, b] != latents[start + 1, b - 1]).any()
+    (metrics,) = trainer.steps(1)
+    assert metrics["update/applied"] == 1
+    assert metrics["ratio/max_deviation"] <= 1e-6
+    assert metrics["grad/norm"] > 0

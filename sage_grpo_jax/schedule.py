@@ -1,0 +1,87 @@
+"""Prints what a recipe's sampler does at every step, before anything is spent on it.
+
+    python -m sage_grpo_jax.schedule --config=configs/moving_shapes.py:method=sage
+
+Columns: sigma -> sigma_next of the step; std of the injected noise; excess, how much more variance
+than the marginal a clip has after the step, were the data a single point, in units of sigma_next^2;
+N, the scale of the gradient; S, its weight in the loss; share of the whole gradient, S N.
+"""
+
+import json
+import sys
+
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from sage_grpo_jax.flow import excess
+from sage_grpo_jax.grpo import equalizer
+from sage_grpo_jax.training import config as config_lib
+from sage_grpo_jax.training import recipe as recipe_lib
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
+
+
+def describe(config: config_lib.Config) -> dict[str, object]:
+    """Everything that is printed, by name; lists have one entry a step.
+
+    Raises:
+      ValueError: a recipe without a stochastic step.
+    """
+    rollout = config.rollout
+    schedule, trained, positions = recipe_lib.trained_steps(config)
+    sigmas = np.asarray(schedule.sigmas, np.float64)
+    weights = recipe_lib.step_weights(config, schedule, trained)
+    scale = equalizer.gradient_scale(
+        rollout.sde, schedule, rollout.eta, log_prob=config.loss.log_prob
+    )
+    gradient = np.where(trained, weights * scale, 0.0)
+    point = excess.point_mass(rollout.sde, schedule, rollout.eta, trained)
+    return {
+        "method": config.method,
+        "sde": rollout.sde,
+        "eta": rollout.eta,
+        "trained_steps": positions,
+        "injected_std": float(np.sqrt(np.sum(point.stds**2))),
+        "sigma": sigmas[:-1].tolist(),
+        "sigma_next": sigmas[1:].tolist(),
+        "std": point.stds.tolist(),
+        "excess": point.excess.tolist(),
+        "N": np.where(trained, scale, 0.0).tolist(),
+        "S": weights.astype(float).tolist(),
+        "share": (gradient / gradient.sum()).tolist(),
+    }
+
+
+def table(values: dict[str, object]) -> str:
+    """The description as text."""
+    lines = [
+        f"method {values['method']}: {values['sde']}, eta {values['eta']:.4g}, "
+        f"{values['trained_steps']} trained steps a sample, injected std "
+        f"{values['injected_std']:.4g} (root of the summed variances)",
+        f"{'step':>4} {'sigma':>8} {'next':>8} {'std':>8} {'excess':>8} {'N':>9} {'S':>9} {'share':>7}",
+    ]
+    columns = ("sigma", "sigma_next", "std", "excess", "N", "S", "share")
+    for step, row in enumerate(zip(*(values[c] for c in columns), strict=True)):
+        sigma, sigma_next, std, excess_, n, s, share = row
+        lines.append(
+            f"{step:>4} {sigma:>8.4f} {sigma_next:>8.4f} {std:>8.4f} {excess_:>8.4f} {n:>9.4g} "
+            f"{s:>9.4g} {100 * share:>6.1f}%"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    """Parses the flags and prints."""
+    del argv
+    try:
+        values = describe(config_lib.from_config_dict(_CONFIG.value))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(json.dumps(values, indent=2) if _JSON.value else table(values))
+
+
+if __name__ == "__main__":
+    app.run(main)
