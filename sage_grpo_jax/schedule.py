@@ -60,7 +60,8 @@ def table(values: dict[str, object]) -> str:
         f"method {values['method']}: {values['sde']}, eta {values['eta']:.4g}, "
         f"{values['trained_steps']} trained steps a sample, injected std "
         f"{values['injected_std']:.4g} (root of the summed variances)",
-        f"{'step':>4} {'sigma':>8} {'next':>8} {'std':>8} {'excess':>8} {'N':>9} {'S':>9} {'share':>7}",
+        f"{'step':>4} {'sigma':>8} {'next':>8} {'std':>8} {'excess':>8} {'N':>9} {'S':>9} "
+        f"{'share':>7}",
     ]
     columns = ("sigma", "sigma_next", "std", "excess", "N", "S", "share")
     for step, row in enumerate(zip(*(values[c] for c in columns), strict=True)):

@@ -1,7 +1,7 @@
 """Method presets: what tells one published method from another, as overrides of a recipe.
 
 A preset sets the sampler, the loss and the trust region; sizes, prompts and the optimizer stay with
-the recipe. `docs/math.md` has the equations.
+the recipe. `docs/methods.md` explains each line.
 """
 
 from typing import Any

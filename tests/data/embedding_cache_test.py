@@ -1,11 +1,11 @@
-"""The embedding cache: what goes in comes out, half-written caches never appear, order resumes."""
+"""The embedding cache: what goes in comes out; half-written and unfit caches are refused."""
 
 import json
+import struct
 
-import grain
 import numpy as np
 import pytest
-from orbax.checkpoint import v1 as ocp
+from array_record.python import array_record_module
 
 from sage_grpo_jax.data import embedding_cache as ec
 from sage_grpo_jax.data.prompts import Prompt
@@ -31,18 +31,18 @@ def write(path, dtype: str = "float32", n: int = NUM_PROMPTS) -> ec.EmbeddingCac
     return ec.EmbeddingCache(path)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_round_trip(tmp_path, dtype):
     cache = write(tmp_path / "cache", dtype)
     assert len(cache) == NUM_PROMPTS
-    # bfloat16 keeps 8 bits: half a unit in the last place is 2^-9 of the value.
-    tolerance = 0 if dtype == "float32" else 2**-8
+    # bfloat16 keeps 8 bits, float16 11: half a unit in the last place is 2^-9 or 2^-12.
+    tolerance = {"float32": 0, "bfloat16": 2**-8, "float16": 2**-11}[dtype]
     for i, prompt in enumerate(prompts()):
         entry = cache[i]
-        assert (entry["id"], entry["prompt"]) == prompt
+        assert (entry["id"], entry["prompt"]) == prompt[:2]
         assert entry["text"].dtype == np.float32
         np.testing.assert_allclose(entry["text"], embedding(i), rtol=tolerance)
-        assert ("byt5" in entry) == (i == 4)
+        assert entry["byt5"].shape == (2 if i == 4 else 0, 3)
     np.testing.assert_array_equal(cache[4]["byt5"], np.ones((2, 3)))
     np.testing.assert_allclose(cache.negative["text"], embedding(99), rtol=tolerance)
     with pytest.raises(IndexError):
@@ -101,7 +101,7 @@ def test_bad_entries(tmp_path, prompt, text, message):
 
 
 def test_bad_caches(tmp_path):
-    with pytest.raises(ValueError, match="dtype is 'float8'; allowed: bfloat16, float32"):
+    with pytest.raises(ValueError, match="dtype is 'float8'; allowed: bfloat16, float16, float32"):
         ec.EmbeddingCacheWriter(tmp_path / "x", ENCODER, "float8")
     with (
         pytest.raises(ValueError, match="negative entry was not set"),
@@ -117,73 +117,157 @@ def test_bad_caches(tmp_path):
         ec.EmbeddingCache(tmp_path / "x")
     write(tmp_path / "y")
     manifest = tmp_path / "y" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"count": 10', '"count": 11'))
+    good = manifest.read_text()
+    more = good.replace('"count": 10', '"count": 11').replace('"negative": 10', '"negative": 11')
+    manifest.write_text(more)
     with pytest.raises(ValueError, match=r"has 11 records; the manifest says 12"):
         ec.EmbeddingCache(tmp_path / "y")
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(ValueError, match="format_version is 2"):
-        ec.EmbeddingCache(tmp_path / "y")
+    for old, new, message in (
+        ('"format_version": 2', '"format_version": 3', "format_version is 3; allowed: 1, 2"),
+        ('"dtype": "float32"', '"dtype": "int8"', "dtype is 'int8'; allowed: bfloat16"),
+        ('"negative": 10', '"negative": null', "no negative; write the cache again"),
+        ('"negative": 10', '"negative": 3', "negative is 3; allowed: the last record"),
+        ('"name": "test"', '"name": ""', "the encoder has no name"),
+        ("}", "", "not JSON"),
+    ):
+        assert old in good
+        manifest.write_text(good.replace(old, new))
+        with pytest.raises(ValueError, match=message):
+            ec.EmbeddingCache(tmp_path / "y")
+    manifest.write_text(good)
+    ec.EmbeddingCache(tmp_path / "y").verify()
 
 
-def test_batches(tmp_path):
-    cache = write(tmp_path / "cache")
-    batch = next(ec.make_prompt_iterator(cache, 4, seed=0, shuffle=False))
-    assert batch["ids"] == ["id0", "id1", "id2", "id3"]
-    assert batch["prompts"] == [prompt.text for prompt in prompts()[:4]]
-    assert batch["text"].shape == (4, 8, DIM)
-    assert batch["mask"].sum(axis=1).tolist() == [1, 2, 3, 4]
-    for row in range(4):
-        np.testing.assert_array_equal(batch["text"][row, : row + 1], embedding(row))
-    assert not batch["text"][~batch["mask"]].any()
+def write_images(path, n: int = 3) -> ec.EmbeddingCache:
+    with ec.EmbeddingCacheWriter(path, ENCODER, details={"height": 32}) as writer:
+        for i, prompt in enumerate(prompts(n)):
+            writer.add(prompt, embedding(i), **images(i))
+        writer.set_negative(embedding(99))
+    return ec.EmbeddingCache(path)
 
 
-def test_every_epoch_shows_every_prompt_in_a_new_order(tmp_path):
-    iterator = ec.make_prompt_iterator(write(tmp_path / "cache"), 5, seed=3)
-    epochs = [next(iterator)["ids"] + next(iterator)["ids"] for _ in range(3)]
-    assert all(sorted(epoch) == sorted(p.id for p in prompts()) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    again = ec.make_prompt_iterator(write(tmp_path / "again"), 5, seed=3)
-    assert next(again)["ids"] + next(again)["ids"] == epochs[0]
+def images(i: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(100 + i)
+    shapes = {"image": (7, 5), "image_latents": (1, 2, 3, 4)}
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
-def test_without_repeat_it_ends(tmp_path):
-    iterator = ec.make_prompt_iterator(write(tmp_path / "cache"), 4, seed=0, repeat=False)
-    assert len(list(iterator)) == 2
+def test_images(tmp_path):
+    cache = write_images(tmp_path / "cache")
+    assert (cache.image_shape, cache.image_latents_shape) == ((7, 5), (1, 2, 3, 4))
+    assert cache.manifest["details"] == {"height": 32}
+    assert cache.manifest["counts"] == {"text": 3, "byt5": 0, "image": 3, "image_latents": 3}
+    for i in range(3):
+        np.testing.assert_allclose(cache[i]["image"], images(i)["image"], rtol=2**-8)
+        # Latents stay in float32 in a cache of bfloat16.
+        np.testing.assert_array_equal(cache[i]["image_latents"], images(i)["image_latents"])
+        assert "byt5" not in cache[i]
+    assert sorted(cache.negative) == ["id", "prompt", "text"]
 
 
-def ids(iterator: grain.DatasetIterator, n: int) -> list[list[str]]:
-    return [next(iterator)["ids"] for _ in range(n)]
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": None}, "'new' has no image; the ones before have one"),
+        ({"image_latents": None}, "'new' has no image_latents; the ones before have one"),
+        ({"image": np.ones((8, 5))}, r"shape \(8, 5\); the ones before have \(7, 5\)"),
+        ({"image_latents": np.ones((1, 3, 2, 4))}, r"the ones before have \(1, 2, 3, 4\)"),
+        ({"image_latents": np.ones((2, 2, 3, 4))}, r"allowed: \[1, h, w, C\]"),
+        ({"image": np.full((7, 5), np.inf)}, "not finite"),
+    ],
+)
+def test_bad_images(tmp_path, changes, message):
+    with ec.EmbeddingCacheWriter(tmp_path / "cache", ENCODER) as writer:
+        writer.set_negative(embedding(0))
+        writer.add(prompts()[0], embedding(0), **images(0))
+        with pytest.raises(ValueError, match=message):
+            writer.add(Prompt("new", "x"), embedding(0), **(images(1) | changes))
 
 
-def test_state_continues_exactly(tmp_path):
-    cache = write(tmp_path / "cache")
-    iterator = ec.make_prompt_iterator(cache, 3, seed=1)
-    ids(iterator, 5)
-    state = iterator.get_state()
-    expected = ids(iterator, 6)
-    other = ec.make_prompt_iterator(cache, 3, seed=1)
-    other.set_state(state)
-    assert ids(other, 6) == expected
+def test_images_for_some_prompts_only(tmp_path):
+    with ec.EmbeddingCacheWriter(tmp_path / "cache", ENCODER) as writer:
+        writer.set_negative(embedding(0))
+        writer.add(prompts()[0], embedding(0))
+        with pytest.raises(ValueError, match="'id1' has an image; the ones before have none"):
+            writer.add(prompts()[1], embedding(0), **images(0))
 
 
-def test_orbax_saves_and_restores_the_iterator(tmp_path):
-    cache = write(tmp_path / "cache")
-    iterator = ec.make_prompt_iterator(cache, 3, seed=1)
-    ids(iterator, 4)
-    ocp.save_checkpointables(tmp_path / "checkpoint", {"data": iterator})
-    expected = ids(iterator, 6)
-    other = ec.make_prompt_iterator(cache, 3, seed=1)
-    ocp.load_checkpointables(tmp_path / "checkpoint", {"data": other})
-    assert ids(other, 6) == expected
+def test_too_large_for_float16(tmp_path):
+    with ec.EmbeddingCacheWriter(tmp_path / "cache", ENCODER, "float16") as writer:
+        writer.set_negative(embedding(0))
+        writer.add(prompts()[0], embedding(0))
+        with pytest.raises(ValueError, match="not finite in float16"):
+            writer.add(prompts()[1], np.full((2, DIM), 1e6))
 
 
-def test_bad_iterator_settings(tmp_path):
-    cache = write(tmp_path / "cache")
-    with pytest.raises(ValueError, match="prompts_per_step is 0; allowed: at least 1"):
-        ec.make_prompt_iterator(cache, 0, seed=0)
-    with pytest.raises(ValueError, match="prompts_per_step is 11; allowed without repeat"):
-        ec.make_prompt_iterator(cache, 11, seed=0, repeat=False)
-    with pytest.raises(ValueError, match="length is 4; the longest prompt has 5"):
-        ec.make_prompt_iterator(cache, 2, seed=0, length=4)
-    with pytest.raises(ValueError, match="longest allowed is 1024"):
-        ec.text_bucket(1025)
+def test_records_of_version_1_are_read(tmp_path):
+    """Written byte by byte as the format says; the manifest without what version 2 added."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    writer = array_record_module.ArrayRecordWriter(
+        str(folder / "embeddings.array_record"), "group_size:1"
+    )
+    values = [np.arange(6, dtype="<f4").reshape(2, 3) + i for i in range(2)]
+    for name, array in zip(("a", ""), values, strict=True):
+        header = {"id": name, "prompt": name, "dtype": "float32", "shapes": {"text": [2, 3]}}
+        encoded = json.dumps(header).encode()
+        writer.write(struct.pack("<I", len(encoded)) + encoded + array.tobytes())
+    writer.close()
+    manifest = {
+        "format_version": 1, "encoder": {"name": "old", "template_hash": "", "versions": {}},
+        "dtype": "float32", "dim": 3, "byt5_dim": None, "max_length": 2, "byt5_max_length": 0,
+        "count": 1, "negative": 1, "sha256": "00",
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    cache = ec.EmbeddingCache(folder)
+    np.testing.assert_array_equal(cache[0]["text"], values[0])
+    np.testing.assert_array_equal(cache.negative["text"], values[1])
+    cache.check_fits(text_dim=3, encoder="old")
+    with pytest.raises(ValueError, match="is damaged"):
+        cache.verify()
+
+
+def test_damage_is_found(tmp_path):
+    write(tmp_path / "cache").verify()
+    other = write(tmp_path / "other", n=9)
+    records = "embeddings.array_record"
+    with ec.EmbeddingCacheWriter(tmp_path / "third", ENCODER, "float32") as writer:
+        writer.set_negative(embedding(98))
+        for i, prompt in enumerate(prompts(9)):
+            writer.add(prompt, embedding(i), np.ones((2, 3)) if i == 4 else None)
+    (tmp_path / "other" / records).write_bytes((tmp_path / "third" / records).read_bytes())
+    with pytest.raises(ValueError, match="is damaged"):
+        ec.EmbeddingCache(other.path).verify()
+    (tmp_path / "cache" / records).write_bytes(b"no records")
+    with pytest.raises(ValueError, match=r"embeddings.array_record cannot be read"):
+        ec.EmbeddingCache(tmp_path / "cache")
+
+
+def test_caches_that_fit(tmp_path):
+    text = write(tmp_path / "text")
+    text.check_fits(text_dim=DIM, byt5_dim=3)
+    text.check_fits(text_dim=DIM, byt5_dim=3, image_dim=1152, encoder="test")  # text-to-video
+    both = write_images(tmp_path / "images")
+    both.check_fits(text_dim=DIM, image_dim=5, latent_shape=(2, 3, 4))
+    both.check_fits(text_dim=DIM, byt5_dim=8, image_dim=5, latent_shape=(1, 2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("with_images", "model", "message"),
+    [
+        (False, {"text_dim": 7, "byt5_dim": 3}, "text width is 6, the model takes 7"),
+        (False, {"text_dim": 6, "byt5_dim": 4}, "byt5 width is 3, the model takes 4"),
+        (False, {"text_dim": 6}, "byt5 width is 3, the model takes None"),
+        (False, {"text_dim": 6, "byt5_dim": 3, "encoder": "qwen"}, "model takes 'qwen'"),
+        (False, {"text_dim": 6, "byt5_dim": 3, "image_dim": 5, "latent_shape": (2, 3, 4)},
+         r"image width is None, .* 5; shape .* is None, the model takes \(2, 3, 4\)"),
+        (True, {"text_dim": 6, "image_dim": 6, "latent_shape": (2, 3, 4)}, "image width is 5"),
+        (True, {"text_dim": 6, "image_dim": 5, "latent_shape": (2, 4, 4)},
+         r"\(2, 3, 4\), the model takes \(2, 4, 4\)"),
+        (True, {"text_dim": 6, "image_dim": 5}, "the model takes None"),
+    ],
+)  # fmt: skip
+def test_caches_that_do_not_fit(tmp_path, with_images, model, message):
+    cache = (write_images if with_images else write)(tmp_path / "cache")
+    with pytest.raises(ValueError, match=rf"does not fit: .*{message}"):
+        cache.check_fits(**model)

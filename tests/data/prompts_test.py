@@ -43,6 +43,22 @@ def test_jsonl_file(tmp_path):
     assert read_prompts(path) == [Prompt("x", "a cat"), Prompt("7", "a dög")]
 
 
+def test_images_are_relative_to_the_file(tmp_path):
+    content = "id,prompt,image\nx,a cat,frames/1.png\ny,a dog,\nz,a cow, /data/cow.png\n"
+    expected = [
+        Prompt("x", "a cat", tmp_path / "frames/1.png"),
+        Prompt("y", "a dog", None),
+        Prompt("z", "a cow", pathlib.Path("/data/cow.png")),
+    ]
+    assert read_prompts(write(tmp_path, "p.csv", content)) == expected
+    content = (
+        '{"id": "x", "prompt": "a cat", "image": "frames/1.png"}\n'
+        '{"id": "y", "prompt": "a dog"}\n'
+        '{"id": "z", "prompt": "a cow", "image": "/data/cow.png"}\n'
+    )
+    assert read_prompts(write(tmp_path, "p.jsonl", content)) == expected
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -64,6 +80,9 @@ def test_jsonl_file(tmp_path):
         ("p.jsonl", '{"text": "a cat"}\n', r"line 1: fields \['text'\]; one must be 'prompt'"),
         ("p.jsonl", '{"prompt": ["a cat"]}\n', r"line 1: prompt is \['a cat'\]; .* a string"),
         ("p.jsonl", '{"prompt": "a cat", "id": true}\n', r"line 1: id is True; .* a string"),
+        ("p.jsonl", '{"prompt": "a", "image": 3}\n', r"line 1: image is 3; it must be a string"),
+        ("p.jsonl", '{"prompt": "a", "image": " "}\n', r"line 1: the image is empty"),
+        ("p.csv", 'prompt,image\na,"x\ty"\n', r"line 2: the image has the control character"),
         ("p.jsonl", '{"prompt": "a \\ud800 cat"}\n', r"line 1: .*control character"),
     ],
 )

@@ -1,0 +1,77 @@
+"""Prints the tables of docs/samplers.md: how far each sampler leaves the marginals of the flow.
+
+    python benchmarks/samplers.py
+
+Closed forms in float64 (`sage_grpo_jax.flow.excess`); takes seconds.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sage_grpo_jax.flow import excess, schedules, sde
+
+KINDS = ("ode", "precise", "flow", "dance", "cps")
+STEPS = (10, 20, 40, 80, 160, 640, 2560)
+SHIFT, ETA = 5.0, 0.5
+
+
+def stochastic(steps: int) -> np.ndarray:
+    """All steps but the last, which is clean."""
+    return np.arange(steps) < steps - 1
+
+
+def variance_error(kind: str, steps: int, eta: float, std: float) -> float:
+    """Relative error of the final variance, for data N(0, std²)."""
+    schedule = schedules.host_schedule(steps, SHIFT)
+    found = excess.gaussian_data(kind, schedule, eta, stochastic(steps), std=std)
+    return found.variances[-1] / std**2 - 1
+
+
+def print_gaussian(std: float, eta_of) -> None:
+    print(f"| T | {' | '.join(KINDS)} |")
+    print("|---" * (len(KINDS) + 1) + "|")
+    for steps in STEPS:
+        errors = [variance_error(kind, steps, eta_of(kind, steps), std) for kind in KINDS]
+        print(f"| {steps} | " + " | ".join(f"{100 * e:+.2f} %" for e in errors) + " |")
+    # The slope over the last two rows: 1 where the error halves with the step.
+    last = [
+        [abs(variance_error(kind, steps, eta_of(kind, steps), std)) for steps in STEPS[-2:]]
+        for kind in KINDS
+    ]
+    ratio = np.log(STEPS[-1] / STEPS[-2])
+    orders = [np.log(a / b) / ratio for a, b in last]
+    print("| order | " + " | ".join(f"{order:.2f}" for order in orders) + " |\n")
+
+
+def matched(kind: str, steps: int) -> float:
+    """The eta at which a kind injects the variance of `precise` at ETA."""
+    if kind == "ode":
+        return 0.0
+    return sde.matched_eta(kind, schedules.host_schedule(steps, SHIFT), "precise", ETA)
+
+
+def print_point_mass() -> None:
+    kinds = ("precise", "flow", "dance", "cps")
+    print(f"| T | {' | '.join(kinds)} |")
+    print("|---" * (len(kinds) + 1) + "|")
+    for steps in (10, 20, 40, 80):
+        schedule = schedules.host_schedule(steps, SHIFT)
+        values = [excess.point_mass(k, schedule, ETA, stochastic(steps)) for k in kinds]
+        print(f"| {steps} | " + " | ".join(f"{v.excess[-2]:.3f}" for v in values) + " |")
+    print()
+
+
+def main() -> None:
+    print(f"Shift {SHIFT}, eta {ETA}, clean last step.\n")
+    print("Point data: excess variance before the last step, in units of sigma'^2\n")
+    print_point_mass()
+    for std in (1.0, 0.3):
+        print(f"Data N(0, {std}^2): error of the final variance, every kind at eta {ETA}\n")
+        print_gaussian(std, lambda kind, steps: ETA)
+    print(f"Data N(0, 1): the same at matched noise, the total variance of precise at eta {ETA}\n")
+    print_gaussian(1.0, matched)
+
+
+if __name__ == "__main__":
+    main()
