@@ -19,6 +19,7 @@ setuptools.setup(
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8",
+        "av>=13",
         "chex>=0.1.91",
         "flax>=0.12.6",
         "grain>=0.2.15",
@@ -39,6 +40,7 @@ setuptools.setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda13]>=0.10.2"],
+        "text": ["torch>=2.6", "transformers>=4.57"],
         "dev": [
             "diffusers>=0.42.1",
             "hypothesis>=6.100",
@@ -46,7 +48,9 @@ setuptools.setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.15",
+            "peft>=0.17",
             "torch>=2.6",
+            "transformers>=4.57",
         ],
     },
 )

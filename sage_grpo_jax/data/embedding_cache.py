@@ -5,53 +5,54 @@ A cache is a folder with two files:
     embeddings.array_record   one record a prompt, and one for the negative (empty) prompt
     manifest.json             who wrote it and how, its sizes, and where the negative entry is
 
-Embeddings are stored without padding, in bfloat16 or float32. A record is a length (4 bytes,
-little-endian), a JSON header of that length, and the raw values of the arrays that it names:
-"text" always; "byt5" (glyph embeddings) only for prompts that quote text.
+Embeddings are stored without padding, in bfloat16, float16 or float32: "text" always; "byt5"
+(glyph embeddings) only for prompts that quote text; "image" (vision features) and "image_latents"
+(the encoded first frame) for image-to-video, then for every prompt. The layout of a record is in
+`embedding_records`; batches of entries are made in `embedding_batches` and reached from here.
 """
 
-import dataclasses
 import hashlib
 import json
-import os
 import pathlib
-import shutil
-import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import chex
 import grain
-import ml_dtypes
 import numpy as np
-from array_record.python import array_record_module
 
+from sage_grpo_jax.data import embedding_records
+from sage_grpo_jax.data.embedding_batches import (
+    BYT5_LENGTHS,
+    LENGTHS,
+    make_prompt_iterator,
+    pad_entries,
+    text_bucket,
+)
+from sage_grpo_jax.data.embedding_records import DTYPES, Entry
+from sage_grpo_jax.data.embedding_writer import (
+    FORMAT_VERSION,
+    MANIFEST,
+    RECORDS,
+    EmbeddingCacheWriter,
+    Encoder,
+)
 from sage_grpo_jax.data.prompts import Prompt
 
-FORMAT_VERSION = 1
-RECORDS = "embeddings.array_record"
-MANIFEST = "manifest.json"
-NEGATIVE_ID = ""
+__all__ = [
+    "BYT5_LENGTHS",
+    "LENGTHS",
+    "EmbeddingCache",
+    "EmbeddingCacheWriter",
+    "Encoder",
+    "Entry",
+    "make_prompt_iterator",
+    "pad_entries",
+    "text_bucket",
+    "write_cache",
+]
 
-# Static text lengths; a batch is padded to the smallest that holds the longest prompt.
-LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024)
-
-_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
-
-Entry = dict[str, Any]  # id, prompt: str; text: f32[L, D]; byt5: f32[L2, D2] where there is one
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoder:
-    """What made the embeddings. Two caches can stand in for each other if this is equal.
-
-    template_hash: SHA-256 of the prompt template, "" where there is none.
-    versions: of the libraries that matter, by name.
-    """
-
-    name: str
-    template_hash: str = ""
-    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+READABLE_VERSIONS = (1, FORMAT_VERSION)  # 1: text and byt5 only
+_REQUIRED = ("encoder", "dtype", "dim", "max_length", "count", "negative", "sha256")
 
 
 def write_cache(
@@ -72,119 +73,17 @@ def write_cache(
         writer.set_negative(encode(""))
 
 
-class EmbeddingCacheWriter:
-    """Writes a cache under a temporary name and renames it when it is complete.
-
-    Use as a context manager: leaving it normally publishes the cache, an exception removes what
-    was written. A cache that exists at `path` is never touched.
-
-    Raises:
-      FileExistsError: when `path` exists.
-      ValueError: for an unknown dtype, a duplicate id, values that are not finite, widths that
-        differ, no prompts, or no negative entry.
-    """
-
-    def __init__(self, path: str | pathlib.Path, encoder: Encoder, dtype: str = "bfloat16"):
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}")
-        self._path = pathlib.Path(path)
-        if self._path.exists():
-            raise FileExistsError(f"{self._path} exists; remove it or choose another name")
-        self._encoder, self._dtype = encoder, dtype
-        self._folder = self._path.with_name(f"{self._path.name}.tmp-{os.getpid()}")
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
-        # Groups of one record: a random read decompresses nothing but its own.
-        self._writer = array_record_module.ArrayRecordWriter(
-            str(self._folder / RECORDS), "group_size:1"
-        )
-        self._ids: set[str] = set()
-        self._negative: dict[str, np.ndarray] | None = None
-        self._dims: dict[str, int] = {}
-        self._max_lengths: dict[str, int] = {}
-        self._hash = hashlib.sha256()
-
-    def __enter__(self) -> "EmbeddingCacheWriter":
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        try:
-            if kind is None:
-                self._publish()
-        finally:
-            if self._writer.is_open():
-                self._writer.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    def add(self, prompt: Prompt, text: np.ndarray, byt5: np.ndarray | None = None) -> None:
-        """Appends one prompt: text [L, D] and, where it quotes text, byt5 [L2, D2]."""
-        if prompt.id == NEGATIVE_ID:
-            raise ValueError("prompt id is empty; the empty id belongs to the negative entry")
-        if prompt.id in self._ids:
-            raise ValueError(f"prompt id {prompt.id!r} was added before; ids must differ")
-        self._ids.add(prompt.id)
-        self._append(prompt, self._checked(prompt.id, text, byt5))
-
-    def set_negative(self, text: np.ndarray, byt5: np.ndarray | None = None) -> None:
-        """Sets the embedding of the empty prompt, which all prompts share."""
-        self._negative = self._checked(NEGATIVE_ID, text, byt5)
-
-    def _checked(
-        self, name: str, text: np.ndarray, byt5: np.ndarray | None
-    ) -> dict[str, np.ndarray]:
-        arrays = {"text": text} if byt5 is None else {"text": text, "byt5": byt5}
-        for field, array in arrays.items():
-            array = np.asarray(array)
-            if array.ndim != 2 or 0 in array.shape:
-                raise ValueError(f"{field} of {name!r} has shape {array.shape}; allowed: [L, D]")
-            if not np.isfinite(array.astype(np.float32)).all():
-                raise ValueError(f"{field} of {name!r} has values that are not finite")
-            dim = self._dims.setdefault(field, array.shape[1])
-            if array.shape[1] != dim:
-                raise ValueError(
-                    f"{field} of {name!r} has width {array.shape[1]}; the ones before have {dim}"
-                )
-            self._max_lengths[field] = max(self._max_lengths.get(field, 0), len(array))
-        return {field: np.asarray(array) for field, array in arrays.items()}
-
-    def _append(self, prompt: Prompt, arrays: dict[str, np.ndarray]) -> None:
-        stored = {field: array.astype(_DTYPES[self._dtype]) for field, array in arrays.items()}
-        shapes = {field: list(array.shape) for field, array in stored.items()}
-        header = {"id": prompt.id, "prompt": prompt.text, "dtype": self._dtype, "shapes": shapes}
-        encoded = json.dumps(header).encode()
-        record = struct.pack("<I", len(encoded)) + encoded
-        record += b"".join(array.tobytes() for array in stored.values())
-        self._writer.write(record)
-        self._hash.update(record)
-
-    def _publish(self) -> None:
-        if not self._ids:
-            raise ValueError(f"{self._path}: no prompts were added")
-        if self._negative is None:
-            raise ValueError(f"{self._path}: the negative entry was not set")
-        self._append(Prompt(NEGATIVE_ID, ""), self._negative)
-        self._writer.close()
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "encoder": dataclasses.asdict(self._encoder),
-            "dtype": self._dtype,
-            "dim": self._dims["text"],
-            "byt5_dim": self._dims.get("byt5"),
-            "max_length": self._max_lengths["text"],
-            "byt5_max_length": self._max_lengths.get("byt5", 0),
-            "count": len(self._ids),
-            "negative": len(self._ids),
-            "sha256": self._hash.hexdigest(),
-        }
-        (self._folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        self._folder.rename(self._path)
-
-
 class EmbeddingCache:
     """Random access to a cache; a source for `grain.MapDataset.source`.
 
     `cache[i]` is an Entry with float32 arrays; `len(cache)` does not count the negative entry,
-    which is `cache.negative`.
+    which is `cache.negative`. All entries of a cache have the same fields: where any prompt has
+    byt5, one that quotes nothing has byt5 of length 0.
+
+    Attributes:
+      dim, byt5_dim: widths; byt5_dim is None where no prompt quotes text.
+      max_length, byt5_max_length: tokens of the longest.
+      image_shape: (N, D3), and image_latents_shape: (1, h, w, C); None for text-to-video.
 
     Raises:
       FileNotFoundError: when the folder or one of its files is missing.
@@ -198,7 +97,10 @@ class EmbeddingCache:
         records = self.path / RECORDS
         if not records.exists():
             raise FileNotFoundError(f"{records} is missing; write the embedding cache again")
-        self._records = grain.sources.ArrayRecordDataSource([str(records)])
+        try:
+            self._records = grain.sources.ArrayRecordDataSource([str(records)])
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{records} cannot be read: {error}") from error
         if len(self._records) != self.manifest["count"] + 1:
             raise ValueError(
                 f"{records} has {len(self._records)} records; the manifest says "
@@ -206,6 +108,10 @@ class EmbeddingCache:
             )
         self.dim: int = self.manifest["dim"]
         self.max_length: int = self.manifest["max_length"]
+        self.byt5_dim: int | None = self.manifest.get("byt5_dim")
+        self.byt5_max_length: int = self.manifest.get("byt5_max_length", 0)
+        self.image_shape = _shape(self.manifest.get("image_shape"))
+        self.image_latents_shape = _shape(self.manifest.get("image_latents_shape"))
         self.encoder = Encoder(**self.manifest["encoder"])
 
     def __len__(self) -> int:
@@ -214,12 +120,18 @@ class EmbeddingCache:
     def __getitem__(self, index: int) -> Entry:
         if not 0 <= index < len(self):
             raise IndexError(f"entry {index} of {len(self)}")
-        return _parse(self._records[int(index)])
+        return self._entry(index)
 
     @property
     def negative(self) -> Entry:
-        """The entry of the empty prompt."""
-        return _parse(self._records[self.manifest["negative"]])
+        """The entry of the negative prompt: text only, but for byt5 of length 0."""
+        return self._entry(self.manifest["negative"])
+
+    def _entry(self, index: int) -> Entry:
+        entry = embedding_records.parse(self._records[int(index)])
+        if self.byt5_dim is not None and "byt5" not in entry:
+            entry["byt5"] = np.zeros((0, self.byt5_dim), np.float32)
+        return entry
 
     @property
     def fingerprint(self) -> str:
@@ -229,108 +141,110 @@ class EmbeddingCache:
     def __repr__(self) -> str:
         return f"EmbeddingCache({self.manifest['sha256'][:16]}, {len(self)} prompts)"
 
+    def lengths(
+        self, length: int | None = None, byt5_length: int | None = None
+    ) -> tuple[int, int | None]:
+        """Static lengths of text and byt5 that hold every prompt: those given, else buckets.
+
+        Raises:
+          ValueError: when a given length is too short, or no bucket is long enough.
+        """
+        if length is None:
+            length = text_bucket(self.max_length)
+        if byt5_length is None and self.byt5_dim is not None:
+            byt5_length = text_bucket(self.byt5_max_length, BYT5_LENGTHS)
+        if self.max_length > length:
+            raise ValueError(f"length is {length}; the longest prompt has {self.max_length} tokens")
+        if byt5_length is not None and self.byt5_max_length > byt5_length:
+            raise ValueError(
+                f"byt5_length is {byt5_length}; the longest prompt has {self.byt5_max_length} "
+                "tokens of byt5"
+            )
+        return length, byt5_length
+
+    def pad(
+        self, entries: Sequence[Entry], length: int | None = None, byt5_length: int | None = None
+    ) -> dict[str, Any]:
+        """`pad_entries` with the static lengths of this cache, also for `[cache.negative]`."""
+        return pad_entries(entries, *self.lengths(length, byt5_length))
+
+    def verify(self) -> None:
+        """Reads every record; ValueError when they are not those that were written."""
+        digest = hashlib.sha256()
+        for index in range(len(self._records)):
+            digest.update(self._records[index])
+        if digest.hexdigest() != self.fingerprint:
+            raise ValueError(f"{self.path / RECORDS} is damaged: its SHA-256 is not the manifest's")
+
+    def check_fits(
+        self,
+        *,
+        text_dim: int,
+        byt5_dim: int | None = None,
+        image_dim: int | None = None,
+        latent_shape: Sequence[int] | None = None,
+        encoder: str | None = None,
+    ) -> None:
+        """Refuses a cache that a model cannot be conditioned on.
+
+        Args:
+          text_dim, byt5_dim, image_dim: widths that the model takes; None: it takes no such input.
+          latent_shape: (h, w, C) of the condition frame of image-to-video; None for text-to-video.
+          encoder: name that the cache's encoder must have; None for any.
+
+        Raises:
+          ValueError: with all that does not fit, in one line.
+        """
+        wrong = []
+
+        def check(field: str, found: Any, allowed: Any) -> None:
+            if found != allowed:
+                wrong.append(f"{field} is {found}, the model takes {allowed}")
+
+        check("text width", self.dim, text_dim)
+        if self.byt5_dim is not None:
+            check("byt5 width", self.byt5_dim, byt5_dim)
+        if self.image_shape is not None:
+            check("image width", self.image_shape[-1], image_dim)
+        if latent_shape is not None and self.image_shape is None:
+            check("image width", None, image_dim)
+        wanted = None if latent_shape is None else tuple(latent_shape)[-3:]
+        found = self.image_latents_shape
+        check("shape of the first frame's latents (h, w, C)", found and found[-3:], wanted)
+        if encoder is not None:
+            check("encoder", repr(self.encoder.name), repr(encoder))
+        if wrong:
+            raise ValueError(
+                f"embedding cache {self.path} (encoder {self.encoder.name!r}) does not fit: "
+                + "; ".join(wrong)
+            )
+
+
+def _shape(value: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if value is None else tuple(value)
+
 
 def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing; no embedding cache at {path}")
-    manifest = json.loads(file.read_text())
-    if manifest.get("format_version") != FORMAT_VERSION:
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}; write the cache again") from error
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version not in READABLE_VERSIONS:
+        allowed = ", ".join(map(str, READABLE_VERSIONS))
         raise ValueError(
-            f"{file}: format_version is {manifest.get('format_version')}; allowed: "
-            f"{FORMAT_VERSION}; write the cache again"
+            f"{file}: format_version is {version}; allowed: {allowed}; write the cache again"
         )
+    missing = [field for field in _REQUIRED if manifest.get(field) in (None, "")]
+    if missing:
+        raise ValueError(f"{file}: no {', '.join(missing)}; write the cache again")
+    if manifest["dtype"] not in DTYPES:
+        raise ValueError(f"{file}: dtype is {manifest['dtype']!r}; allowed: {', '.join(DTYPES)}")
+    if manifest["negative"] != manifest["count"]:
+        raise ValueError(f"{file}: negative is {manifest['negative']}; allowed: the last record")
+    if not manifest["encoder"].get("name"):
+        raise ValueError(f"{file}: the encoder has no name; write the cache again")
     return manifest
-
-
-def _parse(record: bytes) -> Entry:
-    (length,) = struct.unpack_from("<I", record)
-    header = json.loads(record[4 : 4 + length])
-    dtype, offset = _DTYPES[header["dtype"]], 4 + length
-    entry: Entry = {"id": header["id"], "prompt": header["prompt"]}
-    for field, shape in header["shapes"].items():
-        count = shape[0] * shape[1]
-        values = np.frombuffer(record, dtype, count, offset)
-        entry[field] = values.reshape(shape).astype(np.float32)
-        offset += count * dtype.itemsize
-    if offset != len(record):
-        raise ValueError(f"record of {header['id']!r} has {len(record)} bytes, expected {offset}")
-    return entry
-
-
-def text_bucket(max_length: int, lengths: Sequence[int] = LENGTHS) -> int:
-    """The smallest static length that holds `max_length` tokens; ValueError when none does."""
-    for length in sorted(lengths):
-        if max_length <= length:
-            return length
-    raise ValueError(f"text of {max_length} tokens; the longest allowed is {max(lengths)}")
-
-
-def pad_entries(entries: Sequence[Entry], length: int) -> dict[str, Any]:
-    """Stacks P entries: ids and prompts list[str], text f32[P, length, D], mask bool[P, length].
-
-    Raises:
-      ValueError: when an entry has more than `length` tokens.
-    """
-    dim = entries[0]["text"].shape[1]
-    text = np.zeros((len(entries), length, dim), np.float32)
-    mask = np.zeros((len(entries), length), bool)
-    for row, entry in enumerate(entries):
-        tokens = entry["text"]
-        chex.assert_shape(tokens, (None, dim))
-        if len(tokens) > length:
-            raise ValueError(f"prompt {entry['id']!r} has {len(tokens)} tokens, allowed {length}")
-        text[row, : len(tokens)] = tokens
-        mask[row, : len(tokens)] = True
-    return {
-        "ids": [entry["id"] for entry in entries],
-        "prompts": [entry["prompt"] for entry in entries],
-        "text": text,
-        "mask": mask,
-    }
-
-
-def make_prompt_iterator(
-    cache: EmbeddingCache,
-    prompts_per_step: int,
-    seed: int,
-    *,
-    length: int | None = None,
-    shuffle: bool = True,
-    repeat: bool = True,
-) -> grain.DatasetIterator:
-    """Iterates over batches of `pad_entries`, the same on every host.
-
-    The order is reshuffled every epoch. Epochs are joined, so that with `repeat` every batch is
-    full; without it the last, incomplete batch is dropped. `get_state` and `set_state` continue
-    exactly; the iterator is also a checkpointable for orbax.
-
-    Args:
-      length: static text length; None for the smallest of `LENGTHS` that holds every prompt.
-
-    Raises:
-      ValueError: when prompts_per_step is below 1, above len(cache) without `repeat`, or the
-        longest prompt does not fit `length`.
-    """
-    if prompts_per_step < 1:
-        raise ValueError(f"prompts_per_step is {prompts_per_step}; allowed: at least 1")
-    if not repeat and prompts_per_step > len(cache):
-        raise ValueError(
-            f"prompts_per_step is {prompts_per_step}; allowed without repeat: at most the "
-            f"{len(cache)} prompts of the cache"
-        )
-    if length is None:
-        length = text_bucket(cache.max_length)
-    if cache.max_length > length:
-        raise ValueError(f"length is {length}; the longest prompt has {cache.max_length} tokens")
-    dataset = grain.MapDataset.source(cache)
-    if shuffle:
-        dataset = dataset.shuffle(seed=seed)
-    if repeat:
-        dataset = dataset.repeat()
-    padded = dataset.batch(
-        prompts_per_step,
-        drop_remainder=True,
-        batch_fn=lambda entries: pad_entries(entries, length),
-    )
-    return iter(padded.to_iter_dataset())

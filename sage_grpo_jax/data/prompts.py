@@ -1,11 +1,12 @@
 """Reads prompt files: plain text, CSV with a header, or JSON lines.
 
     .txt    one prompt a line; its id is the line number, as in "000012"
-    .csv    a header with a column "prompt" and, if wanted, "id"; other columns are ignored
-    .jsonl  one object a line with "prompt" and, if wanted, "id"; other fields are ignored
+    .csv    a header with a column "prompt" and, if wanted, "id" and "image"
+    .jsonl  one object a line with "prompt" and, if wanted, "id" and "image"
 
-Files are UTF-8. Prompts are stripped of white space at both ends and must not be empty: the empty
-prompt is the negative one, which every embedding cache holds anyway.
+Other columns and fields are ignored. Files are UTF-8. Prompts are stripped of white space at both
+ends and must not be empty: the empty prompt is the negative one, which every embedding cache holds
+anyway. An image, the first frame of an image-to-video clip, is a path relative to the file.
 """
 
 import csv
@@ -25,12 +26,14 @@ class Prompt(NamedTuple):
 
     id: str
     text: str
+    image: pathlib.Path | None = None  # the first frame, for image-to-video
 
 
 class _Row(NamedTuple):
     line: int
     id: Any  # None: take the line number
     text: Any
+    image: Any = None
 
 
 def read_prompts(path: str | pathlib.Path) -> list[Prompt]:
@@ -40,6 +43,7 @@ def read_prompts(path: str | pathlib.Path) -> list[Prompt]:
       FileNotFoundError: when there is no such file.
       ValueError: naming file and line, for an unknown file type, text that is not UTF-8, bad CSV
         or JSON, a missing or empty prompt, control characters, a duplicate id, or no prompts.
+        Whether images exist is not looked at: only who needs them opens them.
     """
     path = pathlib.Path(path)
     readers: dict[str, Callable[[pathlib.Path, str], Iterator[_Row]]] = {
@@ -53,7 +57,7 @@ def read_prompts(path: str | pathlib.Path) -> list[Prompt]:
     prompts: list[Prompt] = []
     lines: dict[str, int] = {}
     for row in rows:
-        prompt = _check(row, f"{path}, line {row.line}")
+        prompt = _check(row, f"{path}, line {row.line}", path.parent)
         if prompt.id in lines:
             raise ValueError(
                 f"{path}, line {row.line}: id {prompt.id!r} was used in line {lines[prompt.id]}; "
@@ -106,7 +110,8 @@ def _csv_rows(path: pathlib.Path, text: str) -> Iterator[_Row]:
                     f"{path}, line {line}: more fields than the {len(columns)} columns of the "
                     "header; quote prompts that contain commas"
                 )
-            yield _Row(line, fields.get("id", None), fields["prompt"])
+            image = fields.get("image") or None  # a table has a cell where there is no image
+            yield _Row(line, fields.get("id"), fields["prompt"], image)
             line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}, line {line}: bad CSV: {error}") from error
@@ -126,20 +131,27 @@ def _json_rows(path: pathlib.Path, text: str) -> Iterator[_Row]:
         name = entry.get("id")
         if isinstance(name, int) and not isinstance(name, bool):
             name = str(name)
-        yield _Row(number, name, entry["prompt"])
+        yield _Row(number, name, entry["prompt"], entry.get("image"))
 
 
-def _check(row: _Row, where: str) -> Prompt:
+def _check(row: _Row, where: str, folder: pathlib.Path) -> Prompt:
     name = f"{row.line:06d}" if row.id is None else row.id
-    for field, value in (("id", name), ("prompt", row.text)):
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: {field} is {value!r}; it must be a string")
-        if not value.strip():
-            raise ValueError(f"{where}: the {field} is empty")
-        for place, character in enumerate(value.strip(), 1):
-            if unicodedata.category(character) in _FORBIDDEN_CATEGORIES:
-                raise ValueError(
-                    f"{where}: the {field} has the control character {character!r} at "
-                    f"place {place}; remove it"
-                )
-    return Prompt(name.strip(), row.text.strip())
+    name, text = _checked_text("id", name, where), _checked_text("prompt", row.text, where)
+    image = None if row.image is None else folder / _checked_text("image", row.image, where)
+    return Prompt(name, text, image)
+
+
+def _checked_text(field: str, value: Any, where: str) -> str:
+    """The value without white space at its ends."""
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {field} is {value!r}; it must be a string")
+    value = value.strip()
+    if not value:
+        raise ValueError(f"{where}: the {field} is empty")
+    for place, character in enumerate(value, 1):
+        if unicodedata.category(character) in _FORBIDDEN_CATEGORIES:
+            raise ValueError(
+                f"{where}: the {field} has the control character {character!r} at "
+                f"place {place}; remove it"
+            )
+    return value

@@ -20,7 +20,7 @@ ROWS = (
     ("reward TA", "eval/reward/ta"),
     ("manifold distance", "eval/manifold_distance"),
 )
-_WINDOW = 9  # steps that the curves average over
+WINDOW = 9  # steps that the curves average over
 PHASES = ("rollout", "decode", "reward", "update", "eval")
 
 
@@ -121,7 +121,7 @@ def write_curve(runs: Sequence[RunRecord], path: pathlib.Path) -> None:
         for j, name in enumerate(("vq", "mq", "ta")):
             text = name.upper() if i == 0 else None
             _plot_smoothed(axes[1], run, f"reward/{name}", f"C{j}", text)
-    smoothing = f"mean of {_WINDOW} steps"
+    smoothing = f"mean of {WINDOW} steps"
     axes[0].set(title=f"overall reward ({smoothing})", xlabel="step", ylabel="VQ + MQ + TA")
     axes[1].set(title=f"reward by dimension, training prompts ({smoothing})", xlabel="step")
     for axis in axes:
@@ -136,7 +136,7 @@ def _plot_smoothed(axis, run: RunRecord, name: str, color: str, label: str | Non
     """Every step faintly, and the moving average: a step sees a handful of prompts only."""
     steps, values = run.series(name)
     axis.plot(steps, values, color=color, alpha=0.15)
-    if (window := min(_WINDOW, len(values))) == 0:
+    if (window := min(WINDOW, len(values))) == 0:
         return
     smooth = np.convolve(values, np.full(window, 1 / window), mode="valid")
     axis.plot(np.convolve(steps, np.full(window, 1 / window), mode="valid"), smooth, color=color,

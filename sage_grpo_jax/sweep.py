@@ -1,0 +1,121 @@
+"""Runs every point of a config file's `sweep(add)`, or one of them, or only tells what it would do.
+
+    python -m sage_grpo_jax.sweep --config=configs/sweeps/eta_kl.py --workdir=runs/eta_kl --plan
+    python -m sage_grpo_jax.sweep --config=configs/sweeps/eta_kl.py --workdir=runs/eta_kl
+    python -m sage_grpo_jax.report --runs=runs/eta_kl --out=runs/eta_kl/report
+
+--list prints the points, --index=I runs one (for job arrays). Runs are processes of their own; a
+rerun skips what is finished and goes on with what is not. Overrides hold for all points.
+"""
+
+import pathlib
+import signal
+import subprocess
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from sage_grpo_jax.training import metrics, sweeps
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=True)
+_LIST = flags.DEFINE_bool("list", False, "Print the points and stop.")
+_PLAN = flags.DEFINE_bool("plan", False, "Print what is left to do and what it costs, and stop.")
+_INDEX = flags.DEFINE_integer("index", None, "Run this point only.")
+
+
+def run(point: sweeps.Point, shared: list[str]) -> int:
+    """Trains one point in a process of its own; signals are passed on. Returns its exit status."""
+    command = [sys.executable, "-m", "sage_grpo_jax.train", *shared]
+    command += [*sweeps.flags_of(point.overrides), f"--workdir={point.folder}"]
+    process = subprocess.Popen(command)
+    previous = {
+        number: signal.signal(number, lambda number, _: process.send_signal(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        return process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def listing(points: list[sweeps.Point]) -> str:
+    """One line a point: index, status, overrides."""
+    return "\n".join(
+        f"{p.index:>4}  {p.status:<8}  " + "  ".join(f"{k}={v}" for k, v in p.overrides.items())
+        for p in points
+    )
+
+
+def plan(points: list[sweeps.Point]) -> str:
+    """What is left, in runs, steps and transformer passes; and in time, once a run has finished."""
+    left = [p for p in points if p.status != "finished"]
+    steps = sum(p.config.num_steps for p in left)
+    passes = sum(p.config.num_steps * sum(sweeps.forward_passes(p.config)) for p in left)
+    lines = [
+        f"{len(points)} points, {len(points) - len(left)} finished; left: {len(left)} runs, "
+        f"{steps} steps, {passes:.3g} transformer passes (a backward pass counts as two)"
+    ]
+    done = [p for p in points if p.status == "finished"]
+    spent = sum(p.config.num_steps * sum(sweeps.forward_passes(p.config)) for p in done)
+    if done:
+        seconds = sum(p.summary["time"]["time/step"] for p in done) * passes / spent
+        lines.append(
+            f"at the speed of the finished runs: {metrics.format_seconds(seconds)}, one after "
+            "another, without compilation and evaluation"
+        )
+    else:
+        lines.append("no run has finished yet: no estimate of the time")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    """Parses the flags; bad input ends with one line and exit status 2."""
+    del argv
+    workdir, path = pathlib.Path(_WORKDIR.value), config_flags.get_config_filename(_config_flag())
+    try:
+        points = sweeps.read_points(path.partition(":")[0], _CONFIG.value, workdir)
+        if _INDEX.value is not None and not 0 <= _INDEX.value < len(points):
+            raise ValueError(f"--index: got {_INDEX.value}; allowed: 0 to {len(points) - 1}")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if _LIST.value or _PLAN.value:
+        print(listing(points) if _LIST.value else plan(points))
+        return
+    chosen = points if _INDEX.value is None else [points[_INDEX.value]]
+    sweeps.write_index(path, points, workdir)
+    failed = _run_all(chosen, [f"--config={path}", *sweeps.flags_of(_given_overrides())])
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _run_all(points: list[sweeps.Point], shared: list[str]) -> list[str]:
+    """Runs what is not finished; returns the names of the runs that failed. Stops at a signal."""
+    failed = []
+    for number, point in enumerate(points, start=1):
+        if point.status == "finished":
+            continue
+        print(f"[{number}/{len(points)}] {point.name}", flush=True)
+        status = run(point, shared)
+        if status == 0 and point.status != "finished":
+            print("stopped by a signal; the same command goes on")
+            return failed
+        if status != 0:
+            failed.append(f"{point.name} (exit status {status})")
+    return failed
+
+
+def _config_flag():
+    return flags.FLAGS["config"]
+
+
+def _given_overrides() -> dict[str, object]:
+    return dict(config_flags.get_override_values(_config_flag()))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,129 @@
+"""Torch and transformers, imported when they are needed; loading that accepts no missing tensor."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pathlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("bfloat16", "float32", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def load_libraries() -> tuple[ModuleType, ModuleType]:
+    """The modules torch and transformers, quieted.
+
+    Raises:
+      ModuleNotFoundError: saying what to install.
+    """
+    try:
+        import torch
+        import transformers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{error.name} is not installed; the encoders need: pip install sage_grpo_jax[text]"
+        ) from error
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return torch, transformers
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide what the encoders compute."""
+    names = ("torch", "transformers", "tokenizers")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def choose_device(device: str) -> str:
+    """ "cuda" or "cpu"; "auto" takes a GPU where there is one.
+
+    Raises:
+      ValueError: for a GPU that is not there.
+    """
+    torch, _ = load_libraries()
+    available = torch.cuda.is_available()
+    if device == "auto":
+        return "cuda" if available else "cpu"
+    if device == "cuda" and not available:
+        raise ValueError("device=cuda: torch finds no GPU; allowed here: cpu")
+    return device
+
+
+def load_model(
+    model_class: Any,
+    folder: pathlib.Path,
+    dtype: str,
+    device: str,
+    unused: Sequence[str] = (),
+    **options: Any,
+) -> Any:
+    """A network of transformers, from safetensors only, in evaluation mode on the device.
+
+    Args:
+      unused: prefixes of tensors in the file that this class has no use for.
+
+    Raises:
+      ValueError: files that cannot be read; tensors missing, misshapen or unexpected.
+    """
+    torch, _ = load_libraries()
+    try:
+        model, report = model_class.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **options,
+        )
+    except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{folder}: cannot be loaded as {model_class.__name__}: {first}"
+        ) from error
+    unexpected = [key for key in report["unexpected_keys"] if not key.startswith(tuple(unused))]
+    misshapen = [" ".join(map(str, key)) for key in report["mismatched_keys"]]
+    faults = {"misshapen": misshapen, "missing": report["missing_keys"], "unexpected": unexpected}
+    for what, keys in faults.items():
+        if keys:
+            raise ValueError(
+                f"{folder}: tensors {what} for {model_class.__name__}: {len(keys)}, such as "
+                f"{sorted(keys)[0]}"
+            )
+    return model.eval().to(device)
+
+
+def load_processor(loader: Any, folder: pathlib.Path) -> Any:
+    """A tokenizer or image processor; ValueError when its files cannot be read."""
+    try:
+        return loader.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder}: cannot be loaded: {first}") from error
+
+
+def pad_tokens(
+    tokens: Sequence[Sequence[int]], pad: int, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask i64[B, L], padded at the right to the longest."""
+    torch, _ = load_libraries()
+    length = max(len(row) for row in tokens)
+    ids = torch.full((len(tokens), length), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, values in enumerate(tokens):
+        ids[row, : len(values)] = torch.tensor(values)
+        mask[row, : len(values)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Values as float32; exact for every dtype that the encoders run in."""
+    return tensor.detach().float().cpu().numpy()

@@ -1,0 +1,153 @@
+"""Finished batches on disk, so that an encoding that was killed goes on where it was."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sage_grpo_jax.data.embedding_records import DTYPES
+from sage_grpo_jax.data.progress import Progress
+
+SETTINGS = "settings.json"
+
+
+class WorkFolder:
+    """The batches that are finished, each a file that appears whole.
+
+    The folder belongs to one set of settings: everything that the results depend on; to which one,
+    the first finished batch decides.
+
+    Args:
+      resume: continue in a folder that is there; otherwise it is emptied.
+
+    Raises:
+      ValueError: the folder has batches of other settings (the fields that differ are named), or
+        is no work folder.
+    """
+
+    def __init__(self, path: pathlib.Path, settings: Mapping[str, Any], resume: bool):
+        self.path = path
+        if path.exists() and any(path.iterdir()) and not (path / SETTINGS).exists():
+            raise ValueError(f"{path} is needed for unfinished work, but holds something else")
+        if path.exists() and not resume:
+            shutil.rmtree(path)
+        settings = self.comparable(settings)
+        file = path / SETTINGS
+        if any(path.glob("*.npz")):
+            before = read_settings(path)
+            differ = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
+            if differ:
+                raise ValueError(
+                    f"{path} was begun with other values of {', '.join(differ)}; repeat that "
+                    "command, or pass --noresume to start over"
+                )
+            return
+        path.mkdir(parents=True, exist_ok=True)
+        _write_whole(file, lambda stream: stream.write(json.dumps(settings, indent=2).encode()))
+
+    @staticmethod
+    def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings as they are read back."""
+        return json.loads(json.dumps(dict(settings)))
+
+    def _file(self, stage: str, batch: int) -> pathlib.Path:
+        return self.path / f"{stage}-{batch:06d}.npz"
+
+    def has(self, stage: str, batch: int) -> bool:
+        """Whether a batch is finished."""
+        return self._file(stage, batch).exists()
+
+    def write(self, stage: str, batch: int, arrays: Mapping[int, np.ndarray]) -> None:
+        """Stores the arrays of a batch, by the position of their prompts."""
+        # Raw bits: NumPy's files do not know bfloat16.
+        bits = {str(k): a.view(f"u{a.itemsize}") for k, a in arrays.items()}
+        _write_whole(self._file(stage, batch), lambda stream: np.savez(stream, **bits))
+
+    def read(self, stage: str, batch: int, position: int, dtype: str) -> np.ndarray:
+        """One array of a finished batch."""
+        file = self._file(stage, batch)
+        try:
+            with np.load(file) as arrays:
+                return arrays[str(position)].view(DTYPES[dtype])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{file} is damaged ({error}); delete it and run again") from error
+
+    def remove(self) -> None:
+        """Deletes the folder."""
+        shutil.rmtree(self.path)
+
+
+def read_settings(path: pathlib.Path) -> dict[str, Any]:
+    """The settings that a work folder belongs to."""
+    try:
+        return json.loads((path / SETTINGS).read_text())
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{path / SETTINGS} cannot be read: {error}; pass --noresume") from error
+
+
+def _write_whole(file: pathlib.Path, write: Callable[[Any], Any]) -> None:
+    new = file.with_name(f".{file.name}.new")
+    with open(new, "wb") as stream:
+        write(stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    new.rename(file)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One encoder's work.
+
+    Attributes:
+      name: of its files.
+      unit: what `cost` counts, in the plural: "tokens".
+      inputs: what to encode, by the position of the prompt in the file.
+      cost: units of an input.
+      open: loads the encoder, a function from a batch of inputs to their arrays.
+      dtype: what the arrays are stored in.
+    """
+
+    name: str
+    unit: str
+    inputs: Mapping[int, Any]
+    cost: Callable[[Any], int]
+    open: Callable[[], Callable[[Sequence[Any]], list[np.ndarray]]]
+    dtype: str
+
+
+def run(stage: Stage, work: WorkFolder, batch_size: int) -> dict[int, int]:
+    """Encodes what is not finished yet; the encoder is loaded only if something is left.
+
+    Batches are of inputs of about equal cost, the dearest first: memory runs out at once or never.
+    They depend on the inputs only, so that a resumed run computes the same values.
+
+    Returns: the number of the batch of every position.
+    """
+    costs = {position: stage.cost(value) for position, value in stage.inputs.items()}
+    order = sorted(costs, key=lambda position: (-costs[position], position))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    pending = [number for number in range(len(batches)) if not work.has(stage.name, number)]
+    if pending:
+        _encode(stage, work, {number: batches[number] for number in pending}, costs)
+    return {position: number for number, batch in enumerate(batches) for position in batch}
+
+
+def _encode(
+    stage: Stage, work: WorkFolder, pending: Mapping[int, list[int]], costs: Mapping[int, int]
+) -> None:
+    encode = stage.open()
+    total = sum(costs[position] for batch in pending.values() for position in batch)
+    with Progress(total, stage.unit) as progress:
+        if total < sum(costs.values()):
+            progress.note(f"done before: {sum(costs.values()) - total} {stage.unit}")
+        for number, positions in pending.items():
+            results = encode([stage.inputs[position] for position in positions])
+            stored = [np.ascontiguousarray(r.astype(DTYPES[stage.dtype])) for r in results]
+            work.write(stage.name, number, dict(zip(positions, stored, strict=True)))
+            progress.update(sum(costs[position] for position in positions))

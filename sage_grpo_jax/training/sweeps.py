@@ -1,0 +1,153 @@
+"""Sweeps: the points that a config file asks for, and a folder for each.
+
+A config file with a sweep has, beside `get_config(arg)`, a function `sweep(add)` that calls
+`add(overrides)` once a point, overrides by dotted name:
+
+    def sweep(add):
+        for point in sweeps.product({"rollout.eta": [0.3, 0.5], "seed": [0, 1, 2]}):
+            add(point)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from sage_grpo_jax.training import config as config_lib
+from sage_grpo_jax.training import metrics
+
+SWEEP_FILE = "sweep.json"
+SEED = "seed"
+Overrides = dict[str, Any]
+
+
+def product(axes: Mapping[str, Sequence[Any]]) -> Iterator[Overrides]:
+    """Every combination of the values; the last axis varies fastest."""
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
+
+
+def zipped(axes: Mapping[str, Sequence[Any]]) -> Iterator[Overrides]:
+    """First values together, second values together, and so on; ValueError for other lengths."""
+    lengths = {name: len(values) for name, values in axes.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"zipped: the axes have lengths {lengths}; allowed: the same for all")
+    for values in zip(*axes.values(), strict=True):
+        yield dict(zip(axes, values, strict=True))
+
+
+def load_module(path: str | pathlib.Path) -> Any:
+    """A config file as a module, so that one recipe can build on another."""
+    path = pathlib.Path(path)
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One run of a sweep."""
+
+    index: int
+    overrides: Overrides
+    folder: pathlib.Path
+    config: config_lib.Config
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """Of the finished run; None before."""
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    @property
+    def status(self) -> str:
+        """finished, started or new."""
+        if self.summary is not None:
+            return "finished"
+        return "started" if (self.folder / metrics.METRICS_FILE).exists() else "new"
+
+
+def read_points(path: str, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Point]:
+    """All points of a config file, every one validated before any is run.
+
+    Args:
+      path: of the config file.
+      config: what `get_config` returned, with the overrides of the command line.
+      workdir: of the sweep.
+
+    Raises:
+      ValueError: no `sweep` in the file, no points, a point twice, or a bad value; naming it.
+    """
+    module = load_module(path)
+    if not hasattr(module, "sweep"):
+        raise ValueError(f"--config: {path} has no function sweep(add)")
+    given: list[Overrides] = []
+    module.sweep(lambda overrides: given.append(dict(overrides)))
+    if not given:
+        raise ValueError(f"--config: sweep(add) of {path} adds no point")
+    texts = [json.dumps(overrides, sort_keys=True) for overrides in given]
+    if twice := {text for text in texts if texts.count(text) > 1}:
+        raise ValueError(f"--config: sweep(add) of {path} adds a point twice: {min(twice)}")
+    return [_make_point(i, overrides, config, workdir) for i, overrides in enumerate(given)]
+
+
+def _make_point(
+    index: int, overrides: Overrides, config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> Point:
+    copy = ml_collections.ConfigDict(config).copy_and_resolve_references()
+    try:
+        copy.update_from_flattened_dict(overrides)
+        validated = config_lib.from_config_dict(copy)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"point {index} of the sweep, {overrides}: {error}") from error
+    folder = workdir / "runs" / f"{index:03d}_{_slug(overrides)}"
+    return Point(index, overrides, folder, validated)
+
+
+def _slug(overrides: Overrides) -> str:
+    """The overrides as a short file name: last parts of the names."""
+    text = ",".join(f"{name.rpartition('.')[2]}={value}" for name, value in overrides.items())
+    return re.sub(r"[^\w.,=+-]", "_", text)[:120]
+
+
+def flags_of(overrides: Overrides) -> list[str]:
+    """The overrides as flags of `train`."""
+    return [f"--config.{name}={value}" for name, value in overrides.items()]
+
+
+def forward_passes(config: config_lib.Config) -> tuple[int, int]:
+    """Transformer passes of a step (one sample, one branch each): of the rollout, of the update.
+
+    A backward pass counts as two; a reference of the KL penalty as one.
+    """
+    rollout, region = config.rollout, config.trust_region
+    branches = 1 if rollout.guidance == 1.0 else 2
+    trained = min(rollout.window_size or rollout.num_steps, rollout.num_steps)
+    references = region.has_anchor + region.has_previous
+    update = config.batch_size * trained * branches * (3 + references)
+    return (
+        config.batch_size * rollout.num_steps * branches,
+        update * config.loss.updates_per_rollout,
+    )
+
+
+def write_index(path: str, points: Sequence[Point], workdir: pathlib.Path) -> None:
+    """Writes sweep.json: what `report` needs to find and to label the runs."""
+    rows = [
+        {"index": p.index, "folder": str(p.folder.relative_to(workdir)), "overrides": p.overrides}
+        for p in points
+    ]
+    metrics.write_json(workdir / SWEEP_FILE, {"config": str(path), "points": rows})

@@ -1,0 +1,176 @@
+"""Points of a sweep, their folders, and what the report makes of finished runs."""
+
+import csv
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sage_grpo_jax.training import config as config_lib
+from sage_grpo_jax.training import sweep_report, sweeps
+
+ROOT = pathlib.Path(__file__).parents[2]
+RECIPE = ROOT / "configs" / "sweeps" / "eta_kl.py"
+
+
+def test_product_and_zipped():
+    axes = {"a": [1, 2], "b": ["x", "y"]}
+    assert list(sweeps.product(axes)) == [
+        {"a": 1, "b": "x"}, {"a": 1, "b": "y"}, {"a": 2, "b": "x"}, {"a": 2, "b": "y"},
+    ]  # fmt: skip
+    assert list(sweeps.zipped(axes)) == [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
+    with pytest.raises(ValueError, match="lengths"):
+        list(sweeps.zipped({"a": [1], "b": [1, 2]}))
+
+
+def read(path, workdir) -> list[sweeps.Point]:
+    return sweeps.read_points(str(path), sweeps.load_module(path).get_config(None), workdir)
+
+
+def test_the_eta_kl_sweep_is_valid_point_by_point(tmp_path):
+    points = read(RECIPE, tmp_path)
+    assert len(points) == 45
+    assert len({p.folder for p in points}) == 45
+    assert {p.config.rollout.eta for p in points} == {0.3, 0.5, 0.7}
+    assert {p.config.seed for p in points} == {0, 1, 2}
+    assert points[3].config.trust_region.kind == "moving"
+    assert all(p.status == "new" for p in points)
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("", "has no function sweep"),
+        ("def sweep(add): pass", "adds no point"),
+        ("def sweep(add):\n  add({'seed': 1}); add({'seed': 1})", "adds a point twice"),
+        ("def sweep(add): add({'rollout.eta': -1.0})", "point 0 .*config.rollout.eta: got -1.0"),
+        ("def sweep(add): add({'rollout.etta': 1.0})", "point 0 .*etta"),
+    ],
+)
+def test_bad_sweeps_are_refused_before_anything_runs(body, text, tmp_path):
+    file = tmp_path / "bad.py"
+    file.write_text(
+        "from sage_grpo_jax.training import sweeps\n"
+        f"base = sweeps.load_module({str(ROOT / 'configs' / 'moving_shapes.py')!r})\n"
+        "get_config = base.get_config\n" + body
+    )
+    with pytest.raises(ValueError, match=text):
+        read(file, tmp_path)
+
+
+def test_transformer_passes_are_counted():
+    config = config_lib.default_config()
+    config.rollout.update(num_steps=10, guidance=3.0, prompts_per_step=2, group_size=4)
+    config.rollout.update(window="first_k", window_size=4)
+    config.loss.micro_batch = config.rollout.decode_batch = 8
+    config.trust_region.kind = "dual"
+    passes = sweeps.forward_passes(config_lib.from_config_dict(config))
+    # 8 samples, 2 branches; forward and backward (3) and two references on 4 steps.
+    assert passes == (8 * 10 * 2, 8 * 4 * 2 * 5)
+
+
+def finished_run(folder: pathlib.Path, gain: float, seed: int) -> None:
+    """What a run leaves behind, with a reward that rises by `gain`."""
+    folder.mkdir(parents=True)
+    rows = [{"step": s, "reward/overall": gain * s / 20 + 0.01 * seed} for s in range(1, 21)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metric = {"eval/reward/overall": 0.5, "eval/manifold_distance": 0.04}
+    last = {"eval/reward/overall": 0.5 + gain, "eval/manifold_distance": 0.03}
+    summary = {"name": "n", "method": "sage", "seed": seed, "steps": 20,
+               "eval": {"first": metric, "last": last}, "time": {"time/step": 60.0}}  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+@pytest.fixture
+def swept(tmp_path) -> pathlib.Path:
+    """A sweep with one of its runs missing."""
+    points = read(RECIPE, tmp_path)
+    sweeps.write_index(str(RECIPE), points, tmp_path)
+    for point in points[:-1]:
+        eta, region = point.config.rollout.eta, point.config.trust_region
+        gain = eta + (0.1 if region.kind == "dual" else 0) + 0.01 * (point.config.seed - 1)
+        finished_run(point.folder, gain, point.config.seed)
+    return tmp_path
+
+
+def test_the_report_gathers_means_and_errors_over_seeds(swept):
+    runs, points = sweep_report.read_sweep(swept)
+    assert (len(runs), points) == (44, 45)
+    groups = sweep_report.by_setting(runs)
+    assert len(groups) == 15
+    key = (0.5, "dual", 0.1, 30.0)
+    assert sweep_report.varying(runs) == [
+        "rollout.eta", "trust_region.kind", "trust_region.min_weight", "trust_region.max_weight",
+    ]  # fmt: skip
+    mean, error = sweep_report.mean_and_error([run.gain for run in groups[key]])
+    assert mean == pytest.approx(0.6)
+    assert error == pytest.approx(0.01 / np.sqrt(3))
+    lines = sweep_report.table(runs, points).splitlines()
+    assert lines[0] == "44 of 45 runs finished."
+    assert "| 0.7 | dual |" in lines[4]
+    assert "| +0.800 ± 0.006 | -25.0 % | 3 |" in lines[4]
+
+
+def test_the_csv_has_one_row_a_run(swept):
+    runs, _ = sweep_report.read_sweep(swept)
+    rows = list(csv.DictReader(io.StringIO(sweep_report.to_csv(runs))))
+    assert len(rows) == 44
+    assert float(rows[0]["rollout.eta"]) == 0.3
+    assert float(rows[0]["eval/reward/overall change"]) == pytest.approx(0.29)
+    assert float(rows[0]["seconds"]) == 60
+
+
+def test_report_and_plan_from_the_command_line(swept):
+    command = [sys.executable, "-m", "sage_grpo_jax.report", f"--runs={swept}"]
+    out = swept / "report"
+    result = subprocess.run(
+        [*command, f"--out={out}"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert "44 of 45 runs finished." in result.stdout
+    assert (out / "sweep.md").read_text().strip() in result.stdout
+    for name in ("heat_map.png", "curves.png"):
+        assert np.asarray(Image.open(out / name)).std() > 5
+    plan = subprocess.run(
+        [sys.executable, "-m", "sage_grpo_jax.sweep", f"--config={RECIPE}", f"--workdir={swept}",
+         "--plan"],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    assert "45 points, 44 finished; left: 1 runs, 90 steps" in plan.stdout
+    # All finished runs took a minute; the last has as many references as the average one or more.
+    assert "at the speed of the finished runs: 1:" in plan.stdout
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_and_resumes(tiny_overrides, tmp_path, monkeypatch):
+    file = tmp_path / "tiny.py"
+    file.write_text(
+        "from sage_grpo_jax.training import sweeps\n"
+        f"base = sweeps.load_module({str(ROOT / 'configs' / 'moving_shapes.py')!r})\n"
+        "get_config = base.get_config\n"
+        "def sweep(add):\n"
+        "  for point in sweeps.product({'rollout.eta': [0.3, 0.5]}): add(point)\n"
+    )
+    flags = [f"--config.{name}={value}" for name, value in tiny_overrides.items()]
+    command = [sys.executable, "-m", "sage_grpo_jax.sweep", f"--config={file}",
+               f"--workdir={tmp_path / 'sweep'}", *flags]  # fmt: skip
+    devices = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    monkeypatch.setenv("XLA_FLAGS", devices)
+    subprocess.run([*command, "--index=1"], check=True, cwd=ROOT)
+    points = read_back(tmp_path / "sweep")
+    assert [p.exists() for p in points] == [False, True]
+    stamp = (points[1] / "summary.json").stat().st_mtime_ns
+    subprocess.run(command, check=True, cwd=ROOT)
+    assert (points[0] / "summary.json").exists()
+    assert (points[1] / "summary.json").stat().st_mtime_ns == stamp
+    assert json.loads((points[0] / "config.json").read_text())["rollout"]["eta"] == 0.3
+
+
+def read_back(workdir: pathlib.Path) -> list[pathlib.Path]:
+    index = json.loads((workdir / sweeps.SWEEP_FILE).read_text())
+    return [workdir / p["folder"] for p in index["points"]]
