@@ -11,17 +11,19 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 from flax import traverse_util
 
-from sage_grpo_jax.models import vae, vae_tiling
+from sage_grpo_jax.models import vae_tiling
 from sage_grpo_jax.models.vae import VaeConfig
 from sage_grpo_jax.weights import vae_keys
 
 # A latent is 2 pixels wide: tiles of 8 latents are cheap, and 1/8 of them is one latent.
 CONFIG = VaeConfig(
     latent_channels=2,
-    block_out_channels=(4, 8),
+    block_out_channels=(8,),
     layers_per_block=1,
     spatial_compression_ratio=2,
     temporal_compression_ratio=2,
+    downsample_match_channel=False,
+    upsample_match_channel=False,
 )
 TILE = 16
 
@@ -65,7 +67,7 @@ def _to_numpy(x: torch.Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "overlap"), [(4, 13, 0.25), (15, 6, 0.125)], ids=["diffusers", "official"]
+    ("height", "width", "overlap"), [(4, 12, 0.25), (14, 6, 0.125)], ids=["diffusers", "official"]
 )
 def test_tiles_equal_diffusers(model, params, height, width, overlap):
     model.enable_tiling(TILE, TILE, TILE // 2, TILE // 2, tile_overlap_factor=overlap)
@@ -102,22 +104,22 @@ def _tiled(x: jax.Array, window: int, stride: int) -> jax.Array:
 
 
 # Rests of every length on both axes, a second row of tiles inside the first one, a single tile.
-@pytest.mark.parametrize(("overlap", "stride"), [(0.25, 6), (0.125, 7), (0.5, 4)])
-def test_seams_of_odd_sizes_equal_diffusers(overlap, stride):
+@pytest.mark.parametrize(
+    ("overlap", "stride", "sizes"),
+    [
+        (0.25, 6, [(13, 21), (8, 15), (7, 8)]),
+        (0.125, 7, [(14, 9), (26, 8)]),
+        (0.5, 4, [(19, 12)]),
+    ],
+)
+def test_seams_of_odd_sizes_equal_diffusers(overlap, stride, sizes):
     model = _diffusers_model()
     model.decoder = _PlaceCode()
     model.enable_tiling(TILE, TILE, TILE // 2, TILE // 2, tile_overlap_factor=overlap)
-    for height, width in [(13, 21), (8, 15), (14, 9), (26, 8), (19, 12), (7, 8)]:
+    for height, width in sizes:
         x = _draw(2, 2, height, width, 2)
         want = _to_numpy(model.decode(_to_torch(x)).sample)
         np.testing.assert_allclose(_tiled(jnp.array(x), 8, stride), want, rtol=0, atol=1e-5)
-
-
-def test_one_tile_is_the_plain_vae(params):
-    latents = _draw(2, 2, 8, 5, 2)
-    plain = jax.jit(vae.decode, static_argnums=2)(params, latents, CONFIG)
-    got = vae_tiling.decode_tiled(params, latents, CONFIG, tile=TILE)
-    np.testing.assert_allclose(got, plain, atol=1e-6)
 
 
 def test_tiles_are_worked_on_one_after_the_other():

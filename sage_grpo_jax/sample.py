@@ -1,0 +1,95 @@
+"""Samples videos from converted weights or from a training run.
+
+    python -m sage_grpo_jax.sample --config=configs/moving_shapes.py \\
+        --weights=asset:moving_shapes/transformer --prompts=prompts.txt --out=clips
+
+What is not given comes from the recipe. The same command goes on where it was stopped.
+"""
+
+import os
+import pathlib
+import sys
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from sage_grpo_jax.sampling import policy, run
+from sage_grpo_jax.sampling import settings as settings_lib
+from sage_grpo_jax.training import config as config_lib
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="Recipe, with an argument behind a colon.", lock_config=True
+)
+_WEIGHTS = flags.DEFINE_string(
+    "weights", None, "Folder of the transformer (diffusers, tencent, orbax); default: the recipe's."
+)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run; its newest checkpoint.")
+_ADAPTERS = flags.DEFINE_string("adapters", None, "Folder of LoRA adapters for the weights.")
+_PROMPTS = flags.DEFINE_string(
+    "prompts",
+    None,
+    "Embedding cache of encode_prompts; for the small model .txt, .csv or .jsonl.",
+    required=True,
+)
+_OUT = flags.DEFINE_string("out", None, "Folder of the clips.", required=True)
+_SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds, a clip of every prompt for each.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Samples at a time, on all devices.")
+_SETTINGS = {
+    "sampler": flags.DEFINE_string(
+        "sampler", None, "ode, precise, flow, dance or cps; default: ode."
+    ),
+    "steps": flags.DEFINE_integer("steps", None, "Denoising steps."),
+    "shift": flags.DEFINE_float("shift", None, "Shift of the noise schedule."),
+    "guidance": flags.DEFINE_float("guidance", None, "Classifier-free guidance; 1: without."),
+    "eta": flags.DEFINE_float("eta", None, "Noise level of stochastic samplers."),
+    "frames": flags.DEFINE_integer("frames", None, "Frames of a clip."),
+    "height": flags.DEFINE_integer("height", None, "Pixels."),
+    "width": flags.DEFINE_integer("width", None, "Pixels."),
+    "format": flags.DEFINE_string("format", None, "mp4, gif or both; default: mp4."),
+    "tiling": flags.DEFINE_string(
+        "tiling",
+        None,
+        "Tiles of the VAE: off, official, diffusers, or auto: official above 256 pixels.",
+    ),
+}
+
+
+def main(argv: list[str]) -> None:
+    """Parses, samples; bad input ends with one line and exit status 2."""
+    if len(argv) > 1:
+        sys.exit(f"unexpected arguments: {' '.join(argv[1:])}")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    # Before any other use of JAX; a single process has nothing to join.
+    if jax.config.jax_platforms != "cpu" and _on_several_hosts():
+        jax.distributed.initialize()
+    try:
+        request = run.Request(
+            source=policy.Source(_WEIGHTS.value, _CHECKPOINT.value, _ADAPTERS.value),
+            prompts=_PROMPTS.value,
+            out=pathlib.Path(_OUT.value),
+            seeds=settings_lib.parse_seeds(_SEEDS.value),
+            batch_size=_BATCH_SIZE.value,
+            overrides={name: flag.value for name, flag in _SETTINGS.items()},
+        )
+        if _CONFIG.value is None:
+            raise ValueError("--config: missing; allowed: a recipe, as configs/moving_shapes.py")
+        made = run.sample(config_lib.from_config_dict(_CONFIG.value), request)
+    except (ValueError, FileNotFoundError) as error:
+        if logging.level_debug():
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if jax.process_index() == 0:
+        print(f"done: {made} videos; see {_OUT.value}")
+
+
+def _on_several_hosts() -> bool:
+    """Whether this is one of several hosts of a TPU slice or cluster."""
+    names = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return "," in names or "JAX_COORDINATOR_ADDRESS" in os.environ
+
+
+if __name__ == "__main__":
+    app.run(main)

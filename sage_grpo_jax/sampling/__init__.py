@@ -1,0 +1,1 @@
+"""Videos from weights or checkpoints: settings, compiled sampler, files."""

@@ -1,0 +1,145 @@
+"""Where the sampled policy comes from: converted weights, adapters, or a run's checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sage_grpo_jax import weights
+from sage_grpo_jax.models import lora as lora_lib
+from sage_grpo_jax.parallel import hosts, sharding
+from sage_grpo_jax.sampling.sampler import Policy
+from sage_grpo_jax.training import checkpoint as checkpoint_lib
+from sage_grpo_jax.training import config as config_lib
+from sage_grpo_jax.training import setup
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Which policy. All None: the weights that the recipe names.
+
+    Attributes:
+      weights: folder of a transformer, in place of `config.model.transformer`.
+      checkpoint: workdir of a run; its newest checkpoint.
+      adapters: folder of LoRA adapters for the weights.
+    """
+
+    weights: str | None = None
+    checkpoint: str | None = None
+    adapters: str | None = None
+
+
+def adapt_config(config: config_lib.Config, source: Source) -> config_lib.Config:
+    """The recipe with the source's transformer, and with the adapters that its run has.
+
+    A run says in its workdir what its checkpoints hold (`lora.json`, with adapters), so that
+    neither rank nor targets have to be given again.
+
+    Raises:
+      ValueError: sources that exclude each other, a folder that is no run, adapters of a run on
+        other weights.
+    """
+    if source.checkpoint and source.adapters:
+        raise ValueError(
+            f"--checkpoint={source.checkpoint} and --adapters={source.adapters}: both given; "
+            "allowed: one of them (a run with adapters keeps them in its checkpoints)"
+        )
+    if source.weights:
+        config = _replace(config, "model", transformer=source.weights)
+    if source.checkpoint is None:
+        return _replace(config, "lora", rank=0)
+    workdir = pathlib.Path(source.checkpoint)
+    if not (workdir / checkpoint_lib.FOLDER).is_dir():
+        raise ValueError(
+            f"--checkpoint: {workdir} has no folder {checkpoint_lib.FOLDER}; allowed: the workdir "
+            "of a run"
+        )
+    file = workdir / "lora.json"
+    if not file.exists():
+        return _replace(config, "lora", rank=0)
+    run = _read_lora(file)
+    if not source.weights and not _same_folder(run["base"], config.model.transformer):
+        raise ValueError(
+            f"--checkpoint: the adapters of {workdir} were trained on {run['base']}, the recipe "
+            f"has {config.model.transformer}; allowed: that recipe, or --weights=FOLDER with the "
+            "same weights"
+        )
+    targets = ",".join(run["targets"])
+    return _replace(config, "lora", rank=run["rank"], alpha=run["alpha"], targets=targets)
+
+
+def load(
+    networks: setup.Networks, config: config_lib.Config, mesh: jax.sharding.Mesh, source: Source
+) -> Policy:
+    """The policy on the mesh; weights without a checkpoint come in the compute dtype.
+
+    Args:
+      networks: of `setup.read_networks`.
+      config: of `adapt_config`.
+      mesh: the device mesh.
+      source: the same as for `adapt_config`.
+
+    Raises:
+      ValueError, FileNotFoundError: files that are missing or do not fit.
+    """
+    if source.checkpoint is not None:
+        params, adapters = setup.load_policy(networks, config, mesh, source.checkpoint)
+        scale = 1.0 if adapters is None else config.lora.adapters.scale
+        return Policy(params, adapters, scale)
+    dtype = jnp.dtype(networks.transformer.dtype)
+    params = setup.load_transformer(networks, mesh, dtype)
+    if source.adapters is None:
+        return Policy(params)
+    adapters, lora = _load_adapters(networks, mesh, source.adapters)
+    return Policy(params, adapters, lora.scale)
+
+
+def _load_adapters(
+    networks: setup.Networks, mesh: jax.sharding.Mesh, path: str
+) -> tuple[Any, lora_lib.LoraConfig]:
+    # A few hundred megabytes at most: every device has all of them.
+    adapters, lora = weights.load_adapters(path, networks.transformer)
+    return hosts.to_global(adapters, sharding.replicated(mesh)), lora
+
+
+def describe(networks: setup.Networks, source: Source) -> dict[str, Any]:
+    """What goes into the record of a sample, so that videos of other weights are told apart."""
+    found: dict[str, Any] = {
+        "transformer": str(networks.transformer_path.absolute()),
+        "vae": str(networks.vae_path.absolute()),
+        "dtype": networks.transformer.dtype,
+    }
+    if source.checkpoint is not None:
+        folder = pathlib.Path(source.checkpoint).absolute()
+        steps = [p.name for p in (folder / checkpoint_lib.FOLDER).iterdir() if p.name.isdigit()]
+        found |= {"checkpoint": str(folder), "step": max(map(int, steps), default=None)}
+    if source.adapters is not None:
+        found["adapters"] = str(pathlib.Path(source.adapters).absolute())
+    return found
+
+
+def _read_lora(file: pathlib.Path) -> dict[str, Any]:
+    """What a run wrote about its adapters."""
+    try:
+        values = json.loads(file.read_text())
+        lora_lib.LoraConfig(values["rank"], values["alpha"], tuple(values["targets"]))
+        _ = values["base"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: does not describe the adapters of a run ({error!r})") from error
+    return values
+
+
+def _same_folder(first: str, second: str) -> bool:
+    paths = (setup.resolve_path(first), setup.resolve_path(second))
+    return paths[0].resolve() == paths[1].resolve()
+
+
+def _replace(config: config_lib.Config, group: str, **values: Any) -> config_lib.Config:
+    return dataclasses.replace(
+        config, **{group: dataclasses.replace(getattr(config, group), **values)}
+    )

@@ -1,0 +1,167 @@
+"""How videos are sampled: a recipe's values, overridden by flags, checked before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from sage_grpo_jax.flow import schedules, sde
+from sage_grpo_jax.models import vae_tiling
+from sage_grpo_jax.models.vae import VaeConfig
+from sage_grpo_jax.training import config as config_lib
+
+FORMATS = ("mp4", "gif", "both")
+TILINGS = ("auto", "off", *vae_tiling.OVERLAPS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One set of samples. Each field has a flag of the same name, but fps and the last two.
+
+    Attributes:
+      sampler: ode, or a kind of `flow.sde` that injects noise.
+      steps: denoising steps T.
+      shift: of the noise schedule.
+      guidance: scale of classifier-free guidance; 1 runs the model once a step.
+      eta: noise level; ode ignores it.
+      frames, height, width: of a clip, in pixels.
+      fps: at which the clip is to be shown.
+      tiling: off, or whose overlap of VAE tiles: official (1/8), diffusers (1/4).
+      format: mp4, gif or both.
+      last_step: whether a stochastic sampler's last step injects noise, as in training.
+      guidance_mode: both branches in one batch, or one after the other in less memory.
+    """
+
+    sampler: str
+    steps: int
+    shift: float
+    guidance: float
+    eta: float
+    frames: int
+    height: int
+    width: int
+    fps: float
+    tiling: str
+    format: str = "mp4"
+    last_step: str = "deterministic"
+    guidance_mode: str = "batch"
+
+    @property
+    def schedule(self) -> schedules.Schedule:
+        return schedules.make_schedule(self.steps, self.shift)
+
+    @property
+    def stochastic(self) -> np.ndarray:
+        """bool [T]: the steps that inject noise."""
+        return sde.stochastic_steps(self.sampler, self.schedule, self.eta, self.last_step)
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the files of a clip, the main one first."""
+        return ("mp4", "gif") if self.format == "both" else (self.format,)
+
+    def latent_shape(self, vae: VaeConfig) -> tuple[int, int, int, int]:
+        """Frames, height, width, channels of one latent clip."""
+        return (
+            (self.frames - 1) // vae.temporal_compression_ratio + 1,
+            self.height // vae.spatial_compression_ratio,
+            self.width // vae.spatial_compression_ratio,
+            vae.latent_channels,
+        )
+
+
+def from_config(config: config_lib.Config, **given: Any) -> Settings:
+    """The recipe's settings of its evaluation, with those that are `given` and not None.
+
+    Raises:
+      ValueError: naming the flag, the value and what is allowed.
+    """
+    rollout, video = config.rollout, config.video
+    values = {
+        "sampler": "ode",
+        "steps": config.eval.num_steps,
+        "shift": rollout.shift,
+        "guidance": rollout.guidance,
+        "eta": rollout.eta,
+        "frames": video.frames,
+        "height": video.height,
+        "width": video.width,
+        "fps": video.fps,
+        "tiling": config.model.vae_tiling,
+        "last_step": rollout.last_step,
+        "guidance_mode": rollout.guidance_mode,
+    }
+    values |= {name: value for name, value in given.items() if value is not None}
+    if values["tiling"] == "auto":
+        larger = max(values["height"], values["width"]) > vae_tiling.TILE
+        values["tiling"] = "official" if larger else "off"
+    if values["sampler"] == "ode":
+        values["eta"] = 0.0  # so that equal videos have equal records
+    settings = Settings(**values)
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    for field, allowed in (
+        ("sampler", sde.KINDS),
+        ("tiling", TILINGS),
+        ("format", FORMATS),
+    ):
+        if (value := getattr(settings, field)) not in allowed:
+            raise ValueError(f"--{field}: got {value!r}; allowed: {', '.join(allowed)}")
+    highest_eta = 1.0 if settings.sampler == "cps" else 2.0
+    for field, low, high in (
+        ("steps", 1, 1000),
+        ("shift", 0.1, 20),
+        ("guidance", 0, math.inf),
+        ("eta", 0, highest_eta),
+        ("frames", 1, math.inf),
+        ("height", 1, math.inf),
+        ("width", 1, math.inf),
+    ):
+        value = getattr(settings, field)
+        # Written so that NaN and infinity fail.
+        if not (low <= value <= high and value < math.inf):
+            bounds = f"at least {low}" if high == math.inf else f"{low} to {high}"
+            raise ValueError(f"--{field}: got {value}; allowed: {bounds}")
+
+
+def check_clip(settings: Settings, vae: VaeConfig) -> None:
+    """Checks the size of the clips and of the tiles against the VAE.
+
+    Raises:
+      ValueError: naming the flag, the value and what is allowed.
+    """
+    temporal, spatial = vae.temporal_compression_ratio, vae.spatial_compression_ratio
+    if (settings.frames - 1) % temporal:
+        raise ValueError(
+            f"--frames: got {settings.frames}; allowed: 1 + a multiple of {temporal}, which the "
+            "VAE packs into one latent frame"
+        )
+    for field in ("height", "width"):
+        if (value := getattr(settings, field)) % spatial:
+            raise ValueError(f"--{field}: got {value}; allowed: a multiple of {spatial}")
+    if settings.tiling != "off":
+        try:
+            vae_tiling.check_tile(vae, vae_tiling.TILE, vae_tiling.OVERLAPS[settings.tiling])
+        except ValueError as error:
+            raise ValueError(f"--tiling: got {settings.tiling}; {error}") from error
+
+
+def parse_seeds(texts: list[str]) -> list[int]:
+    """The seeds of a comma-separated flag.
+
+    Raises:
+      ValueError: something that is not a whole number from 0 to 2³² - 1, twice the same, or none.
+    """
+    allowed = "allowed: whole numbers from 0 to 4294967295, each once"
+    if not texts or not all(text.strip().isdigit() for text in texts):
+        raise ValueError(f"--seeds: got {','.join(texts)!r}; {allowed}")
+    seeds = [int(text) for text in texts]
+    if len(set(seeds)) < len(seeds) or max(seeds) >= 2**32:
+        raise ValueError(f"--seeds: got {','.join(texts)!r}; {allowed}")
+    return seeds
