@@ -15,6 +15,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from sage_grpo_jax.parallel import hosts
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import checkpoint, evaluation, loop, metrics, setup
 from sage_grpo_jax.training import config as config_lib
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> None:
     del argv
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+    hosts.initialize()
     try:
         config = config_lib.from_config_dict(_CONFIG.value)
         found = evaluate(config, _CHECKPOINT.value, pathlib.Path(_OUT.value))

@@ -6,7 +6,6 @@
 What is not given comes from the recipe. The same command goes on where it was stopped.
 """
 
-import os
 import pathlib
 import sys
 
@@ -14,6 +13,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from sage_grpo_jax.parallel import hosts
 from sage_grpo_jax.sampling import policy, run
 from sage_grpo_jax.sampling import settings as settings_lib
 from sage_grpo_jax.training import config as config_lib
@@ -61,9 +61,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"unexpected arguments: {' '.join(argv[1:])}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    # Before any other use of JAX; a single process has nothing to join.
-    if jax.config.jax_platforms != "cpu" and _on_several_hosts():
-        jax.distributed.initialize()
+    hosts.initialize()
     try:
         request = run.Request(
             source=policy.Source(_WEIGHTS.value, _CHECKPOINT.value, _ADAPTERS.value),
@@ -83,12 +81,6 @@ def main(argv: list[str]) -> None:
         sys.exit(2)
     if jax.process_index() == 0:
         print(f"done: {made} videos; see {_OUT.value}")
-
-
-def _on_several_hosts() -> bool:
-    """Whether this is one of several hosts of a TPU slice or cluster."""
-    names = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return "," in names or "JAX_COORDINATOR_ADDRESS" in os.environ
 
 
 if __name__ == "__main__":

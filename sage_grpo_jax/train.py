@@ -9,10 +9,10 @@ on from the newest checkpoint.
 import pathlib
 import sys
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from sage_grpo_jax.parallel import hosts
 from sage_grpo_jax.rewards import types as reward_types
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import learner, loop, metrics
@@ -30,9 +30,7 @@ def main(argv: list[str]) -> None:
     # The libraries underneath tell every detail of each save; --verbosity=0 shows it.
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    # Before any other use of JAX; a single process has nothing to join.
-    if jax.config.jax_platforms != "cpu" and _on_several_hosts():
-        jax.distributed.initialize()
+    hosts.initialize()
     try:
         config = config_lib.from_config_dict(_CONFIG.value)
         metrics.log_versions()
@@ -52,14 +50,6 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
     if summary is not None:
         print(f"done: {summary['steps']} steps; see {_WORKDIR.value}")
-
-
-def _on_several_hosts() -> bool:
-    """Whether this is one of several hosts of a TPU slice or cluster."""
-    import os
-
-    names = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return "," in names or "JAX_COORDINATOR_ADDRESS" in os.environ
 
 
 if __name__ == "__main__":

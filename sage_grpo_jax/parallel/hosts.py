@@ -1,11 +1,23 @@
 """What several processes need: arrays from host data, host data from arrays, agreement."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+
+def initialize() -> None:
+    """Joins the other hosts of a TPU slice or cluster, where there are any.
+
+    To be called before any other use of JAX; a single process has nothing to join.
+    """
+    names = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    several = "," in names or "JAX_COORDINATOR_ADDRESS" in os.environ
+    if several and jax.config.jax_platforms != "cpu":
+        jax.distributed.initialize()
 
 
 def to_global(tree: Any, sharding: jax.sharding.Sharding) -> Any:

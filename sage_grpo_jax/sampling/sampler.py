@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sage_grpo_jax.flow import guidance, noise, rollout, schedules
-from sage_grpo_jax.models import hunyuan_video, vae, vae_tiling
+from sage_grpo_jax.models import frames, hunyuan_video, vae
 from sage_grpo_jax.parallel import hosts, sharding
 from sage_grpo_jax.sampling.settings import Settings
 from sage_grpo_jax.training import conditions
@@ -83,7 +82,7 @@ class Sampler:
             static_argnames="size",
             out_shardings=self._rows,
         )
-        self._finite = jax.jit(_finite_samples, out_shardings=sharding.replicated(mesh))
+        self._finite = jax.jit(frames.finite_samples, out_shardings=sharding.replicated(mesh))
 
     def sample(
         self,
@@ -162,15 +161,8 @@ def make_decode(vae_config: vae.VaeConfig, settings: Settings, precision: str):
     """
 
     def decode(vae_params, latents, piece, size):
-        chunk = latents.reshape(size, -1, *latents.shape[1:])[:, piece] / vae_config.scaling_factor
-        with jax.default_matmul_precision(precision):
-            if settings.tiling == "off":
-                videos = vae.decode(vae_params, chunk, vae_config)
-            else:
-                overlap = vae_tiling.OVERLAPS[settings.tiling]
-                videos = vae_tiling.decode_tiled(vae_params, chunk, vae_config, overlap=overlap)
-        pixels = jnp.clip(jnp.nan_to_num(videos) * 127.5 + 127.5, 0, 255)
-        return jnp.round(pixels).astype(jnp.uint8)
+        chunk = latents.reshape(size, -1, *latents.shape[1:])[:, piece]
+        return frames.decode_frames(vae_params, chunk, vae_config, settings.tiling, precision)
 
     return decode
 
@@ -188,7 +180,3 @@ def key_data(seeds: Sequence[int], ids: Sequence[str]) -> np.ndarray:
         rows = np.asarray(seeds) == seed
         out[rows] = np.asarray(jax.random.key_data(keys))[rows]
     return out
-
-
-def _finite_samples(latents: jax.Array) -> jax.Array:
-    return jnp.isfinite(latents).all(axis=tuple(range(1, latents.ndim)))

@@ -5,7 +5,6 @@ them. They are also what the TPU compile checks lower.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import optax
 
 from sage_grpo_jax.flow import noise, schedules
 from sage_grpo_jax.flow import rollout as rollout_lib
-from sage_grpo_jax.models import vae, vae_tiling
+from sage_grpo_jax.models import frames
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training import update as update_lib
@@ -92,34 +91,15 @@ def make_decode(recipe: Recipe):
 
     Piece p holds the samples `p + (B/decode_batch)·row`, see `update.split_batch`.
     """
-
-    tiling = recipe.config.model.vae_tiling
-    if tiling == "off":
-        decode_latents = functools.partial(vae.decode, config=recipe.vae)
-    else:
-        overlap = vae_tiling.OVERLAPS[tiling]
-        decode_latents = functools.partial(
-            vae_tiling.decode_tiled, config=recipe.vae, overlap=overlap
-        )
+    model = recipe.config.model
 
     def decode(vae_params, latents, piece, size):
         chunk = update_lib.split_batch(latents, size)[piece]
-        with jax.default_matmul_precision(recipe.config.model.matmul_precision):
-            videos = decode_latents(vae_params, chunk / recipe.vae.scaling_factor)
-        return to_uint8(videos)
+        return frames.decode_frames(
+            vae_params, chunk, recipe.vae, model.vae_tiling, model.matmul_precision
+        )
 
     return decode
-
-
-def finite_samples(latents: jax.Array) -> jax.Array:
-    """Which samples [B, ...] hold neither NaN nor infinity; bool [B]."""
-    return jnp.isfinite(latents).all(axis=tuple(range(1, latents.ndim)))
-
-
-def to_uint8(videos: jax.Array) -> jax.Array:
-    """[-1, 1] float -> 0..255, rounded; NaN becomes 0 (`finite_samples` finds such samples)."""
-    pixels = jnp.clip(videos * 127.5 + 127.5, 0, 255)
-    return jnp.round(jnp.nan_to_num(pixels)).astype(jnp.uint8)
 
 
 def build(
@@ -177,7 +157,7 @@ def build(
             static_argnames="size",
             out_shardings=rows,
         ),
-        finite=jax.jit(finite_samples, out_shardings=whole),
+        finite=jax.jit(frames.finite_samples, out_shardings=whole),
         update=UpdatePrograms(plain, with_means),
         replay=jax.jit(
             update_lib.make_replay(recipe),

@@ -11,7 +11,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from sage_grpo_jax import weights
 from sage_grpo_jax.flow import noise
-from sage_grpo_jax.models.vae import VaeConfig
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.sampling import sampler as sampler_lib
 from sage_grpo_jax.sampling.settings import Settings
@@ -200,19 +199,6 @@ def test_any_mesh_gives_the_same_stochastic_samples(reference):
     # Noise comes in on the way.
     ode = dataclasses.replace(settings, sampler="ode")
     assert np.abs(_latents(reference, ode, batch, negative) - whole).max() > 0.1
-
-
-@pytest.mark.parametrize(("tiling", "overlap"), [("official", 0.125), ("diffusers", 0.25)])
-def test_tiling_chooses_the_overlap(monkeypatch, tiling, overlap):
-    def decode(params, latents, config, *, overlap):
-        return jnp.full(latents.shape, overlap) * params
-
-    monkeypatch.setattr(sampler_lib.vae_tiling, "decode_tiled", decode)
-    settings = dataclasses.replace(SETTINGS, tiling=tiling)
-    program = sampler_lib.make_decode(VaeConfig(), settings, "highest")
-    frames = program(2.0, jnp.zeros((3, 1, 1, 1, 3)), 0, 1)
-    assert frames.dtype == jnp.uint8
-    np.testing.assert_array_equal(frames, np.round(2 * overlap * 127.5 + 127.5))
 
 
 def test_keys_depend_on_seed_and_prompt_alone():
