@@ -1,5 +1,6 @@
-"""Loading and saving weights in the layouts of other codebases."""
+"""Weights in the layouts of other codebases, in orbax checkpoints, and as adapters."""
 
-from sage_grpo_jax.weights.diffusers import load, load_config, save
+from sage_grpo_jax.weights.adapters import load_adapters, save_adapters
+from sage_grpo_jax.weights.store import load, load_config, save
 
-__all__ = ["load", "load_config", "save"]
+__all__ = ["load", "load_adapters", "load_config", "save", "save_adapters"]

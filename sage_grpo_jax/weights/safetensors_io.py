@@ -1,121 +1,278 @@
-"""Reading and writing safetensors, one tensor at a time.
+"""The safetensors format: reading headers, and writing files or shards tensor by tensor.
 
-Reading is memory-mapped and by slices: a host touches only the parts that it holds. Writing
-streams: no more than one parameter is in host memory beside the device arrays.
+Format: u64 little-endian length of the header, the header (JSON), then the raw data end to end.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
-from typing import BinaryIO
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors
 
-_DTYPE_NAMES = {
-    np.dtype(np.float64): "F64",
-    np.dtype(np.float32): "F32",
-    np.dtype(np.float16): "F16",
-    np.dtype(ml_dtypes.bfloat16): "BF16",
+from sage_grpo_jax.weights.stored_tensor import File, StoredTensor
+
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
 }
-_INDEX_SUFFIX = ".safetensors.index.json"
+_WRITTEN = {dtype: name for name, dtype in _DTYPES.items() if name in ("F32", "F16", "BF16", "F64")}
+_MAX_HEADER = 100_000_000  # the format's own limit
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-class Reader:
-    """The tensors of a checkpoint: a single file, or a folder with one file or shards and an index.
-
-    Attributes:
-      shapes: shape of every tensor, by name, from the file headers.
+def read_file(path: pathlib.Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of one file, and its metadata.
 
     Raises:
-      ValueError: no or ambiguous files, a damaged file, an index that does not fit its files.
+      ValueError: a truncated file, a damaged header, unknown dtypes.
     """
-
-    def __init__(self, path: str | os.PathLike):
-        self._where = {}
-        for handle in map(_open, _find_files(pathlib.Path(path))):
-            for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
-                if name in self._where:
-                    raise ValueError(f"tensor {name} is in two files of {path}")
-                self._where[name] = handle
-        self.shapes = {
-            name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._where.items()
-        }
-
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A slice of a tensor, in the dtype of the file."""
-        return self._where[name].get_slice(name)[index]
-
-
-def write(path: pathlib.Path, shapes: Mapping[str, tuple], dtype: np.dtype, tensors: Iterable):
-    """Writes one file; `tensors` yields (name, array) in the order of `shapes`.
-
-    Not atomic: write under a temporary name and rename.
-    """
-    dtype = np.dtype(dtype)
-    if dtype not in _DTYPE_NAMES:
-        raise ValueError(f"dtype={dtype}: must be one of {[str(d) for d in _DTYPE_NAMES]}")
-    with open(path, "wb") as file:
-        _write_header(file, shapes, dtype)
-        expected = iter(shapes.items())
-        for name, array in tensors:
-            if (name, tuple(array.shape)) != next(expected, None):
-                raise ValueError(f"tensor {name} {array.shape} is not the next one of the header")
-            file.write(np.ascontiguousarray(array, dtype).tobytes())
-        if (left := next(expected, None)) is not None:
-            raise ValueError(f"tensor {left[0]} of the header was not given")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_header(file: BinaryIO, shapes: Mapping[str, tuple], dtype: np.dtype) -> None:
-    # Format: u64 little-endian header length, JSON header, then the raw data end to end.
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        end = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        header[name] = {
-            "dtype": _DTYPE_NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # data starts aligned
-    file.write(len(text).to_bytes(8, "little") + text)
-
-
-def _open(file: pathlib.Path):
     try:
-        return safetensors.safe_open(file, framework="numpy")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+        return _read_file(path)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _read_file(path: pathlib.Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    file = File(path)
+    length = int.from_bytes(file.read(8, 0), "little") if file.size >= 8 else None
+    if length is None or length > min(file.size - 8, _MAX_HEADER):
+        raise ValueError(f"the header is cut off or not one (file of {file.size} bytes)")
+    try:
+        header = json.loads(file.read(length, 8))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"the header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise ValueError("the header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    tensors, ends = {}, [0]
+    for name, entry in sorted(header.items(), key=lambda item: _offsets(*item)):
+        start, end = _offsets(name, entry)
+        tensor = _tensor(file, 8 + length + start, name, entry)
+        size = int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize
+        if start != ends[-1] or end - start != size:
+            raise ValueError(f"the header is damaged: tensor {name}: bytes {start} to {end}")
+        tensors[name] = tensor
+        ends.append(end)
+    if 8 + length + ends[-1] != file.size:
+        raise ValueError(
+            f"the file has {file.size} bytes, its header tells of {8 + length + ends[-1]}"
+        )
+    return tensors, metadata
+
+
+def _offsets(name: str, entry: Any) -> tuple[int, int]:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not _naturals(offsets) or len(offsets) != 2:
+        raise ValueError(f"the header is damaged: tensor {name}: data_offsets {offsets}")
+    return tuple(offsets)
+
+
+def _tensor(file: File, offset: int, name: str, entry: dict[str, Any]) -> StoredTensor:
+    shape, dtype = entry.get("shape"), entry.get("dtype")
+    if not _naturals(shape):
+        raise ValueError(f"the header is damaged: tensor {name}: shape {shape}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"tensor {name}: dtype {dtype}: must be one of {list(_DTYPES)}")
+    return StoredTensor(file, offset, _DTYPES[dtype], tuple(shape))
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+def read_files(path: pathlib.Path) -> dict[str, StoredTensor]:
+    """The tensors of a file, or of a folder with one file or with shards and their index.
+
+    Raises:
+      ValueError: no or ambiguous files, damaged files, an index that does not fit its files.
+    """
+    tensors = {}
+    for file in _find_files(path):
+        for name, tensor in read_file(file)[0].items():
+            if name in tensors:
+                raise ValueError(f"tensor {name} is in two files of {path}")
+            tensors[name] = tensor
+    return tensors
 
 
 def _find_files(path: pathlib.Path) -> list[pathlib.Path]:
     if path.is_file():
-        return [path]
+        return _files_of_index(path) if path.name.endswith(INDEX_SUFFIX) else [path]
     if not path.is_dir():
         raise ValueError(f"path={path}: neither a folder nor a file")
-    indices = sorted(path.glob(f"*{_INDEX_SUFFIX}"))
-    files = sorted(path.glob("*.safetensors"))
+    indices = sorted(path.glob(f"*{INDEX_SUFFIX}"))
+    files = sorted(path.glob(f"*{SUFFIX}"))
     if len(indices) == 1:
         return _files_of_index(indices[0])
     if indices or len(files) != 1:
         names = [file.name for file in indices or files]
         raise ValueError(
-            f"path={path}: must hold one *.safetensors file or one *{_INDEX_SUFFIX}, has {names}"
+            f"path={path}: must hold one *{SUFFIX} file or one *{INDEX_SUFFIX}, has {names}"
         )
     return files
 
 
 def _files_of_index(index: pathlib.Path) -> list[pathlib.Path]:
-    weight_map = json.loads(index.read_text())["weight_map"]
-    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index}: no index of shards: {error!r}") from error
+    files = [index.parent / name for name in names]
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise ValueError(f"{index} names files that are not there: {absent}")
     return files
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "10GB" (decimal) or "10GiB".
+
+    Raises:
+      ValueError: another form.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)", text.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) <= 0:
+        raise ValueError(f"max_shard_size={text!r}: must be a size such as 10GB or 500MB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a tensor goes: an open file, the offset of its data, its shape."""
+
+    descriptor: int
+    offset: int
+    shape: tuple[int, ...]
+
+
+class Writer:
+    """Writes tensors of known shapes into a folder, in any order and in pieces.
+
+    The files have diffusers' names: STEM.safetensors or, where they would exceed `max_shard_size`,
+    STEM-00001-of-0000N.safetensors and an index. Not atomic: write into a temporary folder.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        stem: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: np.dtype,
+        max_shard_size: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ):
+        """
+        Args:
+          folder: an existing folder.
+          stem: of the file names.
+          shapes: of all tensors, by name; decides their order.
+          dtype: float32, float16, bfloat16 or float64.
+          max_shard_size: bytes of data in a file; None: one file. A larger tensor has its own file.
+          metadata: goes into the headers.
+        """
+        self._dtype = np.dtype(dtype)
+        if self._dtype not in _WRITTEN:
+            raise ValueError(f"dtype={dtype}: must be one of {[str(d) for d in _WRITTEN]}")
+        self._missing = Counter({name: self._bytes(shape) for name, shape in shapes.items()})
+        shards = _split(self._missing, max_shard_size)
+        names = [f"{stem}{SUFFIX}"]
+        if len(shards) > 1:
+            names = [
+                f"{stem}-{i:05}-of-{len(shards):05}{SUFFIX}" for i in range(1, len(shards) + 1)
+            ]
+            _write_index(folder / f"{stem}{INDEX_SUFFIX}", dict(zip(names, shards, strict=True)))
+        self._places: dict[str, _Place] = {}
+        self._descriptors = []
+        for name, shard in zip(names, shards, strict=True):
+            given = {tensor: shapes[tensor] for tensor in shard}
+            self._start(folder / name, given, {"format": "pt", **(metadata or {})})
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        for descriptor in self._descriptors:
+            if kind is None:
+                os.fsync(descriptor)
+            os.close(descriptor)
+        left = sorted(name for name, count in self._missing.items() if count)
+        if kind is None and left:
+            raise ValueError(f"tensors not written, or not exactly once: {left}")
+
+    def write(self, name: str, values: np.ndarray, first_row: int = 0) -> int:
+        """Writes a tensor, or the rows of its first axis from `first_row` on; returns the bytes."""
+        place = self._places[name]
+        data = np.ascontiguousarray(values, self._dtype)
+        if data.shape[1:] != place.shape[1:]:
+            raise ValueError(f"tensor {name}: {data.shape} does not fit {place.shape}")
+        left = memoryview(data.reshape(-1).view(np.uint8))
+        offset = place.offset + first_row * self._bytes(place.shape[1:])
+        self._missing[name] -= len(left)
+        while len(left):
+            count = os.pwrite(place.descriptor, left[: 1 << 30], offset)
+            left, offset = left[count:], offset + count
+        return data.nbytes
+
+    def _start(self, path: pathlib.Path, shapes: dict, metadata: Mapping[str, str]) -> None:
+        header, offset = {"__metadata__": dict(metadata)}, 0
+        for name, shape in shapes.items():
+            end = offset + self._bytes(shape)
+            header[name] = {
+                "dtype": _WRITTEN[self._dtype],
+                "shape": list(shape),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # data starts aligned
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._descriptors.append(descriptor)
+        os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        os.ftruncate(descriptor, 8 + len(text) + offset)
+        for name, shape in shapes.items():
+            start = 8 + len(text) + header[name]["data_offsets"][0]
+            self._places[name] = _Place(descriptor, start, tuple(shape))
+
+    def _bytes(self, shape: tuple[int, ...]) -> int:
+        return int(np.prod(shape, dtype=np.int64)) * self._dtype.itemsize
+
+
+def _split(sizes: Mapping[str, int], limit: int | None) -> list[dict[str, int]]:
+    """Tensors in order, as many in a shard as fit."""
+    shards = [{}]
+    for name, size in sizes.items():
+        if limit is not None and shards[-1] and sum(shards[-1].values()) + size > limit:
+            shards.append({})
+        shards[-1][name] = size
+    return shards
+
+
+def _write_index(path: pathlib.Path, shards: Mapping[str, Mapping[str, int]]) -> None:
+    index = {
+        "metadata": {"total_size": sum(sum(shard.values()) for shard in shards.values())},
+        "weight_map": {tensor: file for file, shard in shards.items() for tensor in shard},
+    }
+    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -1,10 +1,17 @@
-"""Key table of the DiT in diffusers' layout (`HunyuanVideo15Transformer3DModel`)."""
+"""Key tables of the DiT: diffusers' `HunyuanVideo15Transformer3DModel` and Tencent's own layout.
+
+Tencent's layout: `hyvideo/models/transformers/hunyuanvideo_1_5_transformer.py`. Beside names it
+differs from diffusers' in two places: the refiner's query, key and value are one tensor, and the
+final modulation has shift before scale.
+"""
+
+from __future__ import annotations
 
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.weights.key_table import Row, linear, norm, with_bias
 
 # Ours -> theirs within one double-stream block, per stream.
-_BLOCK = {
+_BLOCK_DIFFUSERS = {
     "image": {
         "modulation/linear": "norm1.linear",
         "query": "attn.to_q",
@@ -24,11 +31,27 @@ _BLOCK = {
         "mlp/out": "ff_context.net.2",
     },
 }
-_BLOCK_NORMS = {
+_BLOCK_NORMS_DIFFUSERS = {
     "image": {"query_norm": "attn.norm_q", "key_norm": "attn.norm_k"},
     "text": {"query_norm": "attn.norm_added_q", "key_norm": "attn.norm_added_k"},
 }
-_REFINER_BLOCK = {
+_BLOCK_TENCENT = {
+    stream: {
+        "modulation/linear": f"{short}_mod.linear",
+        "query": f"{short}_attn_q",
+        "key": f"{short}_attn_k",
+        "value": f"{short}_attn_v",
+        "proj": f"{short}_attn_proj",
+        "mlp/in": f"{short}_mlp.fc1",
+        "mlp/out": f"{short}_mlp.fc2",
+    }
+    for stream, short in (("image", "img"), ("text", "txt"))
+}
+_BLOCK_NORMS_TENCENT = {
+    stream: {"query_norm": f"{short}_attn_q_norm", "key_norm": f"{short}_attn_k_norm"}
+    for stream, short in (("image", "img"), ("text", "txt"))
+}
+_REFINER_BLOCK_DIFFUSERS = {
     "query": "attn.to_q",
     "key": "attn.to_k",
     "value": "attn.to_v",
@@ -36,6 +59,12 @@ _REFINER_BLOCK = {
     "mlp/in": "ff.net.0.proj",
     "mlp/out": "ff.net.2",
     "gates/linear": "norm_out.linear",
+}
+_REFINER_BLOCK_TENCENT = {
+    "proj": "self_attn_proj",
+    "mlp/in": "mlp.fc1",
+    "mlp/out": "mlp.fc2",
+    "gates/linear": "adaLN_modulation.1",
 }
 
 
@@ -46,7 +75,7 @@ def diffusers_rows(config: HunyuanVideoConfig) -> list[Row]:
     if config.use_meanflow:
         rows += _two_layers(("time_embed_r",), "time_embed.timestep_embedder_r")
     rows.append(Row(("cond_type_embed",), "cond_type_embed.weight", "embedding"))
-    rows += _refiner_rows(config.num_refiner_layers)
+    rows += _diffusers_refiner_rows(config.num_refiner_layers)
     if config.text_embed_2_dim is not None:
         rows += norm(("byt5_embed", "norm"), "context_embedder_2.norm")
         for i, ours in enumerate(("in", "mid", "out"), start=1):
@@ -55,38 +84,92 @@ def diffusers_rows(config: HunyuanVideoConfig) -> list[Row]:
         rows += _two_layers(("image_embed",), "image_embedder")
         for name in ("norm_in", "norm_out"):
             rows += norm(("image_embed", name), f"image_embedder.{name}")
-    rows += _block_rows(config.num_layers)
+    rows += _block_rows(
+        "transformer_blocks.{i}", _BLOCK_DIFFUSERS, _BLOCK_NORMS_DIFFUSERS, config.num_layers
+    )
     rows += linear(("final", "modulation", "linear"), "norm_out.linear")
     rows += linear(("final", "proj"), "proj_out")
     return rows
 
 
-def _refiner_rows(num_layers: int) -> list[Row]:
+def tencent_rows(config: HunyuanVideoConfig) -> list[Row]:
+    """The same for Tencent's layout."""
+    rows = with_bias(("patch_embed",), "img_in.proj", "conv3d")
+    rows += _two_layers(("time_embed",), "time_in", ("mlp.0", "mlp.2"))
+    if config.use_meanflow:
+        rows += _two_layers(("time_embed_r",), "time_r_in", ("mlp.0", "mlp.2"))
+    rows.append(Row(("cond_type_embed",), "cond_type_embedding.weight", "embedding"))
+    rows += _tencent_refiner_rows(config.num_refiner_layers)
+    if config.text_embed_2_dim is not None:
+        rows += norm(("byt5_embed", "norm"), "byt5_in.layernorm")
+        for i, ours in enumerate(("in", "mid", "out"), start=1):
+            rows += linear(("byt5_embed", ours), f"byt5_in.fc{i}")
+    if config.image_embed_dim is not None:
+        rows += norm(("image_embed", "norm_in"), "vision_in.proj.0")
+        rows += _two_layers(("image_embed",), "vision_in", ("proj.1", "proj.3"))
+        rows += norm(("image_embed", "norm_out"), "vision_in.proj.4")
+    rows += _block_rows(
+        "double_blocks.{i}", _BLOCK_TENCENT, _BLOCK_NORMS_TENCENT, config.num_layers
+    )
+    final, theirs = ("final", "modulation", "linear"), "final_layer.adaLN_modulation.1"
+    rows.append(Row((*final, "kernel"), f"{theirs}.weight", "linear", swapped=True))
+    rows.append(Row((*final, "bias"), f"{theirs}.bias", "vector", swapped=True))
+    rows += linear(("final", "proj"), "final_layer.linear")
+    return rows
+
+
+def _diffusers_refiner_rows(num_layers: int) -> list[Row]:
     rows = linear(("text_refiner", "proj_in"), "context_embedder.proj_in")
     embed = "context_embedder.time_text_embed"
     rows += _two_layers(("text_refiner", "time_embed"), f"{embed}.timestep_embedder")
     rows += _two_layers(("text_refiner", "pooled_embed"), f"{embed}.text_embedder")
-    ours, theirs = ("text_refiner", "blocks"), "context_embedder.token_refiner.refiner_blocks.{i}"
+    theirs = "context_embedder.token_refiner.refiner_blocks.{i}"
+    return rows + _refiner_block_rows(theirs, _REFINER_BLOCK_DIFFUSERS, num_layers)
+
+
+def _tencent_refiner_rows(num_layers: int) -> list[Row]:
+    rows = linear(("text_refiner", "proj_in"), "txt_in.input_embedder")
+    rows += _two_layers(("text_refiner", "time_embed"), "txt_in.t_embedder", ("mlp.0", "mlp.2"))
+    rows += _two_layers(("text_refiner", "pooled_embed"), "txt_in.c_embedder")
+    theirs = "txt_in.individual_token_refiner.blocks.{i}"
+    rows += _refiner_block_rows(theirs, _REFINER_BLOCK_TENCENT, num_layers)
+    fused = f"{theirs}.self_attn_qkv"
+    for k, name in enumerate(("query", "key", "value")):
+        ours, part = ("text_refiner", "blocks", name), (k, 3)
+        rows.append(Row((*ours, "kernel"), f"{fused}.weight", "linear", num_layers, part))
+        rows.append(Row((*ours, "bias"), f"{fused}.bias", "vector", num_layers, part))
+    return rows
+
+
+def _refiner_block_rows(theirs: str, layers: dict[str, str], num_layers: int) -> list[Row]:
+    rows, ours = [], ("text_refiner", "blocks")
     for name in ("norm1", "norm2"):
         rows += norm((*ours, name), f"{theirs}.{name}", num_layers)
-    for name, other in _REFINER_BLOCK.items():
+    for name, other in layers.items():
         rows += linear((*ours, *name.split("/")), f"{theirs}.{other}", num_layers)
     return rows
 
 
-def _block_rows(num_layers: int) -> list[Row]:
-    rows, theirs = [], "transformer_blocks.{i}"
-    for stream, layers in _BLOCK.items():
-        for name, other in layers.items():
+def _block_rows(
+    theirs: str,
+    layers: dict[str, dict[str, str]],
+    norms: dict[str, dict[str, str]],
+    num_layers: int,
+) -> list[Row]:
+    rows = []
+    for stream in layers:
+        for name, other in layers[stream].items():
             ours = ("blocks", stream, *name.split("/"))
             rows += linear(ours, f"{theirs}.{other}", num_layers)
-        for name, other in _BLOCK_NORMS[stream].items():
+        for name, other in norms[stream].items():
             ours = ("blocks", stream, name, "scale")
             rows.append(Row(ours, f"{theirs}.{other}.weight", "vector", num_layers))
     return rows
 
 
-def _two_layers(ours: tuple[str, ...], theirs: str) -> list[Row]:
-    return linear((*ours, "in"), f"{theirs}.linear_1") + linear(
-        (*ours, "out"), f"{theirs}.linear_2"
+def _two_layers(
+    ours: tuple[str, ...], theirs: str, names: tuple[str, str] = ("linear_1", "linear_2")
+) -> list[Row]:
+    return linear((*ours, "in"), f"{theirs}.{names[0]}") + linear(
+        (*ours, "out"), f"{theirs}.{names[1]}"
     )

@@ -1,16 +1,79 @@
-"""Key table of the VAE: diffusers' `AutoencoderKLHunyuanVideo15` <-> `models/vae.py`."""
+"""Key tables of the VAE: diffusers' `AutoencoderKLHunyuanVideo15` and Tencent's own layout.
+
+Tencent's layout: `hyvideo/models/autoencoders/hunyuanvideo_15_vae.py`. Only names differ.
+"""
 
 from __future__ import annotations
+
+import dataclasses
 
 from sage_grpo_jax.models.vae import VaeConfig
 from sage_grpo_jax.weights.key_table import Row, with_bias
 
 
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """Names of modules; {l} is a level, {j} a resnet.
+
+    Attributes:
+      down, up: a level of the encoder, of the decoder.
+      resnet: a resnet within a level.
+      downsample, upsample: the convolution at the end of a level.
+      mid: a resnet of the middle block, by index.
+      attention: the attention of the middle block.
+      projections: its query, key, value and output projections.
+      shortcut: the convolution beside a resnet that changes the width.
+    """
+
+    down: str
+    up: str
+    resnet: str
+    downsample: str
+    upsample: str
+    mid: tuple[str, str]
+    attention: str
+    projections: tuple[str, str, str, str]
+    shortcut: str
+
+
+DIFFUSERS = Names(
+    down="encoder.down_blocks.{l}",
+    up="decoder.up_blocks.{l}",
+    resnet="resnets.{j}",
+    downsample="downsamplers.0.conv",
+    upsample="upsamplers.0.conv",
+    mid=("mid_block.resnets.0", "mid_block.resnets.1"),
+    attention="mid_block.attentions.0",
+    projections=("to_q", "to_k", "to_v", "proj_out"),
+    shortcut="conv_shortcut",
+)
+TENCENT = Names(
+    down="encoder.down.{l}",
+    up="decoder.up.{l}",
+    resnet="block.{j}",
+    downsample="downsample.conv",
+    upsample="upsample.conv",
+    mid=("mid.block_1", "mid.block_2"),
+    attention="mid.attn_1",
+    projections=("q", "k", "v", "proj_out"),
+    shortcut="nin_shortcut",
+)
+
+
 def diffusers_rows(config: VaeConfig) -> list[Row]:
     """One row for each parameter of the VAE with this config."""
-    rows = _ends("encoder") + _ends("decoder")
+    return _rows(config, DIFFUSERS)
+
+
+def tencent_rows(config: VaeConfig) -> list[Row]:
+    """The same for Tencent's layout."""
+    return _rows(config, TENCENT)
+
+
+def _rows(config: VaeConfig, names: Names) -> list[Row]:
+    rows = _ends("encoder", names) + _ends("decoder", names)
     for level in range(len(config.block_out_channels)):
-        rows += _down_block(config, level) + _up_block(config, level)
+        rows += _down_block(config, level, names) + _up_block(config, level, names)
     return rows
 
 
@@ -22,52 +85,51 @@ def _norm(ours: tuple[str, ...], theirs: str) -> list[Row]:
     return [Row((*ours, "scale"), f"{theirs}.gamma", "scale3d")]
 
 
-def _ends(part: str) -> list[Row]:
+def _ends(part: str, names: Names) -> list[Row]:
     """Rows that encoder and decoder have in common: first and last convolution, mid block."""
     mid = (part, "mid")
     rows = _conv((part, "conv_in"), f"{part}.conv_in") + _conv(
         (part, "conv_out"), f"{part}.conv_out"
     )
     rows += _norm((part, "norm_out"), f"{part}.norm_out")
-    for i in range(2):
-        rows += _resnet((*mid, f"resnet_{i}"), f"{part}.mid_block.resnets.{i}", shortcut=False)
-    attention = f"{part}.mid_block.attentions.0"
+    for i, theirs in enumerate(names.mid):
+        rows += _resnet((*mid, f"resnet_{i}"), f"{part}.{theirs}")
+    attention = f"{part}.{names.attention}"
     rows += _norm((*mid, "attention", "norm"), f"{attention}.norm")
-    names = {"query": "to_q", "key": "to_k", "value": "to_v", "out": "proj_out"}
-    for ours, theirs in names.items():
+    for ours, theirs in zip(("query", "key", "value", "out"), names.projections, strict=True):
         rows += with_bias((*mid, "attention", ours), f"{attention}.{theirs}", "pointwise3d")
     return rows
 
 
-def _resnet(ours: tuple[str, ...], theirs: str, shortcut: bool) -> list[Row]:
+def _resnet(ours: tuple[str, ...], theirs: str, shortcut: str | None = None) -> list[Row]:
     rows = []
     for i in (1, 2):
         rows += _norm((*ours, f"norm{i}"), f"{theirs}.norm{i}")
         rows += _conv((*ours, f"conv{i}"), f"{theirs}.conv{i}")
-    if shortcut:
-        rows += with_bias((*ours, "shortcut"), f"{theirs}.conv_shortcut", "pointwise3d")
+    if shortcut is not None:
+        rows += with_bias((*ours, "shortcut"), f"{theirs}.{shortcut}", "pointwise3d")
     return rows
 
 
-def _down_block(config: VaeConfig, level: int) -> list[Row]:
-    ours, theirs = ("encoder", f"down_{level}"), f"encoder.down_blocks.{level}"
-    entering = config.encoder_input_width(level)
+def _down_block(config: VaeConfig, level: int, names: Names) -> list[Row]:
+    ours, theirs = ("encoder", f"down_{level}"), names.down.format(l=level)
+    changes = config.encoder_input_width(level) != config.block_out_channels[level]
     rows = []
     for i in range(config.layers_per_block):
-        shortcut = i == 0 and entering != config.block_out_channels[level]
-        rows += _resnet((*ours, f"resnet_{i}"), f"{theirs}.resnets.{i}", shortcut)
+        shortcut = names.shortcut if i == 0 and changes else None
+        rows += _resnet((*ours, f"resnet_{i}"), f"{theirs}.{names.resnet.format(j=i)}", shortcut)
     if level < config.spatial_steps:
-        rows += _conv((*ours, "downsample", "conv"), f"{theirs}.downsamplers.0.conv")
+        rows += _conv((*ours, "downsample", "conv"), f"{theirs}.{names.downsample}")
     return rows
 
 
-def _up_block(config: VaeConfig, level: int) -> list[Row]:
-    ours, theirs = ("decoder", f"up_{level}"), f"decoder.up_blocks.{level}"
-    entering = config.decoder_input_width(level)
+def _up_block(config: VaeConfig, level: int, names: Names) -> list[Row]:
+    ours, theirs = ("decoder", f"up_{level}"), names.up.format(l=level)
+    changes = config.decoder_input_width(level) != config.block_out_channels[::-1][level]
     rows = []
     for i in range(config.layers_per_block + 1):
-        shortcut = i == 0 and entering != config.block_out_channels[::-1][level]
-        rows += _resnet((*ours, f"resnet_{i}"), f"{theirs}.resnets.{i}", shortcut)
+        shortcut = names.shortcut if i == 0 and changes else None
+        rows += _resnet((*ours, f"resnet_{i}"), f"{theirs}.{names.resnet.format(j=i)}", shortcut)
     if level < config.spatial_steps:
-        rows += _conv((*ours, "upsample", "conv"), f"{theirs}.upsamplers.0.conv")
+        rows += _conv((*ours, "upsample", "conv"), f"{theirs}.{names.upsample}")
     return rows

@@ -88,3 +88,55 @@ def test_bad_rows():
         Row(("a",), "a", "matrix")
     with pytest.raises(ValueError, match="stacked=None"):
         Row(("a",), "layers.{i}.a", "vector")
+
+
+FUSED = [Row(("blocks", name, "kernel"), "l.{i}.qkv", "linear", 2, (k, 3)) for k, name in
+         enumerate(("query", "key", "value"))]  # fmt: skip
+FUSED_PARAMETERS = {row.ours: (2, 3, 4) for row in FUSED}
+FUSED_TENSORS = {"l.0.qkv": (12, 3), "l.1.qkv": (12, 3)}
+
+
+def test_fused_tensors_are_used_once_by_all_of_their_parts():
+    key_table.check_tensors(FUSED, FUSED_PARAMETERS, FUSED_TENSORS)
+    with pytest.raises(ValueError, match=r"only the parts \[\(0, 3\), \(1, 3\)\] of l\.0\.qkv"):
+        key_table.check_tensors(FUSED[:2], FUSED_PARAMETERS, FUSED_TENSORS)
+    with pytest.raises(ValueError, match=r"named twice: l\.0\.qkv, l\.1\.qkv"):
+        key_table.check_tensors([*FUSED, FUSED[1]], FUSED_PARAMETERS, FUSED_TENSORS)
+    with pytest.raises(ValueError, match=r"l\.1\.qkv: \(4, 3\) instead of \(12, 3\)"):
+        key_table.check_tensors(FUSED, FUSED_PARAMETERS, FUSED_TENSORS | {"l.1.qkv": (4, 3)})
+
+
+def test_parts_and_swapped_halves_by_slices():
+    fused = np.arange(36).reshape(12, 3)
+    for row, want in zip(FUSED, np.split(fused, 3), strict=True):
+        for here in ((slice(0, 3), slice(0, 4)), (slice(1, 2), slice(2, 4))):
+            there = row.index_there(here, (3, 4))
+            np.testing.assert_array_equal(row.to_ours(fused[there], here), want.T[here])
+        offset, values = row.to_theirs(np.ascontiguousarray(want.T))
+        np.testing.assert_array_equal(fused[offset : offset + 4], values)
+    row, vector = Row(("b",), "b", "vector", swapped=True), np.arange(6)
+    for here in ((slice(0, 6),), (slice(2, 4),)):
+        found = row.to_ours(vector[row.index_there(here, (6,))], here)
+        np.testing.assert_array_equal(found, np.array([3, 4, 5, 0, 1, 2])[here])
+    offset, values = row.to_theirs(np.array([3, 4, 5, 0, 1, 2]))
+    np.testing.assert_array_equal(values, vector)
+    assert offset == 0
+
+
+def test_bad_parts():
+    with pytest.raises(ValueError, match=r"part=\(3, 3\)"):
+        Row(("a",), "a", "vector", part=(3, 3))
+    with pytest.raises(ValueError, match="swapped=True"):
+        Row(("a",), "a", "vector", part=(0, 2), swapped=True)
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 200), (200, 3), (130, 129), (1, 70, 65), (2, 3, 70, 5), (7,)]
+)
+def test_contiguous_copies_of_transposed_arrays(shape):
+    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    for view in (values, values.T, np.swapaxes(values, -1, -min(2, values.ndim)), values[..., ::2]):
+        found = key_table.contiguous(view, np.dtype(np.float64))
+        assert found.flags.c_contiguous
+        assert found.dtype == np.float64
+        np.testing.assert_array_equal(found, view)

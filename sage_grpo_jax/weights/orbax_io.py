@@ -1,0 +1,264 @@
+"""Parameter trees as orbax checkpoints, written and read one layer at a time.
+
+Orbax itself takes whole arrays, and holds up to two copies of them while it writes. So orbax writes
+a checkpoint of the same tree with one element per array; the arrays (zarr version 3, a folder each)
+are then put in their place through tensorstore, and the shapes in orbax's records are set right.
+The result is a checkpoint like any other, which orbax restores onto any mesh.
+
+A layer of a parameter is a file, divided into chunks of at most 2 MiB, uncompressed: a process
+reads little more than what its devices hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import tensorstore
+from flax import traverse_util
+from orbax.checkpoint import v1 as ocp
+
+from sage_grpo_jax.weights.key_table import Path, Shape
+from sage_grpo_jax.weights.progress import Progress
+from sage_grpo_jax.weights.sources import Index, Source, cast, is_stacked, pieces
+
+PARAMS = "params"
+_CHUNK_BYTES = 2 << 20
+_METADATA = "_METADATA"
+_TREE = "state"  # orbax's own name for the tree in a checkpoint that holds nothing else
+
+
+@functools.cache
+def _context() -> tensorstore.Context:
+    """Few chunks at a time are in memory, on machines with many cores too."""
+    return tensorstore.Context(
+        {"data_copy_concurrency": {"limit": 2}, "file_io_concurrency": {"limit": 4}}
+    )
+
+
+def is_orbax(path: pathlib.Path) -> bool:
+    """Whether a folder holds parameters that `write` wrote."""
+    return (path / PARAMS / _TREE / _METADATA).is_file()
+
+
+def write(folder: pathlib.Path, source: Source, dtype: np.dtype, progress: Progress) -> None:
+    """Writes FOLDER/params; holds one layer of one parameter in memory.
+
+    Args:
+      folder: a temporary folder; what is in it when this raises is of no use.
+      source: of the parameters.
+      dtype: of the checkpoint.
+      progress: is told of the bytes.
+    """
+    dtype, path = np.dtype(dtype), (folder / PARAMS).absolute()
+    _write_stub(path, source.shapes, dtype)
+    layouts = {name: _layout(name, shape, dtype) for name, shape in source.shapes.items()}
+    for name, shape in source.shapes.items():
+        array = _create(path / _TREE / ".".join(name), shape, layouts[name], dtype)
+        whole = [(slice(None),) * len(shape)]
+        for index in pieces(name, shape) if layouts[name].by_layer else whole:
+            values = cast(source.read(name, index), dtype, "/".join(name))
+            array[index].write(values).result()
+            progress.add(values.nbytes, "/".join(name))
+    _correct_records(path / _TREE, layouts)
+
+
+class _Layout(NamedTuple):
+    """How an array lies in files: `file_shape` in each, divided into chunks of `chunk_shape`."""
+
+    file_shape: Shape
+    chunk_shape: Shape
+    by_layer: bool
+
+
+def _layout(path: Path, shape: Shape, dtype: np.dtype) -> _Layout:
+    by_layer = is_stacked(path) and len(shape) > 2
+    chunk = file = (1, *shape[1:]) if by_layer else shape
+    while math.prod(chunk) * dtype.itemsize > _CHUNK_BYTES:
+        axis = int(np.argmax(chunk))
+        divisor = next(d for d in range(2, chunk[axis] + 1) if chunk[axis] % d == 0)
+        chunk = (*chunk[:axis], chunk[axis] // divisor, *chunk[axis + 1 :])
+    return _Layout(file, chunk, by_layer)
+
+
+def _write_stub(path: pathlib.Path, shapes: Mapping[Path, Shape], dtype: np.dtype) -> None:
+    """A checkpoint of the tree with one element in place of each array."""
+    context = ocp.Context()
+    context.array_options.saving.use_ocdbt = False
+    context.array_options.saving.use_compression = False
+    device = jax.local_devices(backend="cpu")[0]
+    stubs = {
+        name: jax.device_put(np.zeros((1,) * len(shape), dtype), device)
+        for name, shape in shapes.items()
+    }
+    with context, _without_false_alarm():
+        ocp.save(path, traverse_util.unflatten_dict(stubs))
+
+
+def _create(
+    folder: pathlib.Path, shape: Shape, layout: _Layout, dtype: np.dtype
+) -> tensorstore.TensorStore:
+    """An empty array in place of the one that is there."""
+    plain = {"name": "bytes", "configuration": {"endian": "little"}}
+    codec = {
+        "chunk_shape": layout.chunk_shape,
+        "codecs": [plain],
+        "index_codecs": [plain, {"name": "crc32c"}],
+    }
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{folder}/"},
+        "metadata": {
+            "shape": shape,
+            "data_type": dtype.name,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": layout.file_shape},
+            },
+            "codecs": [{"name": "sharding_indexed", "configuration": codec}],
+        },
+        "store_data_equal_to_fill_value": True,
+    }
+    return tensorstore.open(spec, create=True, delete_existing=True, context=_context()).result()
+
+
+def _correct_records(folder: pathlib.Path, layouts: Mapping[Path, _Layout]) -> None:
+    """Sets the shapes in what orbax recorded about the stubs."""
+    tree = json.loads((folder / _METADATA).read_text())
+    for entry in tree["tree_metadata"].values():
+        name = tuple(key["key"] for key in entry["key_metadata"])
+        entry["value_metadata"]["write_shape"] = list(layouts[name].file_shape)
+    (folder / _METADATA).write_text(json.dumps(tree))
+    by_name = {".".join(name): layout for name, layout in layouts.items()}
+    for file in (folder / "array_metadatas").iterdir():
+        records = json.loads(file.read_text())
+        for record in records["array_metadatas"]:
+            layout = by_name[record["array_metadata"]["param_name"]]
+            record["array_metadata"]["write_shape"] = list(layout.file_shape)
+            record["array_metadata"]["chunk_shape"] = list(layout.chunk_shape)
+        file.write_text(json.dumps(records))
+
+
+def load_on(folder: pathlib.Path, shardings: Any, dtype: np.dtype) -> dict[str, Any]:
+    """Parameters of `write` on devices; each process reads the chunks that its devices need.
+
+    Args:
+      folder: a folder of `write`.
+      shardings: tree of shardings like the parameters.
+      dtype: of the parameters.
+    """
+    with _without_false_alarm():
+        stored = ocp.metadata(folder / PARAMS).metadata
+        abstract = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place),
+            stored,
+            shardings,
+        )
+        return ocp.load(folder / PARAMS, abstract)
+
+
+@contextlib.contextmanager
+def _without_false_alarm() -> Iterator[None]:
+    """Drops orbax's warning about missing data: it looks for files of zarr version 2 only."""
+    logger = logging.getLogger("absl")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "TensorStore data files not found" not in str(record.msg)
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+class OrbaxSource(Source):
+    """Parameters of an orbax checkpoint, read by slices straight from its arrays.
+
+    Where arrays were stored in chunks over several layers (those of a training run are: a chunk is
+    what a device held), the parameter that is being read is kept whole, and no other.
+    """
+
+    def __init__(self, path: str | os.PathLike, inside: tuple[str, ...] = ()):
+        """
+        Args:
+          path: a checkpoint: a tree, or, with `inside`, one of several checkpointables.
+          inside: name of the checkpointable, then keys down to the parameters.
+
+        Raises:
+          ValueError: no orbax checkpoint, or nothing of these names in it.
+        """
+        path = pathlib.Path(path).absolute()
+        self._folder = path / (inside[0] if inside else _TREE)
+        self._inside = inside[1:]
+        self._drivers = _drivers(self._folder)
+        read = ocp.checkpointables_metadata if inside else ocp.metadata
+        with _without_false_alarm():
+            tree = read(path).metadata
+        for key in inside:
+            if not isinstance(tree, dict) or key not in tree:
+                raise ValueError(f"path={path}: the checkpoint has no {'/'.join(inside)}")
+            tree = tree[key]
+        self._stored = traverse_util.flatten_dict(tree)
+        self.shapes = {path: tuple(leaf.shape) for path, leaf in self._stored.items()}
+        self._held: tuple[Path, np.ndarray] | None = None
+
+    def read(self, path: Path, index: Index) -> np.ndarray:
+        layers = self._stored[path].storage_metadata.chunk_shape[:1]
+        if is_stacked(path) and layers != (1,):
+            if self._held is None or self._held[0] != path:
+                self._held = None  # never two at a time
+                self._held = (path, self._read(path, (slice(None),) * len(self.shapes[path])))
+            return self._held[1][index]
+        return self._read(path, index)
+
+    def _read(self, path: Path, index: Index) -> np.ndarray:
+        array, store = self._drivers
+        name = ".".join((*self._inside, *path))
+        where = {"base": f"file://{self._folder}/", "path": f"{name}/"}
+        if store == "file":
+            where = {"path": f"{self._folder / name}/"}
+        spec = {
+            "driver": array,
+            "kvstore": {"driver": store, **where},
+            "fill_missing_data_reads": False,  # a chunk that is not there is an error, not zeros
+        }
+        try:
+            stored = tensorstore.open(spec, open=True, read=True, context=_context()).result()
+            return stored[index].read().result()
+        except ValueError as error:
+            raise ValueError(f"{self._folder}: {name} cannot be read: {error}") from error
+
+
+def _drivers(folder: pathlib.Path) -> tuple[str, str]:
+    """tensorstore's drivers for the arrays and the files of a checkpoint's tree."""
+    try:
+        values = json.loads((folder / _METADATA).read_text())
+        return (
+            "zarr3" if values["use_zarr3"] else "zarr",
+            "ocdbt" if values["use_ocdbt"] else "file",
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: not from an orbax checkpoint: {error!r}") from error
+
+
+def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
+    """The newest complete checkpoint that a `Checkpointer` wrote into a folder.
+
+    Raises:
+      ValueError: there is none.
+    """
+    with ocp.training.Checkpointer(folder.absolute()) as checkpointer:
+        latest = checkpointer.latest
+    if latest is None:
+        raise ValueError(f"{folder}: no complete checkpoint")
+    return folder / str(latest.step)

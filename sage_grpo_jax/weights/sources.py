@@ -1,0 +1,262 @@
+"""Where parameters come from: one way to read slices of them, whatever holds them.
+
+A source knows the shape of each parameter and reads any slice of it. The other modules are written
+against that: a conversion is a source and a sink, merging adapters is a source around two others.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from sage_grpo_jax.weights.key_table import Path, Row, Shape, check_tensors, contiguous
+from sage_grpo_jax.weights.stored_tensor import StoredTensor
+
+Index = tuple[slice, ...]
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
+_CHECK_BYTES = 1 << 24  # checks for NaN go through pieces of this size
+
+
+class Source(abc.ABC):
+    """Parameters that can be read by slices.
+
+    Attributes:
+      shapes: shape of each parameter, by path.
+    """
+
+    shapes: Mapping[Path, Shape]
+
+    @abc.abstractmethod
+    def read(self, path: Path, index: Index) -> np.ndarray:
+        """A slice (steps of 1) of a parameter, in the dtype that it is stored in."""
+
+    def describe(self, path: Path, layer: int | None) -> str:
+        """Name of a parameter, or of one layer of it, for messages."""
+        return "/".join(path) + ("" if layer is None else f", layer {layer}")
+
+
+class TensorSource(Source):
+    """The tensors of a checkpoint in another layout."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        shapes: Mapping[Path, Shape],
+        tensors: Mapping[str, StoredTensor],
+    ):
+        """
+        Args:
+          rows: key table of the layout.
+          shapes: of our parameters.
+          tensors: of the checkpoint.
+
+        Raises:
+          ValueError: tensors missing, unexpected, misshapen, or not of a float type.
+        """
+        check_tensors(rows, shapes, {name: tensor.shape for name, tensor in tensors.items()})
+        wrong = [f"{n} is {t.dtype}" for n, t in tensors.items() if str(t.dtype) not in _FLOATS]
+        if wrong:
+            raise ValueError(f"dtypes must be one of {_FLOATS}: {', '.join(wrong[:50])}")
+        self.shapes = dict(shapes)
+        self._rows = {row.ours: row for row in rows}
+        self._tensors = tensors
+
+    def read(self, path: Path, index: Index) -> np.ndarray:
+        row, shape = self._rows[path], self.shapes[path]
+        bounds = _bounds(index, shape)
+        names = row.names()
+        if row.stacked is not None:
+            names, bounds = names[slice(*bounds[0])], bounds[1:]
+        here = tuple(slice(*bound) for bound in bounds)
+        there = row.index_there(here, row.layer_shape(shape))
+        layers = [self._read_layer(row, name, there, here) for name in names]
+        if row.stacked is None:
+            return layers[0]
+        return layers[0][None] if len(layers) == 1 else np.stack(layers)
+
+    def describe(self, path: Path, layer: int | None) -> str:
+        return self._rows[path].names()[layer or 0]
+
+    def _read_layer(self, row: Row, name: str, there: Index, here: Index) -> np.ndarray:
+        return row.to_ours(self._tensors[name].read(there), here)
+
+
+class TreeSource(Source):
+    """Parameters in memory; reads one whole parameter from the devices at a time."""
+
+    def __init__(self, params: Any):
+        self._flat = traverse_util.flatten_dict(params)
+        self.shapes = {path: tuple(value.shape) for path, value in self._flat.items()}
+        self._held: tuple[Path, np.ndarray] | None = None
+
+    def read(self, path: Path, index: Index) -> np.ndarray:
+        if self._held is None or self._held[0] != path:
+            self._held = None
+            self._held = (path, np.asarray(jax.device_get(self._flat[path])))
+        return self._held[1][index]
+
+
+class MergedSource(Source):
+    """Base weights with adapters added: W + scale A B in float32, slice by slice."""
+
+    def __init__(self, base: Source, adapters: Source, scale: float):
+        """
+        Args:
+          base: the parameters of the model.
+          adapters: the adapters (models/lora.py).
+          scale: alpha / rank.
+
+        Raises:
+          ValueError: adapters of layers that the base lacks, or of other widths.
+        """
+        self.shapes, self._base, self._adapters, self._scale = base.shapes, base, adapters, scale
+        for path, shape in adapters.shapes.items():
+            kernel = self.shapes.get((*path[:-1], "kernel"))
+            axes = (0, 1) if path[-1] == "down" else (0, 2)
+            if kernel is None or any(kernel[axis] != shape[axis] for axis in axes):
+                raise ValueError(
+                    f"adapter {'/'.join(path)}: {shape} does not fit the base weights {kernel}"
+                )
+
+    def read(self, path: Path, index: Index) -> np.ndarray:
+        value, down = self._base.read(path, index), (*path[:-1], "down")
+        if path[-1] != "kernel" or down not in self._adapters.shapes:
+            return value
+        whole = slice(None)
+        down = self._adapters.read(down, (index[0], index[1], whole)).astype(np.float32)
+        up = self._adapters.read((*path[:-1], "up"), (index[0], whole, index[2]))
+        product = np.matmul(down, up.astype(np.float32))
+        product *= np.float32(self._scale)
+        product += value  # float32, whatever the base is stored in
+        return product
+
+    def describe(self, path: Path, layer: int | None) -> str:
+        return self._base.describe(path, layer)
+
+
+class FiniteSource(Source):
+    """Refuses values that are not finite, naming the tensor."""
+
+    def __init__(self, source: Source):
+        self.shapes, self._source = source.shapes, source
+
+    def read(self, path: Path, index: Index) -> np.ndarray:
+        value = self._source.read(path, index)
+        if not all_finite(value):
+            layer = (index[0].start or 0) if is_stacked(path) else None
+            raise ValueError(
+                f"tensor {self._source.describe(path, layer)} holds NaN or infinite values"
+            )
+        return value
+
+    def describe(self, path: Path, layer: int | None) -> str:
+        return self._source.describe(path, layer)
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; in little memory."""
+    # In the order of the memory: the values may be a transposed view.
+    values = values.transpose(np.argsort(values.strides)[::-1])
+    if values.dtype.itemsize == 2 and values.dtype != np.float16:  # bfloat16: by its bits
+        bits = values.view(np.uint16)
+        return all(((piece & 0x7F80) != 0x7F80).all() for piece in _pieces(bits))
+    for piece in _pieces(values):
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = piece.sum()  # fast; NaN and infinities survive in it
+        if not np.isfinite(total) and not np.isfinite(piece).all():
+            return False
+    return True
+
+
+def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Contiguous values in a dtype, rounded to nearest, ties to even.
+
+    Raises:
+      ValueError: a value is too large for the dtype (or was not finite); the name is told.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = contiguous(values, dtype)
+    if out.dtype.itemsize < values.dtype.itemsize and not all_finite(out):
+        raise ValueError(f"tensor {name}: not every value is finite in {dtype}")
+    return out
+
+
+def _pieces(values: np.ndarray) -> Iterator[np.ndarray]:
+    """Views that cover the array, each of limited size where the first axis allows it."""
+    if values.ndim == 0:
+        yield values
+        return
+    row_bytes = max(1, values.nbytes // max(1, values.shape[0]))
+    step = max(1, _CHECK_BYTES // row_bytes)
+    for start in range(0, values.shape[0], step):
+        yield values[start : start + step]
+
+
+def is_stacked(path: Path) -> bool:
+    """Whether the first axis of a parameter (or adapter) counts layers."""
+    return "blocks" in path
+
+
+def pieces(path: Path, shape: Shape) -> list[Index]:
+    """Slices that together are a parameter: one per layer, or the whole."""
+    rest = (slice(None),) * (len(shape) - is_stacked(path))
+    if not is_stacked(path):
+        return [rest]
+    return [(slice(i, i + 1), *rest) for i in range(shape[0])]
+
+
+def to_devices(source: Source, shardings: Any, dtype: np.dtype) -> dict[str, Any]:
+    """Parameters on devices; each process reads only the slices that its devices hold.
+
+    Args:
+      source: of the parameters.
+      shardings: tree of shardings like the parameters, or None for the default device.
+      dtype: of the parameters.
+    """
+    where = {} if shardings is None else traverse_util.flatten_dict(shardings)
+    params = {}
+    for path, shape in source.shapes.items():
+        read = _cached_reader(source, path, shape, np.dtype(dtype))
+        if shardings is None:
+            params[path] = jnp.asarray(read((slice(None),) * len(shape)))
+        else:
+            params[path] = jax.make_array_from_callback(shape, where[path], read)
+    return traverse_util.unflatten_dict(params)
+
+
+def _cached_reader(
+    source: Source, path: Path, shape: Shape, dtype: np.dtype
+) -> Callable[[Index], np.ndarray]:
+    """A function from a slice to its values; devices that hold the same slice share one read."""
+    cache = {}
+
+    def read(index: Index) -> np.ndarray:
+        bounds = _bounds(index, shape)
+        if bounds not in cache:
+            out = np.empty([stop - start for start, stop in bounds], dtype)
+            fill(out, source, path, tuple(slice(*bound) for bound in bounds))
+            cache[bounds] = out
+        return cache[bounds]
+
+    return read
+
+
+def fill(out: np.ndarray, source: Source, path: Path, index: Index) -> None:
+    """Reads a slice into an array, one layer at a time where layers are stacked."""
+    if not is_stacked(path):
+        out[...] = contiguous(source.read(path, index), out.dtype)
+        return
+    start = index[0].indices(source.shapes[path][0])[0]
+    for i in range(out.shape[0]):
+        layer = source.read(path, (slice(start + i, start + i + 1), *index[1:]))[0]
+        out[i] = contiguous(layer, out.dtype)
+
+
+def _bounds(index: Index, shape: Shape) -> tuple[tuple[int, int], ...]:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
