@@ -36,6 +36,7 @@ setuptools.setup(
         "protobuf>=5.29",
         "safetensors>=0.5",
         "tensorboardX>=2.6.2",
+        "tensorstore>=0.1.70",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],

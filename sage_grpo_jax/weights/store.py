@@ -8,10 +8,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from sage_grpo_jax.weights import configs, facts, orbax_io, tables, tensor_files, writing
 from sage_grpo_jax.weights.configs import load_config
-from sage_grpo_jax.weights.sources import Source, TensorSource, TreeSource, to_devices
+from sage_grpo_jax.weights.sources import FiniteSource, Source, TensorSource, TreeSource, to_devices
 from sage_grpo_jax.weights.tables import Config
 
 __all__ = ["load", "load_config", "open_source", "save"]
@@ -34,13 +35,23 @@ def load(
 
     Raises:
       ValueError: unreadable files; a config that does not fit the tensors; tensors missing,
-        unexpected or misshapen (all are named).
+        unexpected or misshapen (all are named); values that are not finite.
     """
     path = pathlib.Path(path)
     source = open_source(path, config)
     if isinstance(source, orbax_io.OrbaxSource) and shardings is not None:
-        return orbax_io.load_on(path, shardings, np.dtype(dtype))
-    return to_devices(source, shardings, dtype)
+        params = orbax_io.load_on(path, shardings, np.dtype(dtype))
+        _check_finite(params, path)
+        return params
+    return to_devices(FiniteSource(source), shardings, dtype)
+
+
+def _check_finite(params: dict[str, Any], path: pathlib.Path) -> None:
+    """Raises a ValueError that names the parameters with NaN or infinite values."""
+    flat = traverse_util.flatten_dict(params)
+    wrong = ["/".join(name) for name, value in flat.items() if not jnp.isfinite(value).all()]
+    if wrong:
+        raise ValueError(f"path={path}: values that are not finite in {', '.join(wrong[:50])}")
 
 
 def save(

@@ -177,3 +177,19 @@ def test_unreadable_folders(folder, tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     with pytest.raises(ValueError, match="FluxTransformer2DModel"):
         weights.load_config(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["diffusers", "orbax"])
+@pytest.mark.parametrize("placed", [False, True])
+def test_values_that_are_not_finite_are_refused_by_name(params, tmp_path, format, placed):
+    spoilt = jax.tree.map(lambda x: x, params)
+    kernel = params["blocks"]["image"]["query"]["kernel"]
+    spoilt["blocks"]["image"]["query"]["kernel"] = kernel.at[1, 2, 3].set(jnp.nan)
+    weights.save(spoilt, tmp_path / "model", format, config=CONFIG)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    places = jax.tree.map(lambda _: one, params) if placed else None
+    name = r"transformer_blocks\.1\.attn\.to_q\.weight"
+    if format == "orbax":
+        name = "blocks/image/query/kernel"
+    with pytest.raises(ValueError, match=name):
+        weights.load(tmp_path / "model", CONFIG, places)
