@@ -149,7 +149,9 @@ def _describe_policy(config: config_lib.Config, networks, workdir: pathlib.Path)
     text = networks.transformer.to_json()
     metrics.write_atomically(workdir / "transformer.json", text.encode())
     if (adapters := config.lora.adapters) is not None:
-        base = str(networks.transformer_path.absolute())
+        base = config.model.transformer
+        if not base.startswith(setup.ASSET):
+            base = str(networks.transformer_path.absolute())
         metrics.write_json(workdir / "lora.json", {**dataclasses.asdict(adapters), "base": base})
 
 

@@ -26,6 +26,7 @@ from sage_grpo_jax.training import recipe as recipe_lib
 from sage_grpo_jax.training import state as state_lib
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
+ASSET = "asset:"
 WORLD = "moving_shapes:"
 CACHE = "cache:"
 
@@ -42,7 +43,7 @@ class Networks:
 
 def resolve_path(path: str) -> pathlib.Path:
     """A folder of weights; `asset:NAME` is one that ships with the package."""
-    return ASSETS / path.removeprefix("asset:") if path.startswith("asset:") else pathlib.Path(path)
+    return ASSETS / path.removeprefix(ASSET) if path.startswith(ASSET) else pathlib.Path(path)
 
 
 def read_networks(config: config_lib.ModelConfig) -> Networks:
