@@ -61,6 +61,7 @@ def overrides(networks, cache):
         "data.text_encoder": "cache",
         "data.max_text_tokens": 0,
         "rollout.guidance": 3.0,
+        "trust_region.kind": "none",
         "eval.num_prompts": 4,
     }
 

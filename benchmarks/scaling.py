@@ -1,0 +1,58 @@
+"""Prints docs/scaling.md's table: gigabytes of training state on each device, by slice size.
+
+    python benchmarks/scaling.py
+
+Shapes and shardings are those of the programs (`training.setup`); nothing is allocated.
+Activations, gathered layers and the buffers of the compiler come on top.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+
+import jax
+import ml_collections
+
+from sage_grpo_jax.parallel import mesh as mesh_lib
+from sage_grpo_jax.training import config as config_lib
+from sage_grpo_jax.training import setup, sweeps
+
+RECIPE = pathlib.Path(__file__).parents[1] / "configs" / "hunyuan_video_15.py"
+DEVICES = (4, 8, 16, 32, 64, 128)
+ROWS = {
+    "full, AdamW, dual": {},
+    "full, AdamW, fixed or moving": {"trust_region.kind": "moving"},
+    "full, AdamW, no KL": {"trust_region.kind": "none"},
+    "full, Muon, dual": {"optimizer.name": "muon"},
+    "LoRA r 64, dual": {"lora.rank": 64},
+}
+
+
+def bytes_per_device(config: config_lib.Config, devices: int) -> int:
+    """Of parameters, gradients, optimizer, trust region, and the frozen base with adapters."""
+    mesh = jax.sharding.AbstractMesh((1, devices, 1), mesh_lib.AXES)
+    networks = setup.describe_networks(config.model)
+    state = setup.make_abstract_state(networks, config, mesh)
+    base = setup.abstract_base(networks, config, mesh)
+    # The gradient is as large as the parameters.
+    held = [state, state.params, base]
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(held)
+    )
+
+
+def main() -> None:
+    print("| state | " + " | ".join(f"{n} devices" for n in DEVICES) + " |")
+    print("|---" * (len(DEVICES) + 1) + "|")
+    for name, overrides in ROWS.items():
+        config: ml_collections.ConfigDict = sweeps.load_module(RECIPE).get_config()
+        config.update_from_flattened_dict(overrides)
+        validated = config_lib.from_config_dict(config)
+        sizes = [bytes_per_device(validated, n) / 1e9 for n in DEVICES]
+        print(f"| {name} | " + " | ".join(f"{size:.1f}" for size in sizes) + " |")
+
+
+if __name__ == "__main__":
+    main()
