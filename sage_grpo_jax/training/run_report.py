@@ -136,11 +136,14 @@ def _plot_smoothed(axis, run: RunRecord, name: str, color: str, label: str | Non
     """Every step faintly, and the moving average: a step sees a handful of prompts only."""
     steps, values = run.series(name)
     axis.plot(steps, values, color=color, alpha=0.15)
-    if (window := min(WINDOW, len(values))) == 0:
-        return
-    smooth = np.convolve(values, np.full(window, 1 / window), mode="valid")
-    axis.plot(np.convolve(steps, np.full(window, 1 / window), mode="valid"), smooth, color=color,
-              label=label)  # fmt: skip
+    if len(values):
+        axis.plot(moving_average(steps), moving_average(values), color=color, label=label)
+
+
+def moving_average(values: np.ndarray) -> np.ndarray:
+    """Means of up to `WINDOW` neighbours along the last axis; of fewer in a short series."""
+    window = max(1, min(WINDOW, values.shape[-1] // 4))
+    return np.lib.stride_tricks.sliding_window_view(values, window, axis=-1).mean(axis=-1)
 
 
 def write_before_after(run: RunRecord, out: pathlib.Path) -> None:

@@ -179,10 +179,8 @@ def _write_curves(runs: Sequence[SweepRun], path: pathlib.Path) -> None:
         length = min(len(steps) for steps, _ in series)
         if length == 0:
             continue
-        window = min(run_report.WINDOW, length)
-        kernel = np.full(window, 1 / window)
-        smooth = np.stack([np.convolve(v[:length], kernel, mode="valid") for _, v in series])
-        steps = np.convolve(series[0][0][:length], kernel, mode="valid")
+        smooth = run_report.moving_average(np.stack([values[:length] for _, values in series]))
+        steps = run_report.moving_average(series[0][0][:length])
         color = f"C{i % 10}"
         axis.plot(steps, smooth.mean(axis=0), color=color, label=_label(names, key) or "all")
         if len(members) > 1:
