@@ -204,6 +204,13 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DebugConfig:
+    """Checks that cost time."""
+
+    shadow: bool = False  # recompute one micro-batch a step in float64 on the CPU
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One run."""
 
@@ -226,6 +233,7 @@ class Config:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    debug: DebugConfig = dataclasses.field(default_factory=DebugConfig)
 
     @property
     def batch_size(self) -> int:

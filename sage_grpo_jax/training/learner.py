@@ -16,7 +16,7 @@ from sage_grpo_jax.grpo import advantage
 from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.parallel import hosts, sharding
 from sage_grpo_jax.rewards import types as reward_types
-from sage_grpo_jax.training import conditions, optimizers
+from sage_grpo_jax.training import conditions, optimizers, shadow
 from sage_grpo_jax.training import programs as programs_lib
 from sage_grpo_jax.training import recipe as recipe_lib
 from sage_grpo_jax.training import state as state_lib
@@ -106,6 +106,7 @@ class Learner:
         self._check_interrupt = check_interrupt
         self._rows = sharding.batch_sharding(mesh)
         self.frozen = update_lib.Frozen(self.condition(negative, sharding.replicated(mesh)), base)
+        self._shadow = shadow.Shadow(self.recipe) if self.config.debug.shadow else None
 
     def step(
         self, state: state_lib.LearnerState, batch: PromptBatch
@@ -144,8 +145,10 @@ class Learner:
             starts,
         )
         if self._enough(scores):
+            checks = self._shadow(state, update_batch, self.frozen) if self._shadow else {}
             with timer("update"):
                 state, metrics = self.update(state, update_batch)
+            metrics |= checks
         else:
             metrics = {"update/applied": 0.0}
         state = state._replace(step=state.step + 1)

@@ -1,0 +1,170 @@
+"""What our terms cost within an update, and how XLA spends its time.
+
+    JAX_PLATFORMS=cpu python benchmarks/step_parts.py --part=cost [--repeats=5]
+    JAX_PLATFORMS=cpu python benchmarks/step_parts.py --part=profile
+
+`cost` compares updates of plain GRPO with those that have the equalizer and a trust region, by the
+operations that XLA counts, CPU time and wall time. `profile` counts the threads that have work in
+rollout and update (Linux), and the operations that run while no other does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from step_vs_pytorch import Ours, Times, describe, make_config, parser
+
+from sage_grpo_jax.parallel import mesh as mesh_lib
+
+VARIANTS = {
+    "plain GRPO": {"trust_region.kind": "none", "loss.equalizer": False},
+    "with equalizer": {"trust_region.kind": "none"},
+    "with equalizer, Eq. 15, controller": {
+        "trust_region.kind": "stepwise",
+        "trust_region.previous_estimator": "log_ratio",
+    },
+    "with equalizer, moving anchor": {"trust_region.kind": "moving"},
+    "sage (dual)": {},
+}
+
+
+def run(program: Any, rest: tuple, state: Any) -> None:
+    """One update; gives `state` away."""
+    jax.block_until_ready(program(state, *rest))
+
+
+def cost(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> None:
+    """The update with and without our terms; also its operations as XLA counts them."""
+    sides = {name: Ours(make_config(args, values), mesh) for name, values in VARIANTS.items()}
+    count = args.prompts * args.group
+    advantages = np.random.default_rng(0).standard_normal(count).astype(np.float32)
+    times, latents = Times(), next(iter(sides.values())).rollout()
+    calls, flops = {}, {}
+    for name, side in sides.items():
+        rest = side.batch(latents, advantages), side.learner.frozen, np.float32(np.inf)
+        program = side.programs.update.plain.lower(side.state, *rest).compile()
+        flops[name] = program.cost_analysis()["flops"]
+        calls[name] = functools.partial(run, program, rest)
+        calls[name](side.copy_of_state())
+        print(f"compiled: {name}", flush=True)
+    for _ in range(args.repeats):
+        for name, side in sides.items():
+            state = side.copy_of_state()
+            times(name, functools.partial(calls[name], state))
+    print("\n| update | operations | CPU | wall |\n|---|---|---|---|")
+    wall_0, cpu_0, _ = times.row("plain GRPO")
+    for name in sides:
+        wall, cpu, _ = times.row(name)
+        share = flops[name] / flops["plain GRPO"] - 1
+        print(
+            f"| {name} | {100 * share:+.2f} % | {cpu:.2f} s, {100 * (cpu / cpu_0 - 1):+.1f} % "
+            f"| {wall:.2f} s, {100 * (wall / wall_0 - 1):+.1f} % |"
+        )
+
+
+def profile(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> None:
+    """Time by operation, and how much of it has only one thread at work."""
+    ours = Ours(make_config(args, {"trust_region.kind": "none"}), mesh)
+    advantages = np.ones(ours.config.batch_size, np.float32)
+    latents = ours.rollout()
+    batch = ours.batch(latents, advantages)
+    ours.update(ours.copy_of_state(), batch)
+    for name, function in (
+        ("rollout", lambda state: ours.rollout()),
+        ("update", lambda state: ours.update(state, batch)),
+    ):
+        for _ in range(args.repeats):
+            state = ours.copy_of_state()
+            print_threads(name, lambda s=state, f=function: f(s))
+        state = ours.copy_of_state()
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                function(state)
+            (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
+            print_profile(name, jax.profiler.ProfileData.from_file(str(path)))
+
+
+def thread_seconds() -> dict[str, np.ndarray]:
+    """(ran, waited for a core) in seconds for every thread of this process (Linux)."""
+    found = {}
+    for path in pathlib.Path("/proc/self/task").glob("*/schedstat"):
+        ran, waited, _ = path.read_text().split()
+        found[path.parent.name] = np.array([int(ran), int(waited)]) / 1e9
+    return found
+
+
+def print_threads(name: str, function: Callable[[], Any]) -> None:
+    """How many threads had work: those that ran and those that waited for a core count.
+
+    This holds on a busy machine too, where CPU time over wall time does not.
+    """
+    before, start = thread_seconds(), time.perf_counter()
+    function()
+    wall, after = time.perf_counter() - start, thread_seconds()
+    spent = [after[t] - before.get(t, 0.0) for t in after]
+    ran, waited = np.sum(spent, axis=0)
+    busiest = max(x[0] for x in spent)
+    print(
+        f"\n{name}: {wall:.2f} s, {ran:.2f} s on a core, {waited:.2f} s waiting for one; threads "
+        f"with work: {(ran + waited) / wall:.2f}; the busiest did {100 * busiest / ran:.0f} %"
+    )
+
+
+# Not operations, but what holds or schedules them.
+CONTAINERS = ("ThunkExecutor", "while", "call", "end:", "SlinkyThreadPool", "ThreadpoolListener")
+
+
+def print_profile(name: str, data: jax.profiler.ProfileData) -> None:
+    """Operations by thread time, and for how long each was the only one at work."""
+    edges = []
+    for plane in data.planes:
+        for line in plane.lines:
+            if "XLAEigen" not in line.name:
+                continue
+            for event in line.events:
+                if not event.name.startswith(CONTAINERS):
+                    kind = event.name.split(".")[0]
+                    edges.append((event.start_ns, 1, kind))
+                    edges.append((event.start_ns + event.duration_ns, -1, kind))
+    edges.sort(key=lambda edge: edge[:2])
+    busy, alone, by_count = collections.Counter(), collections.Counter(), collections.Counter()
+    running, last = collections.Counter(), edges[0][0]
+    for now, change, kind in edges:
+        working = +running
+        by_count[working.total()] += now - last
+        for other, count in working.items():
+            busy[other] += count * (now - last)
+            alone[other] += (now - last) * (working.total() == 1)
+        running[kind] += change
+        last = now
+    wall = sum(by_count.values())
+    shares = ", ".join(f"{n}: {100 * by_count[n] / wall:.0f} %" for n in sorted(by_count))
+    print(
+        f"\n{name}: {wall / 1e9:.2f} s; share of it by the number of operations at work: {shares}"
+    )
+    print("| operation | thread time | of it alone |\n|---|---|---|")
+    for kind, total in busy.most_common(10):
+        print(f"| {kind} | {total / 1e9:.3f} s | {100 * alone[kind] / total:.0f} % |")
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--part", choices=("cost", "profile"), default="cost")
+    args = arguments.parse_args()
+    describe(args)
+    mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        {"cost": cost, "profile": profile}[args.part](args, mesh)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,400 @@
+"""`debug.shadow`: one micro-batch a step, recomputed in float64 on the CPU.
+
+What the update computes (log-ratio, loss, gradient of one micro-batch) is compared with a second
+computation that shares as little with it as it can:
+
+  * the velocity is the same network, but every float32 or bfloat16 intermediate, also those that
+    the layers ask for by name, is float64: the traced program is evaluated with wider types
+    (`in_float64`), so that no layer has to know about it;
+  * everything behind the velocity (transition, log-ratio, policy loss, KL) is written a second time
+    from the textbook: differences of log-probabilities, `exp`, variances as printed. What `flow/`
+    and `grpo/` rewrite for the sake of float32 is not needed here.
+
+Constants (schedule, weights, eta, the noise that was drawn) are the float32 numbers of the run: the
+deviation is that of the arithmetic, not of the inputs. The float32 side is the loss function of the
+update program, compiled by itself. Meant for small runs: parameters and references go to the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from sage_grpo_jax.flow import noise, sde
+from sage_grpo_jax.grpo import trust_region
+from sage_grpo_jax.models import hunyuan_video
+from sage_grpo_jax.parallel import mesh as mesh_lib
+from sage_grpo_jax.parallel import sharding
+from sage_grpo_jax.training import state as state_lib
+from sage_grpo_jax.training import update as update_lib
+from sage_grpo_jax.training.recipe import Recipe
+
+_NARROW = (np.dtype(np.float32), np.dtype(jnp.bfloat16), np.dtype(np.float16))
+# Call-like primitives: the parameter that holds what is called. Own derivative rules are dropped,
+# the derivative of the float64 program is taken instead.
+_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+_INLINED = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2")
+_INLINED += ("custom_jvp_call", "custom_vjp_call")
+_SKIPPED = ("sharding_constraint", "reduce_precision", "optimization_barrier")
+# Their results depend on the width of their inputs in bits.
+_REFUSED = ("bitcast_convert_type", "random_bits", "while", "cond", "pallas_call", "shard_map")
+
+
+class Sides(NamedTuple):
+    """What both computations of a micro-batch give."""
+
+    log_ratio: Any  # [m]
+    loss: Any  # []
+    gradient: Any  # tree of the trained parameters
+
+
+class Shadow:
+    """Recomputes a micro-batch and reports the deviation of the update's arithmetic."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        """
+        Raises:
+          ValueError: more than one process, or no CPU backend next to the accelerator.
+        """
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"config.debug.shadow: got True with {jax.process_count()} processes; allowed: one "
+                "process (the parameters go to the host), or False"
+            )
+        try:
+            device = jax.local_devices(backend="cpu")[0]
+        except RuntimeError as error:
+            raise ValueError(
+                "config.debug.shadow: got True without a CPU backend; allowed: JAX_PLATFORMS that "
+                "ends with ,cpu, or False"
+            ) from error
+        self._recipe = recipe
+        self._mesh = mesh_lib.make_mesh(1, 1, 1, devices=[device])
+        self._float32 = jax.jit(functools.partial(_float32_side, recipe))
+        self._float64: Callable | None = None
+
+    def __call__(
+        self,
+        state: state_lib.LearnerState,
+        batch: update_lib.UpdateBatch,
+        frozen: update_lib.Frozen,
+    ) -> dict[str, float]:
+        """Deviations at the micro-batch whose turn it is; before the update, which donates `state`.
+
+        Returns:
+          shadow/log_ratio: largest |difference| of the log-ratios.
+          shadow/loss: |difference| of the losses over the mean |A|·S_t plus the KL penalty: the
+            loss itself is a sum of terms that cancel.
+          shadow/gradient: norm of the difference over the norm of the float64 gradient.
+        """
+        recipe = self._recipe
+        pieces = recipe.config.batch_size // recipe.config.loss.micro_batch
+        turn = int(state.step) % (recipe.positions * pieces)
+        place = np.int32(turn // pieces), np.int32(turn % pieces)
+        found, inputs = jax.device_get(self._float32(state, batch, frozen, *place))
+        with jax.set_mesh(self._mesh):
+            exact, scale = self._exact(inputs)
+        return deviations(found, exact, scale)
+
+    def _exact(self, inputs: _Inputs) -> tuple[Sides, float]:
+        if self._float64 is None:
+            # Traced with the float32 inputs: the program of the network as the update has it.
+            recipe, micro = self._recipe, inputs.micro
+            timestep = np.zeros(micro.latents.shape[0], np.float32)
+            network = inputs.trained, inputs.base, inputs.negative, micro.condition
+            velocity = in_float64(_velocity_program(recipe), *network, micro.latents, timestep)
+            self._float64 = jax.jit(lambda values: _float64_side(recipe, velocity, values))
+        with jax.enable_x64(True):
+            values = jax.device_put(jax.tree.map(_widened, inputs), sharding.replicated(self._mesh))
+            return jax.device_get(self._float64(values))
+
+
+def deviations(found: Sides, exact: Sides, scale: float) -> dict[str, float]:
+    """The metrics of `Shadow`; NaN on either side stays NaN. On the host, in float64."""
+    log_ratio, wanted = np.asarray(found.log_ratio, np.float64), np.asarray(exact.log_ratio)
+    pairs = zip(jax.tree.leaves(found.gradient), jax.tree.leaves(exact.gradient), strict=True)
+    difference = wanted_norm = 0.0
+    for ours, theirs in pairs:
+        difference += float(np.sum((np.asarray(ours, np.float64) - theirs) ** 2))
+        wanted_norm += float(np.sum(np.asarray(theirs, np.float64) ** 2))
+    # All is 0 where no sample of the micro-batch has an advantage: then nothing may differ.
+    tiny = np.finfo(np.float64).tiny
+    return {
+        "shadow/log_ratio": float(np.max(np.abs(log_ratio - wanted))),
+        "shadow/loss": abs(float(found.loss) - float(exact.loss)) / max(float(scale), tiny),
+        "shadow/gradient": math.sqrt(difference / max(wanted_norm, tiny)),
+    }
+
+
+class _Inputs(NamedTuple):
+    """Everything that the float64 side needs, as the run has it; on the host."""
+
+    trained: Any
+    base: Any  # with LoRA the frozen weights, else None
+    negative: hunyuan_video.Condition
+    micro: update_lib.MicroBatch  # keys dropped
+    noise: jax.Array  # [m, ...], as drawn in the rollout
+    references: tuple[Any, ...]  # parameters
+    kl_weight: jax.Array
+    normalizer: jax.Array
+
+
+def _float32_side(recipe: Recipe, state, batch, frozen, position, piece) -> tuple[Sides, _Inputs]:
+    """The update's own loss, gradient and log-ratio at one micro-batch, and its inputs."""
+    region = trust_region.find_state(state.opt_state)
+    references = trust_region.references(region, recipe.config.trust_region)
+    normalizer = jnp.maximum(jnp.sum(batch.valid) * recipe.positions, 1).astype(jnp.float32)
+    micro = update_lib._micro_batch(recipe, batch, position, piece)
+
+    def loss(params, micro, recipe):
+        return update_lib._micro_loss(
+            params, micro, frozen, references, region.weight, normalizer, recipe
+        )
+
+    (total, _), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, micro, recipe)
+    log_ratio = _log_ratio_in_loss(recipe, state.params, micro, loss, normalizer)
+    inputs = _Inputs(
+        trained=state.params,
+        base=frozen.base,
+        negative=frozen.negative,
+        micro=micro._replace(keys=None),
+        noise=noise.step_noise(micro.keys, micro.step, recipe.latent_shape),
+        references=tuple(reference.params for reference in references),
+        kl_weight=region.weight,
+        normalizer=normalizer,
+    )
+    return Sides(log_ratio, total, gradient), inputs
+
+
+def _log_ratio_in_loss(recipe: Recipe, params, micro, loss, normalizer) -> jax.Array:
+    """The log-ratios [m] that the update's loss works with, without a second way to compute them.
+
+    The REINFORCE loss is -Σ A·S·log-ratio / normalizer: its derivative by the advantage of a sample
+    tells that sample's log-ratio.
+    """
+    config = recipe.config
+    reinforce = dataclasses.replace(config.loss, objective="reinforce")
+    linear = dataclasses.replace(recipe, config=dataclasses.replace(config, loss=reinforce))
+
+    def of_advantages(advantages):
+        return loss(params, micro._replace(advantages=advantages), linear)[0]
+
+    weights = jnp.asarray(recipe.weights)[micro.step] * update_lib._step_factor(recipe)
+    return -jax.grad(of_advantages)(micro.advantages) * normalizer / weights
+
+
+def _velocity_program(recipe: Recipe) -> Callable:
+    """(trained, base, negative, condition, latents, timestep) -> velocity, as the update has it.
+
+    With plain attention and nothing recomputed: what changes is how it runs.
+    """
+    transformer = dataclasses.replace(recipe.transformer, attention="xla", remat=False)
+    recipe = dataclasses.replace(recipe, transformer=transformer)
+
+    def velocity(trained, base, negative, condition, latents, timestep):
+        frozen = update_lib.Frozen(negative, base)
+        return update_lib.velocity_fn(recipe, trained, condition, frozen)(latents, timestep)
+
+    return velocity
+
+
+def _float64_side(recipe: Recipe, velocity: Callable, inputs: _Inputs) -> tuple[Sides, jax.Array]:
+    """The same quantities from the textbook, and the scale that the loss is judged by."""
+    config, micro = recipe.config, inputs.micro
+    shape = (-1,) + (1,) * (micro.latents.ndim - 1)
+    count = micro.latents.shape[0]
+    step = jnp.broadcast_to(micro.step, (count,))
+    sigmas = np.asarray(recipe.schedule.sigmas, np.float64)
+    sigma, sigma_next = (jnp.asarray(sigmas)[step + i].reshape(shape) for i in (0, 1))
+    timestep = jnp.asarray(np.asarray(recipe.schedule.timesteps, np.float64))[step]
+    weights = jnp.asarray(np.asarray(recipe.weights, np.float64))[step]
+    weights = weights * (recipe.positions if config.loss.step_reduction == "sum" else 1)
+    masked = jnp.where(micro.valid, 1.0, 0.0)
+
+    def transition(trained):
+        v = velocity(
+            trained, inputs.base, inputs.negative, micro.condition, micro.latents, timestep
+        )
+        return plain_transition(
+            config.rollout.sde, v, micro.latents, sigma, sigma_next, config.rollout.eta
+        )
+
+    def loss(trained):
+        mean, std = transition(trained)
+        mean_old = micro.mean_old
+        if mean_old is None:
+            mean_old = micro.next_latents - std * inputs.noise
+        log_ratio = plain_log_prob(config.loss, micro.next_latents, mean, std) - plain_log_prob(
+            config.loss, micro.next_latents, mean_old, std
+        )
+        per_sample = plain_policy_loss(config.loss, log_ratio, micro.advantages) * weights
+        penalty = _plain_penalty(recipe, mean, std, log_ratio, inputs, transition)
+        total = jnp.sum(masked * (per_sample + inputs.kl_weight * penalty)) / inputs.normalizer
+        size = jnp.abs(micro.advantages) * weights + inputs.kl_weight * jnp.abs(penalty)
+        return total, (jnp.where(micro.valid, log_ratio, 0.0), jnp.sum(masked * size))
+
+    (total, (log_ratio, size)), gradient = jax.value_and_grad(loss, has_aux=True)(inputs.trained)
+    return Sides(log_ratio, total, gradient), size / inputs.normalizer
+
+
+def plain_transition(
+    kind: str, velocity: Any, sample: Any, sigma: Any, sigma_next: Any, eta: float
+) -> tuple[jax.Array, jax.Array]:
+    """(mean, std) of a step as the papers print it; float64, see `flow.sde.transition`."""
+    dt = sigma_next - sigma
+    clean, predicted_noise = sample - sigma * velocity, sample + (1 - sigma) * velocity
+    if kind == "cps":
+        angle = eta * math.pi / 2
+        turned = sigma_next * (math.cos(angle) * predicted_noise)
+        return (1 - sigma_next) * clean + turned, sigma_next * math.sin(angle)
+    if kind == "precise":
+        start = jnp.maximum(1 - sigma, sde.CLAMP)
+        end = jnp.maximum(1 - sigma_next, sde.CLAMP)
+        variance = eta**2 * (jnp.log(end / start) - (end - start))
+    elif kind == "flow":
+        # At σ = 1 its diffusion coefficient is infinite; Flow-GRPO takes the next σ there.
+        distance = jnp.where(sigma >= 1, 1 - sigma_next, 1 - sigma)
+        variance = eta**2 * sigma / distance * -dt
+    else:
+        variance = eta**2 * -dt
+    score = -predicted_noise / sigma
+    return sample + dt * velocity + variance * score / 2, jnp.sqrt(variance)
+
+
+def plain_log_prob(loss: Any, sample: Any, mean: Any, std: Any) -> jax.Array:
+    """Log-probability [m] up to constants that do not depend on the mean; float64."""
+    squares = -((sample - mean) ** 2)
+    density = squares if loss.log_prob == "squared" else squares / (2 * std**2)
+    axes = tuple(range(1, density.ndim))
+    return density.sum(axes) if loss.log_prob_reduction == "sum" else density.mean(axes)
+
+
+def plain_policy_loss(loss: Any, log_ratio: Any, advantages: Any) -> jax.Array:
+    """The loss [m] of every sample, before the time weight; float64."""
+    if loss.objective == "reinforce":
+        return -advantages * log_ratio
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1 - loss.clip_range, 1 + loss.clip_range)
+    return -jnp.minimum(advantages * ratio, advantages * clipped)
+
+
+def _plain_penalty(recipe: Recipe, mean, std, log_ratio, inputs: _Inputs, transition) -> jax.Array:
+    """Σ beta·KL [m] of the references, or of Eq. 15 for the previous policy."""
+    region, total = recipe.config.trust_region, jnp.zeros_like(log_ratio)
+    axes = tuple(range(1, mean.ndim))
+    betas = [region.anchor_weight] * region.has_anchor
+    betas += [region.previous_weight] * region.has_previous
+    for beta, reference in zip(betas, inputs.references, strict=True):
+        reference_mean = jax.lax.stop_gradient(transition(reference)[0])
+        divergence = (mean - reference_mean) ** 2 / (2 * std**2)
+        summed = recipe.config.loss.log_prob_reduction == "sum"
+        total += beta * (divergence.sum(axes) if summed else divergence.mean(axes))
+    if region.penalises_motion and not region.has_previous:
+        total -= region.previous_weight * log_ratio
+    return total
+
+
+def in_float64(function: Callable, *inputs: Any) -> Callable:
+    """`function` with every float32, bfloat16 and float16 number in it a float64.
+
+    Traced once with the shapes and types of `inputs`; the result takes the same trees with float64
+    leaves, inside `jax.enable_x64`, and can be differentiated. Casts to a narrow type are dropped,
+    so that what a layer computes in float32 by name is float64 too; own derivative rules of
+    functions give way to the derivative of what they compute. Constants keep their values.
+
+    Raises:
+      NotImplementedError: the function holds a primitive whose result depends on the width of its
+        inputs, or a kernel, or a loop other than scan.
+    """
+    traced, out_shape = jax.make_jaxpr(function, return_shape=True)(*inputs)
+    tree = jax.tree.structure(out_shape)
+    wanted = [leaf.shape for leaf in jax.tree.leaves(inputs)]
+
+    def widened(*values: Any) -> Any:
+        leaves = jax.tree.leaves(values)
+        if [leaf.shape for leaf in leaves] != wanted:
+            raise ValueError("in_float64: must be called with the shapes that it was traced with")
+        return jax.tree.unflatten(tree, _evaluate(traced.jaxpr, traced.consts, leaves))
+
+    return widened
+
+
+def _evaluate(jaxpr: core.Jaxpr, consts: Any, inputs: Any) -> list[Any]:
+    """Runs a traced program with wide types."""
+    values: dict[core.Var, Any] = {}
+
+    def read(atom):
+        if not isinstance(atom, core.Literal):
+            return values[atom]
+        return _widened(np.asarray(atom.val, atom.aval.dtype))
+
+    for variable, value in zip(jaxpr.constvars, consts, strict=True):
+        values[variable] = _widened(value)
+    values.update(zip(jaxpr.invars, inputs, strict=True))
+    for equation in jaxpr.eqns:
+        results = _apply(equation, [read(atom) for atom in equation.invars])
+        values.update(zip(equation.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _apply(equation: core.JaxprEqn, inputs: list[Any]) -> list[Any]:
+    name, params = equation.primitive.name, equation.params
+    if name in _REFUSED:
+        raise NotImplementedError(f"in_float64: the program holds {name}")
+    if name in _SKIPPED:
+        return inputs
+    if name in _INLINED:
+        inner = next(params[key] for key in _CALLS if key in params)
+        return _evaluate(*_open(inner), inputs)
+    if name == "scan":
+        return _scan(params, inputs)
+    params = {key: _wide_type(value) for key, value in params.items()}
+    if name == "convert_element_type" and inputs[0].dtype == params["new_dtype"]:
+        return inputs
+    result = equation.primitive.bind(*inputs, **params)
+    return list(result) if equation.primitive.multiple_results else [result]
+
+
+def _open(jaxpr: Any) -> tuple[core.Jaxpr, Any]:
+    """(program, constants) of a closed or an open one."""
+    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else (jaxpr, ())
+
+
+def _scan(params: dict[str, Any], inputs: list[Any]) -> list[Any]:
+    program, consts = _open(params["jaxpr"])
+    fixed, carried = params["num_consts"], params["num_carry"]
+
+    def body(carry, slices):
+        results = _evaluate(program, consts, [*inputs[:fixed], *carry, *slices])
+        return results[:carried], results[carried:]
+
+    first, slices = inputs[fixed : fixed + carried], inputs[fixed + carried :]
+    carry, stacked = jax.lax.scan(
+        body, first, slices, length=params["length"], reverse=params["reverse"]
+    )
+    return [*carry, *stacked]
+
+
+def _wide_type(value: Any) -> Any:
+    """A parameter of a primitive, float64 where it names a narrow type."""
+    try:
+        is_type = isinstance(value, (type, np.dtype)) and np.dtype(value) in _NARROW
+    except TypeError:
+        return value
+    return np.dtype(np.float64) if is_type else value
+
+
+def _widened(value: Any) -> Any:
+    """An array, float64 if it is a narrow float."""
+    if getattr(value, "dtype", None) not in _NARROW:
+        return value
+    is_tracer = isinstance(value, jax.core.Tracer)
+    return value.astype(np.float64) if is_tracer else np.asarray(value, np.float64)

@@ -1,0 +1,84 @@
+"""Every program is compiled once, in the first step; steps return plain numbers."""
+
+import logging
+import re
+
+import jax
+import pytest
+
+from sage_grpo_jax.parallel import mesh as mesh_lib
+from sage_grpo_jax.training import learner as learner_lib
+from sage_grpo_jax.training import setup
+
+PROGRAMS = ("rollout", "decode", "update")
+
+
+class Compilations(logging.Handler):
+    """Collects the names of what JAX compiles, also what a cache on disk then provides."""
+
+    LOGGER = "jax._src.interpreters.pxla"
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.names: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if found := re.match(r"Compiling (?:jit\()?([\w<>]+)", record.getMessage()):
+            self.names.append(found.group(1))
+
+    def __enter__(self) -> "Compilations":
+        logger = logging.getLogger(self.LOGGER)
+        self._propagate, logger.propagate = logger.propagate, False
+        logger.addHandler(self)
+        self._log = jax.log_compiles()
+        self._log.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._log.__exit__(*exc_info)
+        logger = logging.getLogger(self.LOGGER)
+        logger.removeHandler(self)
+        logger.propagate = self._propagate
+
+    def take(self) -> list[str]:
+        """The names since the last call."""
+        names, self.names = self.names, []
+        return names
+
+
+@pytest.fixture
+def one_device():
+    mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def test_programs_compile_once_and_none_after_the_first_step(
+    make_config, local_scorer, one_device, tmp_path
+):
+    config = make_config({"loss.updates_per_rollout": 2})
+    networks = setup.read_networks(config.model)
+    prompts = setup.open_prompts(config, tmp_path, networks)
+    learner = learner_lib.Learner(
+        setup.build_programs(networks, config, one_device),
+        setup.load_vae(networks, one_device),
+        prompts.negative,
+        local_scorer(),
+        one_device,
+    )
+    state, batches = setup.fresh_state(networks, config, one_device), iter(prompts)
+    with Compilations() as compiled:
+        state, _ = learner.step(state, next(batches))
+        first = compiled.take()
+        for name in PROGRAMS:
+            assert first.count(name) == 1, (name, first)
+        for _ in range(3):
+            # Another prompt, another step number, failed samples: the same shapes.
+            learner._scorer.failing = frozenset({1, 6})
+            state, metrics = learner.step(state, next(batches))
+            assert compiled.take() == []
+        # Nothing that the loop writes waits for a device: the numbers are here already.
+        assert {type(value) for value in metrics.values()} == {float}
+        # The detector sees what it is there for.
+        jax.jit(lambda x: x + 1)(jax.numpy.ones(3))
+        assert "<lambda>" in compiled.take()

@@ -1,0 +1,244 @@
+"""The float64 shadow: wide arithmetic, tiny deviations on a healthy run, faults noticed."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sage_grpo_jax.flow import schedules, sde
+from sage_grpo_jax.grpo import loss, trust_region
+from sage_grpo_jax.parallel import mesh as mesh_lib
+from sage_grpo_jax.training import learner as learner_lib
+from sage_grpo_jax.training import setup, shadow
+from sage_grpo_jax.training import update as update_lib
+
+
+@dataclasses.dataclass
+class Case:
+    """A learner with its state and prompts, and one rollout as the update would see it."""
+
+    learner: learner_lib.Learner
+    state: object
+    prompts: setup.Prompts
+
+    def batch(self) -> update_lib.UpdateBatch:
+        learner, prompts = self.learner, next(iter(self.prompts))
+        keys, starts = learner.sample_keys(prompts, 0), learner.window_starts(prompts, 0)
+        condition = learner.condition(prompts.repeat(learner.config.rollout.group_size))
+        latents = learner.programs.rollout(
+            self.state.params, condition, learner.frozen, keys, starts
+        ).latents
+        rng = np.random.default_rng(0)
+        advantages = rng.standard_normal(keys.shape[0]).astype(np.float32)
+        valid = rng.random(keys.shape[0]) < 0.8
+        return update_lib.UpdateBatch(latents, keys, condition, advantages, valid, starts)
+
+
+@pytest.fixture
+def make_case(make_config, local_scorer, tmp_path):
+    """make_case(overrides) -> Case on one device (or a mesh), with the shadow on."""
+    one = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+    def make(overrides=None, mesh=one) -> Case:
+        config = make_config({"debug.shadow": True, **(overrides or {})})
+        networks = setup.read_networks(config.model)
+        prompts = setup.open_prompts(config, tmp_path, networks)
+        learner = learner_lib.Learner(
+            setup.build_programs(networks, config, mesh),
+            setup.load_vae(networks, mesh),
+            prompts.negative,
+            local_scorer(),
+            mesh,
+            base=setup.load_base(networks, config, mesh),
+        )
+        return Case(learner, setup.fresh_state(networks, config, mesh), prompts)
+
+    with jax.set_mesh(one):
+        yield make
+
+
+@pytest.fixture
+def small_network(monkeypatch):
+    """A network of one layer in place of the DiT, for what comes after the velocity."""
+
+    def velocity(params, latents, timestep, condition, config, adapters=None, scale=1.0):
+        kernel = params["final"]["proj"]["kernel"]
+        text = jnp.mean(condition.text @ kernel[: condition.text.shape[-1]], axis=1)
+        time = 1e-3 * timestep[:, None]
+        hidden = jnp.tanh(latents @ (kernel.T @ kernel) + (text + time)[:, None, None, None])
+        return hidden + params["final"]["proj"]["bias"]
+
+    monkeypatch.setattr(update_lib.hunyuan_video, "velocity", velocity)
+
+
+def assert_tiny(metrics):
+    """Rounding of float32, and not exactly 0: two different computations."""
+    assert 0 < metrics["shadow/log_ratio"] < 2e-6
+    assert 0 < metrics["shadow/loss"] < 1e-6
+    assert 0 < metrics["shadow/gradient"] < 1e-4
+
+
+def test_the_transformer_hardly_deviates(make_case):
+    case = make_case({"trust_region.kind": "none"})
+    assert_tiny(case.learner._shadow(case.state, case.batch(), case.learner.frozen))
+
+
+def test_a_healthy_run_hardly_deviates(make_case, small_network):
+    case = make_case()
+    batches = iter(case.prompts)
+    for _ in range(2):  # the second step has divergences from its references
+        case.state, metrics = case.learner.step(case.state, next(batches))
+        assert metrics["update/applied"] == 1
+        assert_tiny(metrics)
+
+
+@pytest.mark.slow
+def test_a_mesh_of_eight_devices(make_case, small_network):
+    mesh = mesh_lib.make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        case = make_case({"trust_region.kind": "none"}, mesh)
+        assert_tiny(case.learner._shadow(case.state, case.batch(), case.learner.frozen))
+
+
+def test_the_shadow_is_off_by_default(make_case):
+    assert make_case({"debug.shadow": False}).learner._shadow is None
+
+
+def no_weights(policy_loss, log_ratio, advantages, weights, *args, **kwargs):
+    """A policy loss that forgets the equalizer."""
+    return policy_loss(log_ratio, advantages, jnp.ones_like(weights), *args, **kwargs)
+
+
+def biased_ratio(log_ratio, noise, mean_new, mean_old, std, **kwargs):
+    """A log-ratio whose value is right at ratio 1, and whose gradient is 5 % too long."""
+    return log_ratio(noise, mean_old + 1.05 * (mean_new - mean_old), mean_old, std, **kwargs)
+
+
+def test_a_wrong_loss_is_noticed(make_case, small_network, monkeypatch):
+    case = make_case({"trust_region.kind": "none"})
+    batch, checker = case.batch(), case.learner._shadow
+
+    def check():
+        checker._float32 = jax.jit(functools.partial(shadow._float32_side, checker._recipe))
+        return checker(case.state, batch, case.learner.frozen)
+
+    assert_tiny(check())
+    with monkeypatch.context() as patch:
+        right = loss.policy_loss
+        patch.setattr(update_lib.loss, "policy_loss", functools.partial(no_weights, right))
+        found = check()
+        assert found["shadow/loss"] > 0.01
+        assert found["shadow/gradient"] > 0.1
+    with monkeypatch.context() as patch:
+        patch.setattr(update_lib.sde, "log_ratio", functools.partial(biased_ratio, sde.log_ratio))
+        found = check()
+        assert found["shadow/log_ratio"] < 2e-6
+        assert found["shadow/gradient"] == pytest.approx(0.05, rel=0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(update_lib, "_step_factor", lambda recipe: 1.01)
+        assert check()["shadow/gradient"] == pytest.approx(0.01, rel=0.01)
+
+
+def test_the_other_settings_agree_too(make_case, small_network):
+    case = make_case(
+        {
+            "rollout.sde": "flow",
+            "rollout.guidance": 2.5,
+            "rollout.window": "random_k",
+            "rollout.window_size": 2,
+            "loss.objective": "reinforce",
+            "loss.log_prob": "squared",
+            "loss.log_prob_reduction": "sum",
+            "loss.step_reduction": "sum",
+            "trust_region.kind": "dual",
+            "trust_region.previous_estimator": "log_ratio",
+            "trust_region.initial_weight": 0.5,
+            "trust_region.final_weight": 0.5,
+        }
+    )
+    batch = case.batch()
+
+    def is_region(node):
+        return isinstance(node, trust_region.TrustRegionState)
+
+    def move_anchor(node):
+        if not is_region(node):
+            return node
+        return node._replace(anchor=jax.tree.map(lambda x: x + 0.02, node.anchor))
+
+    opt_state = jax.tree.map(move_anchor, case.state.opt_state, is_leaf=is_region)
+    state = case.state._replace(opt_state=opt_state)
+    found = case.learner._shadow(state, batch, case.learner.frozen)
+    # A sum over the 320 elements of a sample instead of their mean.
+    assert 0 < found["shadow/log_ratio"] < 320 * 2e-6
+    assert found["shadow/loss"] < 2e-5
+    assert found["shadow/gradient"] < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["precise", "flow", "dance", "cps"])
+def test_textbook_transitions(kind):
+    schedule = schedules.host_schedule(20, 5.0)
+    rng = np.random.default_rng(0)
+    velocity, sample = rng.standard_normal((2, 1, 6))
+    with jax.enable_x64(True):
+        for sigma, sigma_next in zip(schedule.sigmas[:-2], schedule.sigmas[1:-1], strict=True):
+            sigmas = np.float64(sigma), np.float64(sigma_next)
+            mean, std = shadow.plain_transition(kind, velocity, sample, *sigmas, 0.5)
+            ours = sde.transition(kind, jnp.asarray(velocity), jnp.asarray(sample), *sigmas, 0.5)
+            np.testing.assert_allclose(std, ours.std, rtol=1e-10)
+            np.testing.assert_allclose(mean, ours.mean, rtol=1e-10, atol=1e-10)
+
+
+def narrow_program(x, table):
+    """Casts, a product that asks for float32, a scan, a rule of its own, an integer path."""
+    rows = jnp.take(table, jnp.arange(3), axis=0).astype(jnp.bfloat16)
+    y = jnp.einsum("bi,ij->bj", x.astype(jnp.bfloat16), rows, preferred_element_type=jnp.float32)
+
+    def body(carry, row):
+        carry = jax.nn.silu(carry + row.astype(jnp.float32))
+        return carry, jax.nn.softmax(carry, axis=-1)
+
+    carry, weights = jax.lax.scan(body, y, table)
+    return {"sum": jnp.sum(jax.nn.relu(carry) * 0.1), "weights": weights}
+
+
+def wide_program(x, table):
+    """The same in NumPy, float64."""
+    carry, weights = x @ table[:3], []
+    for row in table:
+        carry = carry + row
+        carry = carry / (1 + np.exp(-carry))
+        weights.append(np.exp(carry) / np.exp(carry).sum(-1, keepdims=True))
+    return np.sum(np.maximum(carry, 0) * np.float64(np.float32(0.1))), np.stack(weights)
+
+
+def test_in_float64_widens_everything():
+    rng = np.random.default_rng(0)
+    x, table = rng.standard_normal((2, 3)), rng.standard_normal((5, 4))
+    narrow = x.astype(np.float32), table.astype(np.float32)
+    wide = shadow.in_float64(narrow_program, *narrow)
+    with jax.enable_x64(True):
+        found = jax.jit(wide)(x, table)
+        slope = jax.grad(lambda x: wide(x, table)["sum"])(x)
+    total, weights = wide_program(x, table)
+    assert found["sum"].dtype == np.float64
+    np.testing.assert_allclose(found["sum"], total, rtol=1e-14)
+    np.testing.assert_allclose(found["weights"], weights, rtol=1e-13)
+    for index in np.ndindex(x.shape):
+        step = np.zeros_like(x)
+        step[index] = 1e-6
+        difference = wide_program(x + step, table)[0] - wide_program(x - step, table)[0]
+        assert slope[index] == pytest.approx(difference / 2e-6, abs=1e-8)
+    with pytest.raises(ValueError, match="shapes"):
+        wide(x[:1], table)
+
+
+def test_in_float64_refuses_what_depends_on_bits():
+    wide = shadow.in_float64(
+        lambda x: jax.lax.bitcast_convert_type(x, jnp.int32), np.ones(2, np.float32)
+    )
+    with jax.enable_x64(True), pytest.raises(NotImplementedError, match="bitcast_convert_type"):
+        wide(np.ones(2))
