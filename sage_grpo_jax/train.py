@@ -14,8 +14,8 @@ from ml_collections import config_flags
 
 from sage_grpo_jax.parallel import hosts
 from sage_grpo_jax.rewards import types as reward_types
+from sage_grpo_jax.training import command_line, learner, loop, metrics
 from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import learner, loop, metrics
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="Recipe, with an argument behind a colon.", lock_config=True
@@ -32,15 +32,18 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
     hosts.initialize()
     try:
+        if _CONFIG.value is None:
+            raise ValueError("--config: missing; allowed: a recipe, as in configs/moving_shapes.py")
         config = config_lib.from_config_dict(_CONFIG.value)
         metrics.log_versions()
         summary = loop.train(config, pathlib.Path(_WORKDIR.value))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if logging.level_debug():
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {command_line.one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except (
+        loop.StorageError,
         loop.TooManySkipsError,
         learner.NumericsError,
         learner.RewardModelChangedError,
@@ -53,4 +56,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

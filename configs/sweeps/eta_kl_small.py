@@ -1,7 +1,7 @@
 """A corner of eta_kl.py that a laptop finishes in a quarter of an hour: two etas, with and without
 the trust region, two seeds, 12 steps.
 
-    python -m sage_grpo_jax.sweep --config=configs/sweeps/eta_kl_small.py --workdir=runs/eta_kl_small
+    python -m sage_grpo_jax.sweep --config=configs/sweeps/eta_kl_small.py --workdir=runs/small
 """
 
 import pathlib

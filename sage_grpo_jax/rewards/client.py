@@ -106,13 +106,13 @@ class RewardClient:
         """Of the reward model that all results come from; "" before the first answer."""
         return self._fingerprint
 
-    def info(self) -> RewardInfo:
-        """What the server scores with; waits for it within the budget.
+    def info(self, budget: float | None = None) -> RewardInfo:
+        """What the server scores with; waits for it for `budget` seconds, None: that of a sample.
 
         Raises:
           RewardServiceError: it did not answer, or with another fingerprint than expected.
         """
-        call = _Call(self._budget)
+        call = _Call(self._budget if budget is None else budget)
         response = self._attempts(call, lambda stub: stub.GetInfo, reward_pb2.GetInfoRequest())
         if isinstance(response, _Failure):
             raise RewardServiceError(response.code, f"{self._address}: {response.message}")
@@ -291,7 +291,7 @@ class RewardClient:
         code, message = (
             failure or self._outage.last or (types.DEADLINE_EXCEEDED, "no answer, no failure")
         )
-        spent = f"gave up after {call.attempts} attempts in {self._budget:g} s"
+        spent = f"gave up after {call.attempts} attempts in {call.budget:g} s"
         return _Failure(code, f"{spent}; last: {message}")
 
     def _attempt(
@@ -349,6 +349,7 @@ class _Call:
 
     def __init__(self, budget: float):
         self._started = time.monotonic()
+        self.budget = budget
         self.deadline = self._started + budget
         self.attempts = 0
 

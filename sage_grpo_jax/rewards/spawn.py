@@ -26,6 +26,7 @@ _PACKAGE_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _LISTENING = re.compile(r"^listening on (?P<address>\S+) fingerprint (?P<fingerprint>\S+)$")
 _PR_SET_PDEATHSIG = 1
 _TAIL_BYTES = 4000
+_CANCEL_POLL_SECONDS = 0.2
 
 
 def listening_line(address: str, fingerprint: str) -> str:
@@ -70,6 +71,7 @@ def spawn_server(
     startup_timeout: float = 120.0,
     extra_args: Sequence[str] = (),
     env: dict[str, str] | None = None,
+    cancelled: threading.Event | None = None,
 ) -> SpawnedServer:
     """Starts `python -m sage_grpo_jax.serve_rewards` on loopback and waits until it serves.
 
@@ -80,9 +82,11 @@ def spawn_server(
       startup_timeout: seconds for imports, loading and warm-up.
       extra_args: more flags.
       env: environment variables in addition to this process's own.
+      cancelled: gives up waiting, and ends the server, when it is set.
 
     Raises:
-      RuntimeError: it ended or took too long before it served; with the tail of its log.
+      RuntimeError: it ended, was cancelled or took too long before it served; with the tail of its
+        log.
     """
     log = _Log(log_path)
     command = [sys.executable, "-m", "sage_grpo_jax.serve_rewards"]
@@ -107,7 +111,7 @@ def spawn_server(
         target=_read_lines, args=(process.stdout, lines), name="reward-stdout", daemon=True
     ).start()
     try:
-        address, fingerprint = _wait_until_listening(lines, startup_timeout)
+        address, fingerprint = _wait_until_listening(lines, startup_timeout, cancelled)
     except BaseException as error:
         _end(process, grace=1.0)
         tail = log.tail()
@@ -129,7 +133,8 @@ def die_with_parent(parent_pid: int) -> None:
     Raises:
       ValueError: `parent_pid` is not a process id.
     """
-    if parent_pid <= 1:
+    # The first process of a container has the id 1; when it ends, the kernel ends all others.
+    if parent_pid < 1:
         raise ValueError(f"parent_pid = {parent_pid}: must be the id of the parent process")
 
     def check(*unused) -> None:
@@ -191,12 +196,19 @@ def _read_lines(stdout: IO[str], lines: queue.SimpleQueue) -> None:
     lines.put(None)
 
 
-def _wait_until_listening(lines: queue.SimpleQueue, timeout: float) -> tuple[str, str]:
+def _wait_until_listening(
+    lines: queue.SimpleQueue, timeout: float, cancelled: threading.Event | None
+) -> tuple[str, str]:
     deadline = time.monotonic() + timeout
     while True:
+        left = deadline - time.monotonic()
         try:
-            line = lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            line = lines.get(timeout=max(0.0, min(left, _CANCEL_POLL_SECONDS)))
         except queue.Empty:
+            if cancelled is not None and cancelled.is_set():
+                raise _NotServingError("was not waited for any more") from None
+            if left > 0:
+                continue
             raise _NotServingError(f"did not serve within {timeout:g} s") from None
         if line is None:
             raise _NotServingError("ended before it served")

@@ -65,8 +65,14 @@ class KeptServer:
                 port,
             )
             try:
-                self._server = spawn.spawn_server(self._backend, port=port, log_path=self._log_path)
-            except RuntimeError as error:
+                self._server = spawn.spawn_server(
+                    self._backend, port=port, log_path=self._log_path, cancelled=self._closing
+                )
+            except Exception as error:
+                # Also one that has nothing to do with the server (no memory, no disk): whatever
+                # it is, it may pass, and nobody else would start the server again.
+                if self._closing.is_set():
+                    return
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
                 logging.warning("it did not come up, next try in %.1f s: %s", pause, error)
                 self._closing.wait(pause)

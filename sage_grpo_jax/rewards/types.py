@@ -13,6 +13,7 @@ FAILED_PRECONDITION = "FAILED_PRECONDITION"  # another fingerprint: the reward m
 RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"  # queue full until the budget was spent, or too large
 DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"  # too slow until the budget was spent
 UNAVAILABLE = "UNAVAILABLE"  # not reachable until the budget was spent
+UNIMPLEMENTED = "UNIMPLEMENTED"  # a gRPC server, but another service
 INTERNAL = "INTERNAL"  # the backend failed on this sample, or returned a non-finite score
 DATA_LOSS = "DATA_LOSS"  # the answer belongs to another request
 CANCELLED = "CANCELLED"  # the client was closed first

@@ -287,7 +287,11 @@ def _build(cls: type, values: Any, path: str) -> Any:
     if missing := sorted(set(fields) - set(values)):
         raise ValueError(f"{path}.{missing[0]}: missing")
     hints = typing.get_type_hints(cls)
-    return cls(**{n: _convert(hints[n], values[n], f"{path}.{n}") for n in fields})
+    converted = {n: _convert(hints[n], values[n], f"{path}.{n}") for n in fields}
+    try:
+        return cls(**converted)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
@@ -299,7 +303,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             return None
         hint = next(a for a in typing.get_args(hint) if a is not type(None))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{path}: got {value}; allowed: finite numbers") from None
     # bool is an int in Python; a flag in place of a number is a mistake.
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ValueError(

@@ -9,9 +9,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from sage_grpo_jax.data import moving_shapes_spec as spec
+from sage_grpo_jax.rewards.backends import BACKENDS
 
 if TYPE_CHECKING:
-    from sage_grpo_jax.training.config import Config
+    from sage_grpo_jax.training.config import Config, RewardsConfig
 
 SDE_KINDS = ("precise", "flow", "dance", "cps", "ode")
 _CHOICES = {
@@ -52,15 +53,22 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "rollout.prompts_per_step": (1, None),
     "rollout.group_size": (2, None),
     "rollout.decode_batch": (1, None),
-    "rewards.budget_seconds": (0, None),
     "rewards.max_in_flight": (1, None),
     "rewards.min_valid_fraction": (0, 1),
     "rewards.max_skipped_updates": (1, None),
+    "rewards.weights.VQ": (None, None),
+    "rewards.weights.MQ": (None, None),
+    "rewards.weights.TA": (None, None),
+    "mesh.data": (-1, None),
+    "mesh.fsdp": (-1, None),
+    "mesh.context": (-1, None),
     "advantage.epsilon": (0, None),
     "advantage.std_floor": (0, None),
     "loss.updates_per_rollout": (1, None),
     "loss.micro_batch": (1, None),
     "loss.ratio_tolerance": (0, None),
+    "optimizer.b1": (0, 1),
+    "optimizer.b2": (0, 1),
     "optimizer.warmup_steps": (0, None),
     "optimizer.final_fraction": (0, 1),
     "optimizer.momentum": (0, 1),
@@ -81,6 +89,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
 _POSITIVE = (
     "video.fps",
     "rewards.timeout_seconds",
+    "rewards.budget_seconds",
     "advantage.clip",
     "loss.clip_range",
     "optimizer.learning_rate",
@@ -108,9 +117,12 @@ def validate(config: Config) -> None:
         value = _get(config, path)
         # Written so that NaN and infinity fail.
         if not (
-            (low is None or value >= low) and value < math.inf and (high is None or value <= high)
+            -math.inf < value < math.inf
+            and (low is None or value >= low)
+            and (high is None or value <= high)
         ):
-            bounds = f"at least {low}" if high is None else f"{low} to {high}"
+            bounds = "finite" if low is None else f"at least {low}"
+            bounds = bounds if high is None else f"{low} to {high}"
             raise ValueError(f"config.{path}: got {value}; allowed: {bounds}")
     for path in _POSITIVE:
         if not 0 < (value := _get(config, path)) < math.inf:
@@ -138,6 +150,9 @@ def _validate_together(config: Config) -> None:
         raise ValueError("config.rollout.eta_match.eta: got 0; allowed: more than 0")
     if rollout.sde == "cps" and rollout.eta > 1:
         raise ValueError(f"config.rollout.eta: got {rollout.eta}; allowed with sde=cps: 0 to 1")
+    for name in ("b1", "b2"):
+        if (value := getattr(config.optimizer, name)) == 1:
+            raise ValueError(f"config.optimizer.{name}: got {value}; allowed: below 1")
     if config.batch_size % config.loss.micro_batch:
         raise ValueError(
             f"config.loss.micro_batch: got {config.loss.micro_batch}; allowed: a divisor of "
@@ -155,9 +170,33 @@ def _validate_together(config: Config) -> None:
             f"config.eval.manifold_distance: got True with clips of {clip}; allowed: clips of the "
             f"moving-shapes world, {world}, or False"
         )
-    if bool(config.rewards.address) == config.rewards.spawn:
+    _validate_rewards(config.rewards)
+
+
+def _validate_rewards(rewards: RewardsConfig) -> None:
+    weights = (rewards.weights.VQ, rewards.weights.MQ, rewards.weights.TA)
+    if not any(weights):
+        raise ValueError(f"config.rewards.weights: got {weights}; allowed: one of them not 0")
+    if bool(rewards.address) == rewards.spawn:
         raise ValueError(
-            f"config.rewards: spawn={config.rewards.spawn} with address="
-            f"{config.rewards.address!r}; allowed: spawn=True without an address, or "
+            f"config.rewards: spawn={rewards.spawn} with address="
+            f"{rewards.address!r}; allowed: spawn=True without an address, or "
             "spawn=False with the HOST:PORT of a running server"
         )
+    if rewards.address and not _is_address(rewards.address):
+        raise ValueError(
+            f"config.rewards.address: got {rewards.address!r}; allowed: HOST:PORT, as in "
+            "localhost:50051 or [::1]:50051, without http://"
+        )
+    if rewards.spawn and rewards.backend not in BACKENDS and ":" not in rewards.backend:
+        raise ValueError(
+            f"config.rewards.backend: got {rewards.backend!r}; allowed: {', '.join(BACKENDS)}, or "
+            "package.module:Class"
+        )
+
+
+def _is_address(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    plain = bool(host) and not any(c.isspace() or c in "/:[]@" for c in host)
+    return (bracketed or plain) and port.isascii() and port.isdigit() and 0 < int(port) < 65536

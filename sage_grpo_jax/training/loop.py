@@ -1,8 +1,9 @@
 """The training loop: set up, resume, step, evaluate, save, summarise."""
 
 import contextlib
+import copy
 import dataclasses
-import json
+import math
 import pathlib
 import signal
 import time
@@ -10,28 +11,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 
 from sage_grpo_jax.parallel import hosts
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.rewards import client as client_lib
-from sage_grpo_jax.rewards import supervisor
 from sage_grpo_jax.training import checkpoint, evaluation, metrics, setup
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import recipe as recipe_lib
+from sage_grpo_jax.training import workdir as workdir_lib
+from sage_grpo_jax.training.scoring import open_scorer
+from sage_grpo_jax.weights import store
 
-# Fields that a rerun may change without becoming another run.
-OPERATIONAL = (
-    "num_steps",
-    "mesh",
-    "checkpoint",
-    "rewards.spawn",
-    "rewards.address",
-    "rewards.timeout_seconds",
-    "rewards.budget_seconds",
-    "rewards.max_in_flight",
-)
+StorageError = checkpoint.StorageError
 
 
 class Interrupted(Exception):
@@ -43,15 +36,17 @@ class TooManySkipsError(RuntimeError):
 
 
 class Interrupt:
-    """Turns SIGTERM and SIGINT into a flag that is looked at between phases."""
+    """Turns SIGTERM, SIGINT and SIGHUP into a flag that is looked at between phases."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def __enter__(self) -> "Interrupt":
-        self._previous = {
-            s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)
-        }
+        wanted = [signal.SIGTERM, signal.SIGINT]
+        # A terminal that is closed; under nohup it is ignored, and stays so.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            wanted.append(signal.SIGHUP)
+        self._previous = {s: signal.signal(s, self._request) for s in wanted}
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -86,149 +81,142 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any] | 
       The summary that is also in `summary.json`; None when a signal stopped the run.
 
     Raises:
-      ValueError: bad input, before any expensive work.
-      TooManySkipsError, learner.NumericsError: see there; the last good state is saved.
+      ValueError: bad input, before any expensive work (weights that are not finite: once loaded).
+      TooManySkipsError, learner.RewardModelChangedError: see there; the last good state is saved.
+      learner.NumericsError: see there; nothing was applied since the last checkpoint's rerun.
+      StorageError: a full or broken disk; the last complete checkpoint is untouched.
+      RewardServiceError: the reward service did not come up.
     """
     networks = setup.read_networks(config.model)
     recipe_lib.make_recipe(config, networks.transformer, networks.vae)  # fails early
-    mesh = mesh_lib.make_mesh(**dataclasses.asdict(config.mesh))
+    mesh = _make_mesh(config)
     recipe_lib.check_mesh(config, mesh)
-    claim_workdir(config, workdir)
-    if (summary := _finished(config, workdir)) is not None:
-        return summary
-    _describe_policy(config, networks, workdir)
+    check_weights(networks)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(workdir_lib.locked(workdir))
+        workdir_lib.claim(config, workdir)
+        if (summary := workdir_lib.finished(config, workdir)) is not None:
+            return summary
+        workdir_lib.describe_policy(config, networks, workdir)
+        workdir_lib.remove_leftovers(workdir)
         stack.enter_context(jax.set_mesh(mesh))
+        prompts = _open_prompts(config, workdir, networks)
         scorer = stack.enter_context(open_scorer(config, workdir))
         # Before this a signal ends the process at once: there is nothing to save.
         interrupt = stack.enter_context(Interrupt())
-        run = _Run(config, workdir, networks, mesh, scorer, interrupt)
+        run = _Run(config, workdir, networks, mesh, scorer, interrupt, prompts)
         stack.callback(run.close)
         return run.train()
 
 
-def claim_workdir(config: config_lib.Config, workdir: pathlib.Path) -> None:
-    """Writes config.json, or checks that the one that is there belongs to the same run.
+def _make_mesh(config: config_lib.Config) -> jax.sharding.Mesh:
+    try:
+        return mesh_lib.make_mesh(**dataclasses.asdict(config.mesh))
+    except ValueError as error:
+        raise ValueError(f"config.{error}") from error
+
+
+def _open_prompts(config: config_lib.Config, workdir: pathlib.Path, networks: setup.Networks):
+    try:
+        return setup.open_prompts(config, workdir, networks)
+    except (OSError, RuntimeError) as error:  # array_record raises RuntimeError
+        raise checkpoint.storage_error("the embeddings", workdir, error) from error
+
+
+def check_weights(networks: setup.Networks) -> None:
+    """Reads the headers of both networks' weights, not their values.
 
     Raises:
-      ValueError: naming the fields that differ.
+      ValueError: naming the field, for files that cannot be read, and tensors that are missing,
+        unexpected or misshapen.
     """
-    path = workdir / "config.json"
-    mine = _flatten(dataclasses.asdict(config))
-    if path.exists():
-        theirs = _flatten(json.loads(path.read_text()))
-        differing = [
-            f"{name} ({theirs.get(name)!r} there, {mine.get(name)!r} here)"
-            for name in sorted(mine.keys() | theirs.keys())
-            if mine.get(name) != theirs.get(name)
-            and not any(name == o or name.startswith(f"{o}.") for o in OPERATIONAL)
-        ]
-        if differing:
-            raise ValueError(
-                f"--workdir: {workdir} belongs to a run with another config: "
-                f"{'; '.join(differing)}. Allowed: the same config, or another folder"
-            )
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        metrics.write_json(path, dataclasses.asdict(config))
+    for field, path, network in (
+        ("transformer", networks.transformer_path, networks.transformer),
+        ("vae", networks.vae_path, networks.vae),
+    ):
+        with _loading(field):
+            store.open_source(path, network)
 
 
-def _finished(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do."""
-    path = workdir / "summary.json"
-    if not path.exists():
-        return None
-    summary = json.loads(path.read_text())
-    return summary if summary["steps"] >= config.num_steps else None
-
-
-def _describe_policy(config: config_lib.Config, networks, workdir: pathlib.Path) -> None:
-    """Writes transformer.json, and lora.json with adapters: all that `convert` needs to know."""
-    if jax.process_index():
-        return
-    text = networks.transformer.to_json()
-    metrics.write_atomically(workdir / "transformer.json", text.encode())
-    if (adapters := config.lora.adapters) is not None:
-        base = config.model.transformer
-        if not base.startswith(setup.ASSET):
-            base = str(networks.transformer_path.absolute())
-        metrics.write_json(workdir / "lora.json", {**dataclasses.asdict(adapters), "base": base})
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+@jax.jit
+def _finite_leaves(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(x).all() for x in leaves]
 
 
 @contextlib.contextmanager
-def open_scorer(
-    config: config_lib.Config, workdir: pathlib.Path
-) -> Iterator[client_lib.RewardClient]:
-    """A client of the reward service; starts the service when `rewards.spawn`."""
-    rewards = config.rewards
-    with contextlib.ExitStack() as stack:
-        address = rewards.address
-        if rewards.spawn:
-            log = workdir / f"rewards-{jax.process_index()}.log"
-            server = stack.enter_context(supervisor.KeptServer(rewards.backend, log))
-            address = server.address
-        client = client_lib.RewardClient(
-            address,
-            timeout=rewards.timeout_seconds,
-            budget=rewards.budget_seconds,
-            max_in_flight=rewards.max_in_flight,
+def _loading(field: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"config.model.{field}: {error}") from error
+
+
+def require_finite(params: Any) -> None:
+    """Refuses parameters that hold NaN or infinity.
+
+    Raises:
+      ValueError: naming the parameters.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    good = jax.device_get(_finite_leaves([x for _, x in leaves]))
+    bad = [
+        "/".join(str(key.key) for key in path)
+        for (path, _), ok in zip(leaves, good, strict=True)
+        if not ok
+    ]
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise ValueError(
+            f"{', '.join(bad[:5])}{more} hold NaN or infinity; allowed: finite weights"
         )
-        stack.callback(client.close)
-        info = client.info()
-        wanted = dataclasses.asdict(rewards.weights)
-        if missing := set(wanted) - set(info.names):
-            raise ValueError(
-                f"config.rewards.weights: {address} does not score {', '.join(sorted(missing))}; "
-                f"allowed: {', '.join(info.names)}"
-            )
-        logging.info("rewards from %s, fingerprint %s", address, info.fingerprint[:16])
-        yield client
 
 
 class _Run:
     """The parts of a run that the loop uses at every step."""
 
-    def __init__(self, config, workdir, networks, mesh, scorer, interrupt) -> None:
+    def __init__(self, config, workdir, networks, mesh, scorer, interrupt, prompts) -> None:
         self.config, self.workdir = config, workdir
         self.interrupt = interrupt
         self.fingerprint = scorer.fingerprint
-        self.prompts = setup.open_prompts(config, workdir, networks)
+        self.prompts = prompts
         self.checkpoints = checkpoint.Checkpoints(
             workdir, config.checkpoint.every, config.checkpoint.keep
         )
+        with _loading("vae"):
+            vae_params = setup.load_vae(networks, mesh)
+            require_finite(vae_params)
+        with _loading("transformer"):
+            base = setup.load_base(networks, config, mesh)
+            require_finite(base)
         self.learner = learner_lib.Learner(
             setup.build_programs(networks, config, mesh),
-            setup.load_vae(networks, mesh),
+            vae_params,
             self.prompts.negative,
             scorer,
             mesh,
             interrupt.check_alone,
-            setup.load_base(networks, config, mesh),
+            base,
         )
         self.skipped = 0
-        last_step = self.checkpoints.latest_step
-        if last_step is None:
-            self.state = setup.fresh_state(networks, config, mesh)
+        # The metrics of the newest step, while its row is not written: an evaluation was cut off.
+        self.unwritten: dict[str, float] | None = None
+        self.is_new = self.checkpoints.latest_step is None
+        if self.is_new:
+            with _loading("transformer"):
+                self.state = setup.fresh_state(networks, config, mesh)
+                require_finite(self.state.params)
         else:
             self._restore(setup.make_abstract_state(networks, config, mesh))
         self.first_step = int(self.state.step)
+        self.position = copy.deepcopy(self.prompts.train.get_state())
         is_main = jax.process_index() == 0
-        self.writer = metrics.MetricsWriter(workdir, last_step) if is_main else None
+        last_row = self.first_step - (self.is_new or self.unwritten is not None)
+        self.writer = metrics.MetricsWriter(workdir, last_row) if is_main else None
         self.progress = metrics.Progress(config.num_steps, self.first_step) if is_main else None
 
     def _restore(self, abstract_state: Any) -> None:
         self.state, record = self.checkpoints.restore(abstract_state, self.prompts.train)
-        self.skipped = record["skipped"]
+        self.skipped, self.unwritten = record["skipped"], record.get("unwritten")
         if record["fingerprint"] != self.fingerprint:
             raise ValueError(
                 f"config.rewards: the reward model has changed (fingerprint "
@@ -246,32 +234,45 @@ class _Run:
         """The loop; see `train` above."""
         try:
             self._loop()
-        except (Interrupted, learner_lib.NumericsError, learner_lib.RewardModelChangedError):
-            # self.state is the state after the last complete step: nothing of it is lost.
+            self._save()
+            self.checkpoints.wait()
+            return self._summarise()
+        except (Interrupted, learner_lib.RewardModelChangedError):
+            # self.state is the state after the last complete step: nothing of it is lost. The
+            # prompts of the step that was abandoned are drawn again.
+            self.prompts.train.set_state(self.position)
             self._save()
             self.checkpoints.wait()
             if not self.interrupt.requested:
                 raise
             self._note(f"stopped at step {int(self.state.step)}; the same command goes on")
             return None
-        self._save()
-        self.checkpoints.wait()
-        return self._summarise()
+        except OSError as error:
+            raise self.checkpoints.storage_error("a file", error) from error
 
     def _loop(self) -> None:
-        if self.first_step == 0 and self.checkpoints.latest_step is None:
+        if self.is_new:
             self._write(0, self._evaluate(0))
+        if self.unwritten is not None:
+            self._finish(self.first_step, self.unwritten)
         batches = iter(self.prompts)
         for step in range(self.first_step + 1, self.config.num_steps + 1):
             self.interrupt.check_together()
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, values = self.learner.step(self.state, next(batches))
-            self.state = state
-            values |= self._evaluate(step) if self._evaluation_due(step) else {}
-            self._write(step, values)
-            self._count_skips(values)
-            if self.checkpoints.due(step):
-                self._save()
+            self.state, self.unwritten = state, values
+            self.position = copy.deepcopy(self.prompts.train.get_state())
+            self._finish(step, values)
+
+    def _finish(self, step: int, values: dict[str, float]) -> None:
+        """Evaluates when it is time, writes the row of a step, saves when it is time."""
+        # Not |=: where the evaluation is cut off, `values` is what is saved.
+        row = {**values, **(self._evaluate(step) if self._evaluation_due(step) else {})}
+        self._write(step, row)
+        self.unwritten = None
+        self._count_skips(values)
+        if self.checkpoints.due(step):
+            self._save()
 
     def _evaluation_due(self, step: int) -> bool:
         every = self.config.eval.every
@@ -308,9 +309,9 @@ class _Run:
             self.checkpoints.wait()
             raise TooManySkipsError(
                 f"{self.skipped} updates in a row were skipped (config.rewards."
-                f"max_skipped_updates = {limit}): too few rewards, or loss, gradient or "
-                f"parameters not finite; see the warnings above. Saved at step "
-                f"{int(self.state.step)}"
+                f"max_skipped_updates = {limit}); the last one because {skip_reason(values)}. See "
+                f"the warnings above. Saved at step {int(self.state.step)}; the same command "
+                "goes on from there"
             )
 
     def _save(self) -> None:
@@ -320,6 +321,7 @@ class _Run:
             "skipped": self.skipped,
             "fingerprint": self.fingerprint,
             "prompts": self.prompts.fingerprint,
+            "unwritten": self.unwritten,
         }
         self.checkpoints.save(step, self.state, self.prompts.train, record)
 
@@ -327,7 +329,7 @@ class _Run:
         if self.writer is None:
             return None
         summary = summarise(metrics.read_metrics(self.workdir / metrics.METRICS_FILE), self.config)
-        metrics.write_json(self.workdir / "summary.json", summary)
+        metrics.write_json(self.workdir / workdir_lib.SUMMARY_FILE, summary)
         return summary
 
     def close(self) -> None:
@@ -335,6 +337,18 @@ class _Run:
         self.checkpoints.close()
         if self.writer is not None:
             self.writer.close()
+
+
+def skip_reason(values: dict[str, float]) -> str:
+    """Why the update of a step was not applied, from its metrics."""
+    # Parts before their sums: the first one that is broken is the cause.
+    order = ("loss/policy", "kl/anchor", "kl/previous", "kl/total", "loss/total", "grad/norm")
+    broken = [name for name in order if not math.isfinite(values.get(name, 0.0))]
+    if broken:
+        return f"{broken[0]} was not finite"
+    if "loss/total" in values:
+        return "the new parameters were not finite"
+    return f"only {100 * values['reward/valid_fraction']:.0f} % of the samples had a reward"
 
 
 def summarise(rows: list[dict[str, Any]], config: config_lib.Config) -> dict[str, Any]:
@@ -352,7 +366,10 @@ def summarise(rows: list[dict[str, Any]], config: config_lib.Config) -> dict[str
         "name": config.name,
         "method": config.method,
         "seed": config.seed,
-        "steps": rows[-1]["step"],
-        "eval": {"first": evaluations[0], "last": evaluations[-1]},
+        "steps": rows[-1]["step"] if rows else 0,
+        # Both empty where somebody has removed metrics.jsonl.
+        "eval": {"first": evaluations[0], "last": evaluations[-1]}
+        if evaluations
+        else {"first": {}, "last": {}},
         "time": seconds,
     }

@@ -4,24 +4,26 @@ Both files can be cut back to a step, so that a run that was killed and started 
 same record as one that was not.
 """
 
+import contextlib
 import json
 import math
 import os
 import pathlib
+import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import logging
-from tensorboardX import SummaryWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from sage_grpo_jax.data.media import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
+_EVENTS = "events.out.tfevents."
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -63,33 +65,79 @@ class MetricsWriter:
         write_atomically(self._path, b"".join(_line(row) for row in rows))
         truncate_events(workdir, kept)
         self._file = self._path.open("ab")
-        # tensorboardX names files by the second: a quick restart would overwrite the last file.
-        suffix = f".{time.time_ns()}"
-        self._events = SummaryWriter(str(workdir), flush_secs=30, filename_suffix=suffix)
+        self._events = EventFile(workdir)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One row, on disk before this returns; non-finite values become null."""
         self._file.write(_line({"step": step, **values}))
         self._file.flush()
         os.fsync(self._file.fileno())
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._events.add_scalar(name, value, step)
-        self._events.flush()
+        self._events.write(
+            step,
+            [
+                summary_pb2.Summary.Value(tag=name, simple_value=value)
+                for name, value in values.items()
+                if math.isfinite(value)
+            ],
+        )
 
     def write_animation(self, step: int, name: str, gif: bytes, height: int, width: int) -> None:
         """An animated image for TensorBoard (add_video would need moviepy and writes nothing)."""
         image = summary_pb2.Summary.Image(
             height=height, width=width, colorspace=3, encoded_image_string=gif
         )
-        value = summary_pb2.Summary.Value(tag=name, image=image)
-        self._events.file_writer.add_summary(summary_pb2.Summary(value=[value]), step)
-        self._events.flush()
+        self._events.write(step, [summary_pb2.Summary.Value(tag=name, image=image)])
 
     def close(self) -> None:
-        """Flushes and closes both files."""
+        """Closes both files; every row is in them already."""
         self._events.close()
+        # What a full disk did not take is tried again by close; the failure was raised before.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+class EventFile:
+    """A TensorBoard event file, written at once and by nobody else.
+
+    SummaryWriter of tensorboardX hands events to a thread: one that a full disk has ended takes
+    none any more, and the training waits for it for ever.
+    """
+
+    def __init__(self, workdir: pathlib.Path) -> None:
+        # TensorBoard reads files in the order of their names, and never goes back: a file of a
+        # clock that was put back must still come last.
+        stamps = [_stamp(path) for path in workdir.glob(f"{_EVENTS}*")]
+        stamp = max([int(time.time()), *(number + 1 for number in stamps)])
+        self._time = float(stamp)
+        name = f"{_EVENTS}{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (workdir / name).open("xb", buffering=0)
+        self._append(event_pb2.Event(file_version="brain.Event:2"))
+
+    def write(self, step: int, values: Sequence[summary_pb2.Summary.Value]) -> None:
+        """One event with all values of a step."""
+        self._append(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=values)))
+
+    def close(self) -> None:
+        """Closes the file."""
         self._file.close()
+
+    def _append(self, event: event_pb2.Event) -> None:
+        self._time = max(self._time, time.time())
+        event.wall_time = self._time
+        self._file.write(_record(event.SerializeToString()))
+
+
+def _stamp(path: pathlib.Path) -> int:
+    """The seconds in the name of an event file; 0 where there are none."""
+    digits = path.name.removeprefix(_EVENTS).partition(".")[0]
+    return int(digits) if digits.isdigit() else 0
+
+
+def _record(payload: bytes) -> bytes:
+    """A record of an event file: length, crc, payload, crc."""
+    length = struct.pack("<Q", len(payload))
+    crcs = (struct.pack("<I", masked_crc32c(data)) for data in (length, payload))
+    return length + next(crcs) + payload + next(crcs)
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
@@ -102,7 +150,7 @@ def _line(row: Mapping[str, Any]) -> bytes:
 
 def truncate_events(workdir: pathlib.Path, last_step: int) -> None:
     """Drops TensorBoard events after `last_step`, in place, file by file."""
-    for path in sorted(workdir.glob("events.out.tfevents.*")):
+    for path in sorted(workdir.glob(f"{_EVENTS}*")):
         data = path.read_bytes()
         kept = b"".join(
             record
@@ -154,16 +202,17 @@ class Progress:
             f"  grad {values.get('grad/norm', math.nan):.2e}"
             f"  [{phases} s]  {format_seconds(left)} left"
         )
-        if self._terminal:
-            self._stream.write(f"\r\x1b[K{text}")
-        else:
-            self._stream.write(f"{text}\n")
-        self._stream.flush()
+        self._write(f"\r\x1b[K{text}" if self._terminal else f"{text}\n")
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        self._stream.write(f"\r\x1b[K{text}\n" if self._terminal else f"{text}\n")
-        self._stream.flush()
+        self._write(f"\r\x1b[K{text}\n" if self._terminal else f"{text}\n")
+
+    def _write(self, text: str) -> None:
+        # A terminal that was closed, or a pipe that nobody reads, is no reason to stop training.
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+            self._stream.flush()
 
 
 def format_seconds(seconds: float) -> str:

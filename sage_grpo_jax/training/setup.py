@@ -230,7 +230,7 @@ def read_prompts(source: str, field: str) -> list[prompts_lib.Prompt]:
     if not source.startswith(WORLD):
         try:
             return prompts_lib.read_prompts(source)
-        except (FileNotFoundError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"config.data.{field}: {error}") from error
     splits = {
         "train": moving_shapes_spec.train_captions,

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import loop, methods
+from sage_grpo_jax.training import methods, workdir
 
 RECIPE = pathlib.Path(__file__).parents[2] / "configs" / "moving_shapes.py"
 
@@ -77,6 +77,12 @@ def test_typing_a_wrong_field_fails(recipe):
         ("rewards.min_valid_fraction", 1.5, "0 to 1"),
         ("trust_region.kind", "trust", "none, fixed"),
         ("num_steps", 0, "at least 1"),
+        ("optimizer.b1", 1.0, "below 1"),
+        ("optimizer.b2", -0.5, "0 to 1"),
+        ("rewards.weights.VQ", float("-inf"), "finite"),
+        ("rewards.budget_seconds", 0.0, "greater than 0"),
+        ("rewards.backend", "video", "moving_shapes, or package.module:Class"),
+        ("mesh.fsdp", -2, "at least -1"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_field(recipe, path, value, allowed):
@@ -115,6 +121,13 @@ def test_manifold_distance_needs_clips_of_the_world(recipe):
 
 def test_methods_change_only_fields_that_exist():
     fields = dict(methods.METHODS)
-    known = loop._flatten(config_lib.default_config().to_dict())
+    known = workdir.flatten(config_lib.default_config().to_dict())
     for preset in fields.values():
         assert set(preset) <= set(known)
+
+
+def test_weights_that_are_all_zero_have_nothing_to_optimise(recipe):
+    config = recipe.get_config()
+    config.rewards.weights.update(VQ=0.0, MQ=0.0, TA=0.0)
+    with pytest.raises(ValueError, match=r"config.rewards.weights: got \(0.0, 0.0, 0.0\)"):
+        config_lib.from_config_dict(config)

@@ -17,27 +17,31 @@ ROOT = pathlib.Path(__file__).parents[2]
 TOTAL_STEPS = 5
 
 
-def command(workdir: pathlib.Path, overrides: dict[str, object]) -> list[str]:
+def command(workdir: pathlib.Path, overrides: dict[str, object], *more: str) -> list[str]:
     """The training command of the tiny recipe."""
-    flags = [f"--config.{name}={value}" for name, value in overrides.items()]
+    flags = [
+        f"--config.{name}={value}"
+        for name, value in {**overrides, "num_steps": TOTAL_STEPS}.items()
+    ]
     return [
         sys.executable,
         "-m",
         "sage_grpo_jax.train",
         f"--config={ROOT}/configs/moving_shapes.py:method=sage",
         f"--workdir={workdir}",
-        f"--config.num_steps={TOTAL_STEPS}",
-        *[f for f in flags if not f.startswith("--config.num_steps=")],
+        *flags,
+        *more,
     ]
 
 
-def start(workdir: pathlib.Path, overrides: dict[str, object]) -> subprocess.Popen:
+def start(workdir: pathlib.Path, overrides: dict[str, object], *more: str) -> subprocess.Popen:
     """Starts the command; its output goes to a file beside the workdir."""
     # One device is enough here, and starts faster than the eight of the other tests.
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     env = {**os.environ, "XLA_FLAGS": flags}
     log = workdir.with_suffix(".log").open("ab")
-    return subprocess.Popen(command(workdir, overrides), env=env, stdout=log, stderr=log, cwd=ROOT)
+    line = command(workdir, overrides, *more)
+    return subprocess.Popen(line, env=env, stdout=log, stderr=log, cwd=ROOT)
 
 
 def finish(process: subprocess.Popen, workdir: pathlib.Path) -> None:
@@ -64,14 +68,14 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None
         time.sleep(0.02)
 
 
-def saved_arrays(workdir: pathlib.Path) -> list[np.ndarray]:
+def saved_arrays(workdir: pathlib.Path, steps: int = TOTAL_STEPS) -> list[np.ndarray]:
     """Every array of the newest checkpoint's state, in a fixed order."""
     import jax
     from orbax.checkpoint import v1 as ocp
 
     with ocp.training.Checkpointer((workdir / checkpoint.FOLDER).absolute()) as checkpointer:
-        assert checkpointer.latest.step == TOTAL_STEPS
-        loaded = checkpointer.load_checkpointables(TOTAL_STEPS, {"state": None})
+        assert checkpointer.latest.step == steps
+        loaded = checkpointer.load_checkpointables(steps, {"state": None})
     return [np.asarray(x) for x in jax.tree.leaves(loaded["state"])]
 
 
@@ -105,14 +109,6 @@ def test_killed_and_resumed_run_has_the_same_bits(tiny_overrides, tmp_path):
     for name in ("step_000000", f"step_{TOTAL_STEPS:06d}"):
         assert (straight / "samples" / f"{name}.png").stat().st_size > 0
         assert (straight / "samples" / f"{name}.gif").read_bytes()[:6] == b"GIF89a"
-
-    # A rerun of a finished run changes nothing; one with another recipe is refused.
-    before = (straight / "metrics.jsonl").read_bytes()
-    finish(start(straight, tiny_overrides), straight)
-    assert (straight / "metrics.jsonl").read_bytes() == before
-    other = start(straight, {**tiny_overrides, "rollout.eta": 0.7})
-    assert other.wait(timeout=120) == 2
-    assert "rollout.eta (0.5 there, 0.7 here)" in straight.with_suffix(".log").read_text()
 
 
 def children(pid: int) -> list[int]:

@@ -1,0 +1,190 @@
+"""The folder of a run: which run it belongs to, who writes into it, whether the run is finished."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from sage_grpo_jax.training import config as config_lib
+from sage_grpo_jax.training import metrics, setup
+
+CONFIG_FILE = "config.json"
+SUMMARY_FILE = "summary.json"
+_LOCK_FILE = ".lock"
+
+# Fields that a rerun may change without becoming another run.
+OPERATIONAL = (
+    "num_steps",
+    "mesh",
+    "checkpoint",
+    "debug",
+    "rewards.spawn",
+    "rewards.address",
+    "rewards.timeout_seconds",
+    "rewards.budget_seconds",
+    "rewards.max_in_flight",
+)
+
+
+def claim(config: config_lib.Config, workdir: pathlib.Path) -> None:
+    """Writes config.json into a `locked` folder, or checks that it belongs to the same run.
+
+    A folder in which no step was ever recorded belongs to nobody: a mistake in the first config can
+    be corrected without another folder.
+
+    Raises:
+      ValueError: naming the fields that differ; a config.json that cannot be read; a folder that
+        cannot be written.
+    """
+    path = workdir / CONFIG_FILE
+    mine = flatten(dataclasses.asdict(config))
+    with writable(workdir):
+        theirs = flatten(_read_object(path)) if path.exists() and _has_begun(workdir) else mine
+    differing = [
+        f"{name} ({theirs.get(name)!r} there, {mine.get(name)!r} here)"
+        for name in sorted(mine.keys() | theirs.keys())
+        if mine.get(name) != theirs.get(name)
+        and not any(name == o or name.startswith(f"{o}.") for o in OPERATIONAL)
+    ]
+    if differing:
+        raise ValueError(
+            f"--workdir: {workdir} belongs to a run with another config: "
+            f"{'; '.join(differing)}. Allowed: the same config, or another folder"
+        )
+    if jax.process_index() == 0:
+        with writable(workdir):
+            metrics.write_json(path, dataclasses.asdict(config))
+
+
+@contextlib.contextmanager
+def writable(workdir: pathlib.Path) -> Iterator[None]:
+    """Turns what the system says about a folder that cannot be used into one line about --workdir.
+
+    Raises:
+      ValueError: instead of an OSError of the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"--workdir: {workdir} cannot be used: {error.strerror or error}"
+            f"{f' ({error.filename})' if error.filename else ''}; allowed: a folder that can be "
+            "written, on a disk with room"
+        ) from error
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps a second trainer out of the folder; the system frees it, however this one ends.
+
+    Raises:
+      ValueError: a process on this machine trains in the folder.
+    """
+    if jax.process_index():
+        yield
+        return
+    with writable(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / _LOCK_FILE).open("a")
+    with file:
+        try:
+            _lock(file.fileno())
+        except BlockingIOError as error:
+            raise ValueError(
+                f"--workdir: another process trains in {workdir}; allowed: one at a time"
+            ) from error
+        yield
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        import fcntl  # POSIX only
+    except ImportError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network file systems know no locks; they are no reason not to train.
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+
+
+def finished(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do.
+
+    Raises:
+      ValueError: summary.json cannot be read.
+    """
+    path = workdir / SUMMARY_FILE
+    if not path.exists():
+        return None
+    summary = _read_object(path)
+    if not isinstance(summary.get("steps"), int):
+        raise ValueError(f"--workdir: {path} has no steps; allowed: remove it to write it again")
+    return summary if summary["steps"] >= config.num_steps else None
+
+
+def describe_policy(config: config_lib.Config, networks: Any, workdir: pathlib.Path) -> None:
+    """Writes transformer.json, and lora.json with adapters: all that `convert` needs to know."""
+    if jax.process_index():
+        return
+    with writable(workdir):
+        text = networks.transformer.to_json()
+        metrics.write_atomically(workdir / "transformer.json", text.encode())
+        if (adapters := config.lora.adapters) is not None:
+            base = config.model.transformer
+            if not base.startswith(setup.ASSET):
+                base = str(networks.transformer_path.absolute())
+            metrics.write_json(
+                workdir / "lora.json", {**dataclasses.asdict(adapters), "base": base}
+            )
+
+
+def remove_leftovers(workdir: pathlib.Path) -> None:
+    """Removes what writes that were cut off left under temporary names; process 0 does it."""
+    if jax.process_index():
+        return
+    for folder in (workdir, workdir / "samples"):
+        for path in folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+    for path in (workdir / "embeddings").glob("*.tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _has_begun(workdir: pathlib.Path) -> bool:
+    """Whether the folder holds a row of metrics or a checkpoint."""
+    rows = workdir / metrics.METRICS_FILE
+    checkpoints = workdir / "checkpoints"
+    return (rows.exists() and rows.stat().st_size > 0) or (
+        checkpoints.is_dir() and any(name.isdigit() for name in os.listdir(checkpoints))
+    )
+
+
+def _read_object(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"--workdir: {path} is damaged ({error}); allowed: put it right, or another folder"
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(f"--workdir: {path} holds {value!r}; allowed: a JSON object")
+    return value

@@ -1,0 +1,145 @@
+"""Whole runs in this process, with the tiny recipe of tests/training and programs compiled once."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from sage_grpo_jax.parallel import mesh as mesh_lib
+from sage_grpo_jax.training import loop, metrics, setup
+
+TESTS = pathlib.Path(__file__).parents[1]
+
+
+def _load(name: str, path: pathlib.Path) -> Any:
+    """A test module of another folder, importable by `name` from here on."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_fixtures = _load("training_fixtures", TESTS / "training" / "conftest.py")
+_load("trainer_process", TESTS / "training" / "loop_test.py")
+_load("reward_faults", TESTS / "faults" / "reward_faults.py")
+tiny_networks = _fixtures.tiny_networks
+tiny_overrides = _fixtures.tiny_overrides
+make_config = _fixtures.make_config
+LocalScorer = _fixtures.LocalScorer
+
+# Compiled programs, by what they depend on.
+_PROGRAMS: dict[Any, Any] = {}
+_build_programs = setup.build_programs
+
+
+def _cached_programs(networks, config, mesh):
+    """The real programs; configs that differ only in what the host looks at share them."""
+    plain = type(config)()
+    loss = dataclasses.replace(config.loss, ratio_tolerance=0.0, ratio_action="stop")
+    key = dataclasses.replace(
+        config,
+        num_steps=1,
+        rewards=plain.rewards,
+        checkpoint=plain.checkpoint,
+        data=plain.data,
+        loss=loss,
+        eval=dataclasses.replace(config.eval, every=0),
+    )
+    if key not in _PROGRAMS:
+        _PROGRAMS[key] = _build_programs(networks, config, mesh)
+    programs = _PROGRAMS[key]
+    return dataclasses.replace(programs, recipe=dataclasses.replace(programs.recipe, config=config))
+
+
+@dataclasses.dataclass
+class Result:
+    """What a run left in its workdir."""
+
+    rows: list[dict[str, Any]]
+    arrays: list[np.ndarray]  # of the state at the end: parameters, optimizer, trust region, step
+
+
+class Runs:
+    """Trains in this process; the scorer is a local one unless `service` is set."""
+
+    def __init__(self, make_config) -> None:
+        self._make_config = make_config
+        self.scorer: Any = LocalScorer()
+        self.state: Any = None  # of the run that ended last
+
+    def config(self, **overrides: Any):
+        """The tiny recipe: 3 steps, one checkpoint at the end unless something goes wrong."""
+        base = {
+            "num_steps": 3,
+            "checkpoint.every": 3,
+            "eval.every": 2,
+            "eval.num_prompts": 2,
+            "rollout.prompts_per_step": 2,
+            "rollout.group_size": 2,
+            "rollout.decode_batch": 2,
+            "loss.micro_batch": 2,
+        }
+        dotted = {name.replace("__", "."): value for name, value in overrides.items()}
+        return self._make_config({**base, **dotted})
+
+    def train(self, workdir: pathlib.Path, **overrides: Any) -> dict[str, Any] | None:
+        """`loop.train`."""
+        return loop.train(self.config(**overrides), workdir)
+
+    def result(self, workdir: pathlib.Path) -> Result:
+        """Rows without the seconds, and the state of the run that ended last."""
+        rows = [
+            {name: value for name, value in row.items() if not name.startswith("time/")}
+            for row in metrics.read_metrics(workdir / metrics.METRICS_FILE)
+        ]
+        return Result(rows, [np.asarray(x) for x in jax.tree.leaves(self.state)])
+
+    def assert_same(self, workdir: pathlib.Path, expected: Result) -> None:
+        """Bit for bit."""
+        found = self.result(workdir)
+        assert found.rows == expected.rows
+        for a, b in zip(found.arrays, expected.arrays, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture
+def runs(make_config, monkeypatch) -> Runs:
+    """Whole runs on one device."""
+    made = Runs(make_config)
+    mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    monkeypatch.setattr(loop, "_make_mesh", lambda config: mesh)
+    monkeypatch.setattr(setup, "build_programs", _cached_programs)
+
+    @contextlib.contextmanager
+    def open_scorer(config, workdir):
+        yield made.scorer
+
+    close = loop._Run.close
+
+    def close_and_keep(run):
+        made.state = run.state
+        close(run)
+
+    monkeypatch.setattr(loop._Run, "close", close_and_keep)
+    made.open_scorer = loop.open_scorer  # the real one
+    monkeypatch.setattr(loop, "open_scorer", open_scorer)
+    return made
+
+
+_STRAIGHT: dict[str, Result] = {}
+
+
+@pytest.fixture
+def straight(runs, tmp_path_factory) -> Result:
+    """What a run leaves that nobody disturbs; made once."""
+    if "result" not in _STRAIGHT:
+        workdir = tmp_path_factory.mktemp("straight")
+        runs.train(workdir)
+        _STRAIGHT["result"] = runs.result(workdir)
+    return _STRAIGHT["result"]
