@@ -261,7 +261,7 @@ def test_the_other_methods_run(make_config, local_scorer, one_device, tmp_path, 
 def test_accumulation_equals_one_batch(make_config, local_scorer, one_device, tmp_path):
     norms = []
     for size in (8, 16):
-        config = make_config({**NO_KL, "loss.micro_batch": size})
+        config = make_config({"loss.micro_batch": size})
         trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
         (metrics,) = trainer.steps(1)
         norms.append(metrics["grad/norm"])
