@@ -286,7 +286,8 @@ def test_adapters_train_and_leave_the_base_alone(make_config, local_scorer, one_
     base = jax.tree.map(np.asarray, trainer.learner.frozen.base)
     jax.tree.map(np.testing.assert_array_equal, base, full.params())
     before, batch = trainer.params(), next(iter(trainer.prompts))
-    # Fresh adapters are the base: the same videos bit for bit, and so the same rewards.
+    # Fresh adapters are the base: bit for bit in the model (tests/models/lora_test.py), within the
+    # rounding of two programs in a rollout.
     samples = batch.repeat(config.rollout.group_size)
     keys = trainer.learner.sample_keys(batch, 0)
     condition = trainer.learner.condition(samples)
@@ -297,7 +298,7 @@ def test_adapters_train_and_leave_the_base_alone(make_config, local_scorer, one_
     theirs = full.learner.programs.rollout(
         full.state.params, condition, full.learner.frozen, keys, starts
     )
-    np.testing.assert_array_equal(ours.latents, theirs.latents)
+    np.testing.assert_allclose(ours.latents, theirs.latents, atol=1e-5)
 
     first, second = trainer.steps(2)
     assert first["ratio/max_deviation"] <= 1e-6
