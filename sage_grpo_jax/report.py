@@ -13,7 +13,8 @@ import sys
 
 from absl import app, flags
 
-from sage_grpo_jax.training import metrics, run_report, sweep_report, sweeps
+from sage_grpo_jax.common import files
+from sage_grpo_jax.training import run_report, sweep_report, sweeps
 
 _RUNS = flags.DEFINE_list("runs", None, "Workdirs of finished runs.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder of the report.", required=True)
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
         over_seeds = run_report.seeds_table(runs)
         sections.append(f"## over seeds\n\n{over_seeds}\n")
         print(f"\n{over_seeds}")
-    metrics.write_atomically(out / "report.md", "\n".join(sections).encode())
+    files.write_atomically(out / "report.md", "\n".join(sections).encode())
     print(f"\nwritten: {out}/report.md, reward_curve.png, before_after.png, before_after.gif")
 
 

@@ -16,7 +16,8 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from sage_grpo_jax.training import metrics, sweeps
+from sage_grpo_jax.common import progress
+from sage_grpo_jax.training import sweeps
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=True)
@@ -63,7 +64,7 @@ def plan(points: list[sweeps.Point]) -> str:
     if done:
         seconds = sum(p.summary["time"]["time/step"] for p in done) * passes / spent
         lines.append(
-            f"at the speed of the finished runs: {metrics.format_seconds(seconds)}, one after "
+            f"at the speed of the finished runs: {progress.format_seconds(seconds)}, one after "
             "another, without compilation and evaluation"
         )
     else:

@@ -1,7 +1,6 @@
 """Pictures and clips as files: contact sheets, grids, GIF, MP4. Frames are uint8 RGB."""
 
 import io
-import os
 import pathlib
 from collections.abc import Sequence
 from fractions import Fraction
@@ -9,20 +8,7 @@ from fractions import Fraction
 import numpy as np
 from PIL import Image, ImageDraw, ImageSequence
 
-
-def write_atomically(path: pathlib.Path, data: bytes) -> None:
-    """Writes to a temporary name, then renames: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+from sage_grpo_jax.common.files import write_atomically
 
 
 def write_picture(path: pathlib.Path, picture: Image.Image) -> None:

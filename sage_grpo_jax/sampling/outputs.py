@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sage_grpo_jax.common import files
 from sage_grpo_jax.data import media
 
 RECORDS = "samples.jsonl"
@@ -135,7 +136,7 @@ class Records:
             self._rows[row["file"]] = row
         rows = sorted(self._rows.values(), key=lambda row: row["file"])
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        media.write_atomically(self._path, text.encode())
+        files.write_atomically(self._path, text.encode())
 
 
 def write_sheet(out: pathlib.Path, samples: Sequence[Sample], suffix: str) -> None:

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sage_grpo_jax.common import progress as progress_lib
 from sage_grpo_jax.data import embedding_cache, media
-from sage_grpo_jax.data import progress as progress_lib
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.sampling import outputs, policy

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from PIL import Image
 
+from sage_grpo_jax.common.progress import Progress
 from sage_grpo_jax.data import prompts as prompts_lib
 from sage_grpo_jax.data.embedding_cache import EmbeddingCache, EmbeddingCacheWriter, Encoder
-from sage_grpo_jax.data.progress import Progress
 from sage_grpo_jax.text_encoders import (
     byt5,
     first_frame,

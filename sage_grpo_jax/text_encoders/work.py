@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from sage_grpo_jax.common.progress import Progress
 from sage_grpo_jax.data.embedding_records import DTYPES
-from sage_grpo_jax.data.progress import Progress
 
 SETTINGS = "settings.json"
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from sage_grpo_jax.common import files
 from sage_grpo_jax.data import media
 from sage_grpo_jax.flow import noise
 from sage_grpo_jax.training import conditions
@@ -96,5 +97,5 @@ def save_samples(result: Evaluation, workdir: pathlib.Path, name: str, config) -
     sheet = media.contact_sheet(videos, captions[:count], scale=scale)
     media.write_picture(folder / f"{name}.png", sheet)
     gif = media.encode_gif(media.tile(videos, columns=4), config.video.fps, scale)
-    media.write_atomically(folder / f"{name}.gif", gif)
+    files.write_atomically(folder / f"{name}.gif", gif)
     return gif

@@ -20,7 +20,8 @@ from absl import logging
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import masked_crc32c
 
-from sage_grpo_jax.data.media import write_atomically
+from sage_grpo_jax.common.files import write_atomically
+from sage_grpo_jax.common.progress import format_seconds
 
 METRICS_FILE = "metrics.jsonl"
 _EVENTS = "events.out.tfevents."
@@ -213,13 +214,6 @@ class Progress:
         with contextlib.suppress(OSError, ValueError):
             self._stream.write(text)
             self._stream.flush()
-
-
-def format_seconds(seconds: float) -> str:
-    """`75` -> `1:15`; hours appear when there are any."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def log_versions() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageSequence
 
+from sage_grpo_jax.common import progress
 from sage_grpo_jax.training import metrics
 
 ROWS = (
@@ -64,7 +65,7 @@ def table(run: RunRecord) -> str:
         change = last["eval/reward/overall"] - first["eval/reward/overall"]
         lines.append(f"overall reward: {change / error:+.1f} standard errors over the prompts")
     seconds = run.summary["time"]
-    phases = [f"{p} {metrics.format_seconds(seconds.get(f'time/{p}', 0.0))}" for p in PHASES]
+    phases = [f"{p} {progress.format_seconds(seconds.get(f'time/{p}', 0.0))}" for p in PHASES]
     lines.append(f"time by phase: {', '.join(phases)} ({run.summary['steps']} steps)")
     return "\n".join(lines)
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from sage_grpo_jax.training import metrics, run_report, sweeps
+from sage_grpo_jax.common import files
+from sage_grpo_jax.training import run_report, sweeps
 
 _GAIN = "eval/reward/overall"
 _DISTANCE = "eval/manifold_distance"
@@ -122,8 +123,8 @@ def write(workdir: pathlib.Path, out: pathlib.Path) -> str:
     runs, points = read_sweep(workdir)
     out.mkdir(parents=True, exist_ok=True)
     text = table(runs, points)
-    metrics.write_atomically(out / "runs.csv", to_csv(runs).encode())
-    metrics.write_atomically(out / "sweep.md", (text + "\n").encode())
+    files.write_atomically(out / "runs.csv", to_csv(runs).encode())
+    files.write_atomically(out / "sweep.md", (text + "\n").encode())
     _write_heat_map(runs, out / "heat_map.png")
     _write_curves(runs, out / "curves.png")
     return text

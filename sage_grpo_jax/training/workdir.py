@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from sage_grpo_jax.common import files
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import metrics, setup
 
@@ -137,7 +138,7 @@ def describe_policy(config: config_lib.Config, networks: Any, workdir: pathlib.P
         return
     with writable(workdir):
         text = networks.transformer.to_json()
-        metrics.write_atomically(workdir / "transformer.json", text.encode())
+        files.write_atomically(workdir / "transformer.json", text.encode())
         if (adapters := config.lora.adapters) is not None:
             base = config.model.transformer
             if not base.startswith(setup.ASSET):

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from sage_grpo_jax.common.byte_progress import Progress
 from sage_grpo_jax.models import lora as lora_lib
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.models.lora import LoraConfig
@@ -31,7 +32,6 @@ from sage_grpo_jax.weights import (
     writing,
 )
 from sage_grpo_jax.weights.key_table import Path, Row, Shape
-from sage_grpo_jax.weights.progress import Progress
 from sage_grpo_jax.weights.sources import Source, TensorSource, TreeSource, to_devices
 from sage_grpo_jax.weights.stored_tensor import StoredTensor
 

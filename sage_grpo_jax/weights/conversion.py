@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable
 from typing import TextIO
 
+from sage_grpo_jax.common.byte_progress import Progress
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.models.lora import LoraConfig
 from sage_grpo_jax.weights import (
@@ -21,7 +22,6 @@ from sage_grpo_jax.weights import (
     tensor_files,
     writing,
 )
-from sage_grpo_jax.weights.progress import Progress
 from sage_grpo_jax.weights.sources import FiniteSource, MergedSource, Source
 from sage_grpo_jax.weights.tables import Config
 

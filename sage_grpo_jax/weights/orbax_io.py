@@ -27,8 +27,8 @@ import tensorstore
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
+from sage_grpo_jax.common.byte_progress import Progress
 from sage_grpo_jax.weights.key_table import Path, Shape
-from sage_grpo_jax.weights.progress import Progress
 from sage_grpo_jax.weights.sources import Index, Source, cast, is_stacked, pieces
 
 PARAMS = "params"

@@ -9,9 +9,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from sage_grpo_jax.common.byte_progress import Progress
 from sage_grpo_jax.weights import configs, files, orbax_io, safetensors_io, tables
 from sage_grpo_jax.weights.key_table import Path, Row, Shape, check_parameters
-from sage_grpo_jax.weights.progress import Progress
 from sage_grpo_jax.weights.sources import Source, cast, pieces
 from sage_grpo_jax.weights.tables import Config
 

@@ -1,6 +1,7 @@
 """Pictures and clips read back from their files."""
 
 import io
+import os
 
 import av
 import numpy as np
@@ -73,7 +74,7 @@ def test_an_interrupted_write_leaves_nothing_under_the_name(tmp_path, monkeypatc
     def killed(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(media.os, "fsync", killed)
+    monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         media.write_clip(tmp_path / "clip.gif", _moving_square(32, 32), fps=8.0)
     assert not (tmp_path / "clip.gif").exists()

@@ -299,6 +299,11 @@ def test_adapters_train_and_leave_the_base_alone(make_config, local_scorer, one_
         full.state.params, condition, full.learner.frozen, keys, starts
     )
     np.testing.assert_allclose(ours.latents, theirs.latents, atol=1e-5)
+    nothing = jax.tree.map(jax.numpy.zeros_like, trainer.state.params)
+    without = trainer.learner.programs.rollout(
+        nothing, condition, trainer.learner.frozen, keys, starts
+    )
+    np.testing.assert_array_equal(ours.latents, without.latents)
 
     first, second = trainer.steps(2)
     assert first["ratio/max_deviation"] <= 1e-6

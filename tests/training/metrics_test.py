@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from sage_grpo_jax.common import progress
 from sage_grpo_jax.data import media
 from sage_grpo_jax.training import metrics
 
@@ -92,4 +93,4 @@ def test_progress_writes_plain_lines_into_files():
 
 @pytest.mark.parametrize(("seconds", "text"), [(75.4, "1:15"), (3599.9, "1:00:00"), (0, "0:00")])
 def test_seconds_read_like_a_clock(seconds, text):
-    assert metrics.format_seconds(seconds) == text
+    assert progress.format_seconds(seconds) == text

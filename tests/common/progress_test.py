@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from sage_grpo_jax.data import progress as progress_lib
+from sage_grpo_jax.common import progress as progress_lib
 
 
 class _Terminal(io.StringIO):

@@ -57,7 +57,7 @@ class Progress:
 
     def _text(self, elapsed: float) -> str:
         each = elapsed / max(self._done, 1)
-        left = _clock(each * max(self._total - self._done, 0))
+        left = format_seconds(each * max(self._total - self._done, 0))
         counts = f"{self._done}/{self._total} {self._unit}"
         bar = "#" * (_BAR * self._done // max(self._total, 1))
         start = f"[{bar:<{_BAR}}] " if self._terminal else ""
@@ -68,7 +68,8 @@ class Progress:
         self._stream.flush()
 
 
-def _clock(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
+    """`75` -> `1:15`; hours appear when there are any."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

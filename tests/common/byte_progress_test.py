@@ -2,7 +2,7 @@
 
 import io
 
-from sage_grpo_jax.weights import progress
+from sage_grpo_jax.common import byte_progress as progress
 
 
 class Terminal(io.StringIO):

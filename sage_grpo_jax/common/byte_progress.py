@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TextIO
 
+from sage_grpo_jax.common.progress import format_seconds
+
 _BAR_WIDTH = 20
 _BAR_SECONDS, _LINE_SECONDS = 0.1, 10.0
 
@@ -48,7 +50,7 @@ class Progress:
         left = (self.total - self.done) / rate if rate else 0.0
         text = (
             f"{share:4.0%}  {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB  "
-            f"{rate / 1e6:.0f} MB/s  {_clock(left)} left  {what}"
+            f"{rate / 1e6:.0f} MB/s  {format_seconds(left)} left  {what}"
         )
         if self._terminal:
             bar = ("#" * int(share * _BAR_WIDTH)).ljust(_BAR_WIDTH, ".")
@@ -57,8 +59,3 @@ class Progress:
         else:
             self._stream.write(text + "\n")
         self._stream.flush()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes}:{seconds:02}"
