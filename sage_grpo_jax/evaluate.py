@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from sage_grpo_jax.parallel import hosts
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.training import checkpoint, evaluation, loop, metrics, setup
+from sage_grpo_jax.training import checkpoint, evaluation, metrics, scoring, setup
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import learner as learner_lib
 
@@ -43,7 +43,7 @@ def evaluate(config: config_lib.Config, source: str | None, out: pathlib.Path) -
             abstract = setup.make_abstract_state(networks, config, mesh)
             trained = checkpoint.restore_params(source, abstract.params)
         prompts = setup.open_prompts(config, out, networks)
-        scorer = stack.enter_context(loop.open_scorer(config, out))
+        scorer = stack.enter_context(scoring.open_scorer(config, out))
         learner = learner_lib.Learner(
             setup.build_programs(networks, config, mesh),
             setup.load_vae(networks, mesh),
