@@ -189,7 +189,8 @@ class Learner:
     def sample(self, params: Any, batch: PromptBatch, keys: jax.Array) -> jax.Array:
         """Clean latents of the evaluation sampler (ODE); float32 [B, t, h, w, C]."""
         condition = self.condition(batch)
-        starts = jnp.zeros(len(batch.ids), jnp.int32)
+        keys = jax.device_put(keys, self._rows)
+        starts = hosts.to_global(np.zeros(len(batch.ids), np.int32), self._rows)
         return self.programs.sample(params, condition, self.frozen, keys, starts).latents[-1]
 
     def score(
