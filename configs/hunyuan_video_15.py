@@ -4,7 +4,7 @@
 
 Arguments (each may be left out):
     variant  a released checkpoint, see `VARIANTS` (480p_t2v)
-    method   sage, flow_grpo, dance_grpo, cps (sage)
+    method   sage, sage_official, sage_paper, flow_grpo, dance_grpo, cps (sage)
     lora     rank of the adapters; 0: full fine-tuning (0)
     size     HEIGHTxWIDTH of a clip, multiples of 16 (352x624 for 480p, 720x1280 for 720p)
     frames   1 + a multiple of 4 (81)

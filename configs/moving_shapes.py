@@ -2,8 +2,8 @@
 
     python -m sage_grpo_jax.train --config=configs/moving_shapes.py:method=sage --workdir=runs/a
 
-Argument: method = sage | flow_grpo | dance_grpo | cps. The networks are those of HunyuanVideo-1.5
-at a small width, pretrained by configs/moving_shapes_pretrain.py.
+Argument: method = sage | sage_official | sage_paper | flow_grpo | dance_grpo | cps. The networks
+are those of HunyuanVideo-1.5 at a small width, pretrained by configs/moving_shapes_pretrain.py.
 """
 
 import ml_collections
@@ -28,6 +28,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.rollout.update(num_steps=10, shift=3.0, eta=0.5, prompts_per_step=8, group_size=8)
     config.rollout.decode_batch = 4  # small pieces stay in the caches of a CPU
     config.loss.micro_batch = 64
+    config.mesh.update(data=-1, fsdp=1)  # so small a network fits on every device
     config.optimizer.learning_rate = 5e-5
     config.lora.learning_rate = 4e-4  # adapters move the weights less than they move themselves
     config.rewards.update(backend="moving_shapes", budget_seconds=120.0)

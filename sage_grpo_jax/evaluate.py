@@ -15,9 +15,15 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sage_grpo_jax.parallel import hosts
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.training import checkpoint, evaluation, metrics, scoring, setup
+from sage_grpo_jax.training import (
+    checkpoint,
+    command_line,
+    evaluation,
+    metrics,
+    scoring,
+    setup,
+)
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import learner as learner_lib
 
@@ -63,9 +69,9 @@ def main(argv: list[str]) -> None:
     del argv
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    hosts.initialize()
     try:
         config = config_lib.from_config_dict(_CONFIG.value)
+        command_line.start_jax(config)
         found = evaluate(config, _CHECKPOINT.value, pathlib.Path(_OUT.value))
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -12,7 +12,6 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sage_grpo_jax.parallel import hosts
 from sage_grpo_jax.rewards import types as reward_types
 from sage_grpo_jax.training import command_line, learner, loop, metrics
 from sage_grpo_jax.training import config as config_lib
@@ -30,11 +29,11 @@ def main(argv: list[str]) -> None:
     # The libraries underneath tell every detail of each save; --verbosity=0 shows it.
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    hosts.initialize()
     try:
         if _CONFIG.value is None:
             raise ValueError("--config: missing; allowed: a recipe, as in configs/moving_shapes.py")
         config = config_lib.from_config_dict(_CONFIG.value)
+        command_line.start_jax(config)
         metrics.log_versions()
         summary = loop.train(config, pathlib.Path(_WORKDIR.value))
     except (ValueError, OSError) as error:

@@ -8,6 +8,10 @@ import sys
 import numpy as np
 import pytest
 
+from sage_grpo_jax.flow import excess, schedules, sde
+from sage_grpo_jax.training import config as config_lib
+from sage_grpo_jax.training import recipe as recipe_lib
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -36,6 +40,98 @@ def test_the_equalizer_gives_every_trained_step_the_same_share(full_size):
     np.testing.assert_allclose(full_size["share"][:-1], 1 / 19, rtol=1e-5)
     assert full_size["share"][-1] == full_size["std"][-1] == 0
     assert full_size["trained_steps"] == 19
+
+
+def recipe(**rollout) -> config_lib.Config:
+    config = config_lib.default_config()
+    config.rollout.update(num_steps=10, shift=3.0)
+    kind, eta = rollout.pop("match", ("", 0.0))
+    config.rollout.eta_match.update(kind=kind, eta=eta)
+    config.rollout.update(rollout)
+    return config_lib.from_config_dict(config)
+
+
+def injected_variance(config: config_lib.Config) -> float:
+    """Over every place of the window, with all steps in it where the recipe trains them."""
+    schedule, trained, positions = recipe_lib.trained_steps(config)
+    sigmas = np.asarray(schedule.sigmas, np.float64)
+    rollout = config.rollout
+    std = sde.step_coefficients(rollout.sde, sigmas[:-1], sigmas[1:], rollout.eta, xp=np).std
+    steps = np.flatnonzero(trained)
+    places = [steps[s : s + positions] for s in range(len(steps) - positions + 1)]
+    return float(np.mean([np.sum(std[place] ** 2) for place in places]))
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        {},
+        {"window": "first_k", "window_size": 3},
+        {"window": "random_k", "window_size": 3},
+        {"window": "first_k", "window_size": 10, "last_step": "stochastic", "sde": "dance"},
+    ],
+)
+@pytest.mark.parametrize("match", [("flow", 0.7), ("cps", 0.3)])
+def test_matched_noise_is_that_of_the_steps_in_the_window(window, match):
+    if window.get("last_step") and match[0] == "cps":
+        window = window | {"window_size": 9}  # cps has no noise in the last step
+    kind, eta = match
+    wanted = injected_variance(recipe(**window | {"sde": kind, "eta": eta}))
+    assert injected_variance(recipe(match=match, **window)) == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.5, 7.0])
+def test_an_eta_that_is_replaced_is_not_checked(eta):
+    config = recipe(sde="cps", eta=eta, match=("flow", 0.2))
+    assert config.rollout.eta == pytest.approx(0.1194, abs=1e-4)
+
+
+def test_matches_that_need_too_large_an_eta_are_refused():
+    with pytest.raises(ValueError, match=r"config\.rollout\.eta_match") as error:
+        recipe(sde="dance", match=("flow", 2.0))
+    assert str(error.value) == (
+        "config.rollout.eta_match: kind='flow' with eta=2.0 needs rollout.eta = 4.709 with "
+        "sde='dance'; allowed: an eta of at most 2"
+    )
+    # The eta that is named gives just as much noise.
+    schedule = schedules.host_schedule(10, 3.0)
+    assert sde.injected_variance("dance", schedule, 4.709) == pytest.approx(
+        sde.injected_variance("flow", schedule, 2.0), rel=1e-3
+    )
+    with pytest.raises(ValueError, match=r"config.rollout.eta_match: kind='cps' injects .* most"):
+        recipe(sde="cps", match=("flow", 2.0))
+
+
+def test_matches_without_a_stochastic_step_are_refused():
+    with pytest.raises(ValueError, match=r"^config.rollout: num_steps=1, .* no stochastic step"):
+        recipe(num_steps=1, match=("flow", 0.5))
+    with pytest.raises(ValueError, match=r"^config.rollout.eta_match: kind='cps' with eta=0.5 has"):
+        recipe(num_steps=1, last_step="stochastic", match=("cps", 0.5))
+    with pytest.raises(ValueError, match=r"sde='ode' .* samples without noise"):
+        recipe(sde="ode", match=("flow", 0.5))
+
+
+def test_a_random_window_is_printed_as_the_mean_over_its_places():
+    flags = ("--config=configs/moving_shapes.py", "--config.rollout.num_steps=20")
+    flags += ("--config.rollout.shift=5", "--config.rollout.window=random_k")
+    flags += ("--config.rollout.window_size=3",)
+    found = json.loads(run(*flags, "--json").stdout)
+    # Every place by itself: 3 of the 19 steps with noise.
+    schedule = schedules.host_schedule(20, 5.0)
+    masks = [(np.arange(20) >= start) & (np.arange(20) < start + 3) for start in range(17)]
+    chains = [excess.point_mass("precise", schedule, 0.5, mask) for mask in masks]
+    variance = np.mean([np.sum(chain.stds**2) for chain in chains])
+    assert found["injected_std"] == pytest.approx(np.sqrt(variance), rel=1e-9)
+    np.testing.assert_allclose(found["excess"], np.mean([c.excess for c in chains], 0), rtol=1e-9)
+    counts = np.sum(masks, axis=0)
+    np.testing.assert_allclose(found["coverage"], counts / 17)
+    # With the equalizer every step of a window has the same gradient.
+    np.testing.assert_allclose(found["share"], counts / 51, rtol=1e-5)
+    assert found["trained_steps"] == 3
+    lines = run(*flags).stdout.splitlines()
+    assert lines[1].startswith("expected over the 17 places of the random window")
+    assert lines[2].endswith("covered")
+    assert lines[-2].split()[-2:] == ["2.0%", "5.9%"]
 
 
 def test_matched_noise_is_printed_and_impossible_recipes_are_refused():

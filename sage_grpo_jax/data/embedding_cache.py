@@ -112,7 +112,7 @@ class EmbeddingCache:
         self.byt5_max_length: int = self.manifest.get("byt5_max_length", 0)
         self.image_shape = _shape(self.manifest.get("image_shape"))
         self.image_latents_shape = _shape(self.manifest.get("image_latents_shape"))
-        self.encoder = Encoder(**self.manifest["encoder"])
+        self.encoder = Encoder.from_dict(self.manifest["encoder"])
 
     def __len__(self) -> int:
         return self.manifest["count"]
@@ -245,6 +245,8 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{file}: dtype is {manifest['dtype']!r}; allowed: {', '.join(DTYPES)}")
     if manifest["negative"] != manifest["count"]:
         raise ValueError(f"{file}: negative is {manifest['negative']}; allowed: the last record")
-    if not manifest["encoder"].get("name"):
-        raise ValueError(f"{file}: the encoder has no name; write the cache again")
+    try:
+        Encoder.from_dict(manifest["encoder"])
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; write the cache again") from error
     return manifest

@@ -25,18 +25,62 @@ _PER_CLIP = ("image", "image_latents")  # for all prompts or for none; never for
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """What made the embeddings. Two caches can stand in for each other if this is equal.
+    """What made the embeddings. Caches can be used together where `differences` finds none.
 
     name: of the text encoder.
     template_hash: SHA-256 of the prompt template, "" where there is none.
     versions: of the libraries that matter, by name.
-    models: SHA-256 that identifies each network and tokenizer, by its role.
+    models: SHA-256 that identifies each network and tokenizer, by its role; {}: not known.
     """
 
     name: str
     template_hash: str = ""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     models: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Encoder":
+        """The encoder that `dataclasses.asdict` was taken of.
+
+        Raises:
+          ValueError: it is not one; naming the field.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"the encoder is {values!r}; allowed: an object")
+        if not values.get("name"):
+            raise ValueError("the encoder has no name")
+        kinds = {"name": str, "template_hash": str, "versions": dict, "models": dict}
+        for field, value in values.items():
+            if not isinstance(value, kinds.get(field, ())):
+                raise ValueError(f"the encoder's {field} is {value!r}; allowed: {_listed(kinds)}")
+        return cls(**values)
+
+    def differences(self, other: "Encoder") -> str:
+        """What this one has otherwise, as in "name is 'a', not 'b'"; "" where it is the same.
+
+        Versions do not count: other libraries round otherwise, they do not mean otherwise. Neither
+        do the models where one side does not know its own.
+        """
+        mine, others = self._identity(other), other._identity(self)
+        return "; ".join(
+            f"{field} is {_short(mine.get(field))}, not {_short(others.get(field))}"
+            for field in sorted(mine.keys() | others.keys())
+            if mine.get(field) != others.get(field)
+        )
+
+    def _identity(self, other: "Encoder") -> dict[str, str]:
+        models = self.models if other.models else {}
+        found = {f"models.{role}": value for role, value in models.items()}
+        return {"name": self.name, "template_hash": self.template_hash} | found
+
+
+def _short(value: Any) -> str:
+    """The beginning of a SHA-256, any other value whole."""
+    return repr(value[:16] if isinstance(value, str) and len(value) == 64 else value)
+
+
+def _listed(kinds: Mapping[str, type]) -> str:
+    return ", ".join(f"{field} ({kind.__name__})" for field, kind in kinds.items())
 
 
 class EmbeddingCacheWriter:

@@ -68,9 +68,21 @@ def encode_padded(texts: Sequence[str], dim: int = DIM) -> tuple[np.ndarray, np.
     return text, mask
 
 
+def encoder(dim: int = DIM) -> embedding_cache.Encoder:
+    """What the caches of these embeddings name as theirs; the vectors of two tokens stand for all.
+
+    (Random numbers are not promised to stay the same from one NumPy to the next.)
+    """
+    table = np.stack([word_vector(word, dim) for word in ("red", EMPTY_TOKEN)]).astype("<f4")
+    return embedding_cache.Encoder(
+        f"{NAME}_{dim}",
+        versions={NAME: str(VERSION)},
+        models={"words": hashlib.sha256(table.tobytes()).hexdigest()},
+    )
+
+
 def write_cache(path: str | pathlib.Path, prompts: Iterable[Prompt], dim: int = DIM) -> None:
     """Writes the embedding cache of prompts, in float32 (the vectors are small)."""
-    encoder = embedding_cache.Encoder(f"{NAME}_{dim}", versions={NAME: str(VERSION)})
     embedding_cache.write_cache(
-        path, prompts, lambda text: encode(text, dim), encoder, dtype="float32"
+        path, prompts, lambda text: encode(text, dim), encoder(dim), dtype="float32"
     )

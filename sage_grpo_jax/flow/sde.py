@@ -31,11 +31,16 @@ from sage_grpo_jax.flow.schedules import Schedule
 KINDS = ("precise", "flow", "dance", "cps", "ode")
 LOG_PROBS = ("gaussian", "squared")
 LAST_STEPS = ("deterministic", "stochastic")
+WINDOWS = ("all", "first_k", "random_k")
 REDUCTIONS = ("mean", "sum")
 
 # `precise` never looks closer than this to σ = 1, where its variance integral diverges. The value
 # is rounded to float32 so that host and device agree on which steps lie inside the clamp.
 CLAMP = float(np.float32(3e-3))
+
+# The σ at the clamp, 1 - 3e-3, is rounded too, and 1 - σ' then lies 2e-8 above CLAMP. A step that
+# ends there lies inside the clamp; without this it had a std of 2.6e-3·η that is rounding alone.
+_CLAMPED_SIGMA = float(np.float32(1.0 - 3e-3))
 
 # A smaller std counts as 0: it is lost in the rounding of any sample it is added to, and dividing
 # by it overflows.
@@ -225,13 +230,40 @@ def stochastic_steps(
     return noisy
 
 
+def window_places(stochastic: np.ndarray, window: str = "all", size: int = 0) -> np.ndarray:
+    """Returns bool[places, T]: the steps that inject noise, for every place of the window.
+
+    Args:
+        stochastic: bool[T], the steps that can inject noise; a window counts these only.
+        window: `all`; `first_k`, the first `size` of them; `random_k`, `size` of them in a row,
+            each place as likely as the others. One place but for `random_k`.
+        size: of the window, ≥ 1; more steps than there are is all of them. Not read for `all`.
+    """
+    _check_choice("window", window, WINDOWS)
+    count = int(np.sum(stochastic))
+    size = count if window == "all" else min(size, count)
+    starts = np.arange(count - size + 1 if window == "random_k" else 1)[:, None]
+    rank = np.cumsum(stochastic) - 1
+    return np.asarray(stochastic, bool) & (rank >= starts) & (rank < starts + size)
+
+
 def injected_variance(
-    kind: str, schedule: Schedule, eta: float, last_step: str = "deterministic"
+    kind: str,
+    schedule: Schedule,
+    eta: float,
+    last_step: str = "deterministic",
+    window: str = "all",
+    window_size: int = 0,
 ) -> float:
-    """Returns the sum of std² over the stochastic steps, in float64, on the host."""
+    """Returns the sum of std² over the steps that inject noise, in float64, on the host.
+
+    With a `random_k` window it is the mean over the places of the window; see `window_places`.
+    """
     sigmas = np.asarray(schedule.sigmas, np.float64)
     _, std = step_coefficients(kind, sigmas[:-1], sigmas[1:], float(eta), xp=np)
-    return float(np.sum(std[stochastic_steps(kind, schedule, eta, last_step)] ** 2))
+    stochastic = stochastic_steps(kind, schedule, eta, last_step)
+    coverage = window_places(stochastic, window, window_size).mean(axis=0)
+    return float(np.sum(coverage * std**2))
 
 
 def matched_eta(
@@ -240,22 +272,34 @@ def matched_eta(
     other_kind: str,
     other_eta: float,
     last_step: str = "deterministic",
+    window: str = "all",
+    window_size: int = 0,
 ) -> float:
     """Returns the η at which `kind` injects as much variance as `other_kind` does at `other_eta`.
 
     η means different things for different kinds and step counts; this makes them comparable. The
-    variance grows with η², and with sin²(η·π/2) for `cps`.
+    variance grows with η², and with sin²(η·π/2) for `cps`. Each kind is taken over its own
+    stochastic steps in the window.
 
     Raises:
-        ValueError: no η gives that much noise.
+        ValueError: no η gives that much noise, or one of the kinds has no stochastic step.
     """
-    wanted = injected_variance(other_kind, schedule, other_eta, last_step)
-    share = wanted / injected_variance(kind, schedule, 1.0, last_step)
+    rest = (last_step, window, window_size)
+    highest = injected_variance(kind, schedule, 1.0, *rest)
+    wanted = injected_variance(other_kind, schedule, other_eta, *rest)
+    for name, eta, variance in ((kind, 1.0, highest), (other_kind, other_eta, wanted)):
+        if variance == 0.0:
+            raise ValueError(
+                f"kind={name!r} with eta={eta} has no stochastic step in {len(schedule.timesteps)} "
+                f"steps with last_step={last_step!r}, so there is no noise to match; allowed: "
+                "another kind, or more steps"
+            )
+    share = wanted / highest
     if kind != "cps":
         return math.sqrt(share)
     if share > 1:
         raise ValueError(
-            f"kind='cps' injects a variance of at most {wanted / share:.3g} over the schedule; "
+            f"kind='cps' injects a variance of at most {highest:.3g} over the schedule; "
             f"kind={other_kind!r} with eta={other_eta} injects {wanted:.3g}"
         )
     return 2.0 / math.pi * math.asin(math.sqrt(share))
@@ -295,7 +339,8 @@ def _precise_variance(sigma: Any, sigma_next: Any, xp: ModuleType) -> Any:
     step = xp.where(unclamped, sigma - sigma_next, xp.maximum(1.0 - sigma_next, CLAMP) - CLAMP)
     one_minus_a = xp.where(unclamped, sigma, 1.0 - CLAMP)
     z = step / a
-    return z * one_minus_a - _z_minus_log1p(z, xp)
+    variance = z * one_minus_a - _z_minus_log1p(z, xp)
+    return xp.where(sigma_next < _CLAMPED_SIGMA, variance, 0.0)
 
 
 def _flow_variance(sigma: Any, sigma_next: Any, xp: ModuleType) -> Any:

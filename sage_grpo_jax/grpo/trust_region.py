@@ -28,6 +28,7 @@ import optax
 KINDS = ("none", "fixed", "stepwise", "moving", "dual", "fixed_stepwise")
 FEEDBACKS = ("tighten", "paper", "none")
 ESTIMATORS = ("closed_form", "log_ratio")
+TIME_WEIGHTS = ("uniform", "equalized")
 
 _FIXED_KINDS = ("fixed", "fixed_stepwise")
 _MOVING_KINDS = ("moving", "dual")
@@ -57,6 +58,10 @@ class TrustRegionConfig:
             last update: one more forward pass; `log_ratio`: the mean of log π_old - log π over the
             rollout's samples (Eq. 15 and the official code), which needs no parameters and has a
             gradient of mean zero with one update per rollout.
+        kl_time_weight: of each step in the KLs of the references. `uniform`: the mean over
+            the steps, which the last steps dominate (KL_t = N_t²·Δv²/2 for a change Δv of the
+            velocity); `equalized`: times S_t², so that the same change of velocity costs the same
+            at every step, as much as at the median step.
         step_bound: an update is scaled down so that KL(π_new ‖ π) is expected to stay below this,
             from the measured KL of the last update and the lengths of both; 0: no bound.
     """
@@ -78,6 +83,7 @@ class TrustRegionConfig:
     up: float = 1.1
     down: float = 0.9
     previous_estimator: str = "closed_form"
+    kl_time_weight: str = "uniform"
     step_bound: float = 0.0
 
     def __post_init__(self) -> None:
@@ -90,6 +96,11 @@ class TrustRegionConfig:
         estimators = ", ".join(ESTIMATORS)
         self._require(
             "previous_estimator", self.previous_estimator in ESTIMATORS, f"one of {estimators}"
+        )
+        self._require(
+            "kl_time_weight",
+            self.kl_time_weight in TIME_WEIGHTS,
+            f"one of {', '.join(TIME_WEIGHTS)}",
         )
         self._require("step_bound", self.step_bound >= 0, ">= 0")
         if self.step_bound > 0:

@@ -106,6 +106,25 @@ def resolve(implementation: str, head_size: int, dtype: jnp.dtype) -> str:
     return "xla"
 
 
+def check(implementation: str, platform: str, head_size: int, dtype: jnp.dtype) -> None:
+    """Refuses an implementation that these devices do not have, before anything is compiled.
+
+    Raises:
+      ValueError: naming the implementation and what it needs.
+    """
+    if implementation == "splash" and head_size % LANES:
+        raise ValueError(
+            f"attention: got splash with heads of {head_size}; allowed: heads of a multiple of "
+            f"{LANES}, or auto"
+        )
+    fused = platform in ("gpu", "cuda") and dtype in (jnp.bfloat16, jnp.float16)
+    if implementation == "cudnn" and not fused:
+        raise ValueError(
+            f"attention: got cudnn with {dtype.name} on {platform}; allowed: bfloat16 on an NVIDIA "
+            "GPU, or auto"
+        )
+
+
 def current_platform() -> str:
     """Platform of the current mesh, be it only a topology to compile for; else the default."""
     device = jax.sharding.get_abstract_mesh().abstract_device

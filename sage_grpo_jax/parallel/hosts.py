@@ -5,25 +5,45 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 
 def initialize() -> None:
-    """Joins the other hosts of a TPU slice or cluster, where there are any.
+    """Joins the other processes of a TPU slice or cluster, where there are any.
 
-    To be called before any other use of JAX; a single process has nothing to join.
+    To be called before any other use of JAX; a single process has nothing to join. TPU slices and
+    the clusters that JAX knows tell their size themselves; elsewhere JAX_COORDINATOR_ADDRESS
+    (HOST:PORT of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
+
+    Raises:
+      ValueError: one of the variables is not a number, or they contradict each other.
     """
-    names = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    several = "," in names or "JAX_COORDINATOR_ADDRESS" in os.environ
-    if several and jax.config.jax_platforms != "cpu":
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        count, index = (_number(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        jax.distributed.initialize(num_processes=count, process_id=index)
+    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") and jax.config.jax_platforms != "cpu":
         jax.distributed.initialize()
 
 
-def to_global(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """Puts a tree of numpy arrays, equal on every process, onto the devices of `sharding`."""
+def _number(name: str) -> int | None:
+    text = os.environ.get(name)
+    if text is not None and not text.isdigit():
+        raise ValueError(f"{name}: got {text!r}; allowed: a whole number")
+    return None if text is None else int(text)
 
-    def put(array: np.ndarray) -> jax.Array:
+
+def to_global(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """Puts a tree of arrays, equal on every process, onto the devices of `sharding`.
+
+    Leaves are numpy arrays, or typed keys that every process has as a whole.
+    """
+
+    def put(array: np.ndarray | jax.Array) -> jax.Array:
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            data, implementation = jax.random.key_data(array), jax.random.key_impl(array)
+            return jax.random.wrap_key_data(put(data), impl=implementation)
         array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 

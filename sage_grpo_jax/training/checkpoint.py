@@ -1,11 +1,13 @@
 """Checkpoints: the only file that knows orbax.
 
 A checkpoint holds the learner's state (parameters, optimizer, trust region, step), the position of
-the data iterator, and a small record (seed, reward fingerprint, skipped updates). Orbax writes to a
-temporary name and renames, so a checkpoint is there whole or not at all. One that was damaged all
-the same (by a copy that was cut off, by a broken disk) is put aside for the one before it.
+the data iterator, and a small record (seed, reward fingerprint, skipped updates, the checksum of
+every array). Orbax writes to a temporary name and renames, so a checkpoint is there whole or not at
+all. One that was damaged all the same (a copy that was cut off, a broken disk, bits that flipped)
+is put aside for the one before it.
 """
 
+import json
 import logging as std_logging
 import os
 import pathlib
@@ -13,11 +15,20 @@ import shutil
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 from orbax.checkpoint import v1 as ocp
 
+from sage_grpo_jax.parallel import hosts
+from sage_grpo_jax.training import checksums
+
 FOLDER = "checkpoints"
-DAMAGED = "damaged"  # where unreadable checkpoints go, beside FOLDER
+DAMAGED = "damaged"  # where unusable checkpoints go, beside FOLDER
+# In the record, as JSON: one string is one file, whatever the number of arrays. Another way to sum
+# will need another name: checkpoints with checksums of an unknown kind count as without.
+_CHECKSUMS = "checksums_v1"
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
 
 
@@ -74,6 +85,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, iterator: Any, record: dict[str, Any]) -> None:
         """Starts writing in the background; the arrays are copied before this returns.
 
+        Their checksums go into the record, so that `restore` notices whatever changes later.
+
         Raises:
           StorageError: this save could not begin, or the one before it did not end well.
         """
@@ -81,6 +94,7 @@ class Checkpoints:
             return
         # One save at a time: the previous one has had a whole step to finish.
         self.wait()
+        record = {**record, _CHECKSUMS: json.dumps(checksums.checksums(state))}
         try:
             self._checkpointer.save_checkpointables_async(
                 step, {"state": state, "data": iterator, "record": record}
@@ -91,31 +105,28 @@ class Checkpoints:
     def restore(self, abstract_state: Any, iterator: Any) -> tuple[Any, dict[str, Any]]:
         """The newest state, on the shardings of `abstract_state`; sets `iterator` to its position.
 
-        Where a checkpoint cannot be read, the one before it is taken: the steps between are
-        repeated with the same bits. It is moved into the folder `damaged`.
+        Where a checkpoint cannot be read, or its arrays do not have their checksums, the one before
+        it is taken: the steps between are repeated with the same bits. It is moved into the folder
+        `damaged`. With several processes, what one of them cannot use none of them uses.
 
         Returns:
           (state, record)
 
         Raises:
-          StorageError: none of them can be read.
+          StorageError: none of them can be used, or a damaged one cannot be moved.
         """
         position = iterator.get_state()
         damaged: dict[int, str] = {}
-        for step in sorted((c.step for c in self._checkpointer.checkpoints), reverse=True):
-            try:
-                loaded = self._checkpointer.load_checkpointables(
-                    step, {"state": abstract_state, "data": iterator, "record": None}
-                )
-            except Exception as error:  # what orbax raises depends on the file that is damaged
-                if jax.process_count() > 1:
-                    raise  # the others may have read theirs
-                damaged[step] = f"{type(error).__name__}: {_one_line(error)}"
-                iterator.set_state(position)
-                continue
-            self._put_aside(damaged)
-            # Restored buffers may share memory with the reader; the update gives its own away.
-            return jax.tree.map(jax.numpy.copy, loaded["state"]), loaded["record"]
+        own = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
+        for step in _of_first_process(own):
+            wanted = {"state": abstract_state, "data": iterator, "record": None}
+            loaded, reason = _load(self._folder / str(step), wanted)
+            if loaded is not None:
+                self._put_aside(damaged)
+                # Restored buffers may share memory with the reader; the update gives its own away.
+                return jax.tree.map(jax.numpy.copy, loaded["state"]), loaded["record"]
+            damaged[step] = reason
+            iterator.set_state(position)
         reasons = "; ".join(f"step {step}: {text}" for step, text in damaged.items())
         raise StorageError(
             f"{self._folder}: no checkpoint can be read ({reasons}). Allowed: put one back from a "
@@ -123,17 +134,29 @@ class Checkpoints:
         )
 
     def _put_aside(self, damaged: dict[int, str]) -> None:
+        if not damaged:
+            return
+        target = self._folder.parent / DAMAGED
         for step, reason in damaged.items():
-            target = self._folder.parent / DAMAGED / str(step)
             logging.warning(
-                "checkpoint %d cannot be read and is now in %s (%s); going on from the one before",
-                *(step, target, reason),
+                "checkpoint %d is damaged and goes to %s (%s); going on from the one before",
+                *(step, target / str(step), reason),
             )
-            target.parent.mkdir(exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
-            (self._folder / str(step)).rename(target)
-        if damaged:
-            self._checkpointer.reload()
+        failure = None
+        if jax.process_index() == 0:
+            try:
+                for step in damaged:
+                    _move(self._folder / str(step), target / str(step))
+            except OSError as error:
+                failure = error
+        # The other processes wait here until the folders are moved.
+        if hosts.agree(failure is not None):
+            reason = _one_line(failure) if failure else "see the first process"
+            raise StorageError(
+                f"{self._folder}: the damaged checkpoints {', '.join(map(str, damaged))} could not "
+                f"be moved to {target}: {reason}. Allowed: move or remove them by hand"
+            ) from failure
+        self._checkpointer.reload()
 
     def wait(self) -> None:
         """Returns when everything is on disk.
@@ -173,6 +196,82 @@ class Checkpoints:
                     shutil.rmtree(path, ignore_errors=True)
 
 
+def _of_first_process(steps: list[int]) -> list[int]:
+    """The steps that process 0 sees; a shared file system may show them later to the others."""
+    if jax.process_count() == 1:
+        return steps
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    padded = np.resize(np.asarray([*steps, 0], np.int32), count)
+    return multihost_utils.broadcast_one_to_all(padded).tolist()
+
+
+def _load(
+    folder: pathlib.Path, wanted: dict[str, Any], partial: bool = False
+) -> tuple[dict[str, Any] | None, str]:
+    """(content, "") of one checkpoint, or (None, why it cannot be used): the same on all processes.
+
+    Args: see `_read`; among what is wanted are the state and the record.
+    """
+    content, reason = None, None
+    try:
+        content = _read(folder, wanted, partial)
+    except Exception as error:  # what orbax raises depends on the file that is damaged
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+    # Before the checksums: they are computed together.
+    if hosts.agree(reason is not None):
+        return None, reason or "another process cannot read it"
+    reason = _difference(content["record"].pop(_CHECKSUMS, None), content["state"], folder)
+    if hosts.agree(reason is not None):
+        return None, reason or "another process read other arrays than were saved"
+    return content, ""
+
+
+def _read(folder: pathlib.Path, wanted: dict[str, Any], partial: bool) -> dict[str, Any]:
+    """What a checkpoint holds, without waiting for other processes.
+
+    Orbax lets them meet before and after it reads; a process that cannot read does not come, and
+    the others wait for it for five minutes. Reading itself needs nobody else: as the only active
+    process, each one reads the chunks of its own devices.
+
+    Args:
+      folder: of one checkpoint.
+      wanted: abstract values by name, as for `ocp.load_checkpointables`.
+      partial: whether trees may lack branches of what is stored.
+    """
+    context = ocp.Context()
+    index = multihost.process_index()
+    context.multiprocessing.primary_host = index
+    context.multiprocessing.active_processes = {index}
+    context.pytree.loading.partial_load = partial
+    with context:
+        return ocp.load_checkpointables(folder, wanted)
+
+
+def _difference(saved: str | None, tree: Any, folder: pathlib.Path) -> str | None:
+    """How the checksums of a tree differ from those in a record; None: not at all.
+
+    Args:
+      saved: JSON; None: from before there were checksums, nothing is compared.
+      tree: the arrays, named as they were when they were saved; some may be missing.
+      folder: of the checkpoint.
+    """
+    if saved is None:
+        logging.info("%s has no checksums: its arrays are taken as they are", folder)
+        return None
+    found = checksums.checksums(tree)
+    try:
+        expected = json.loads(saved)
+    except ValueError as error:
+        return f"its checksums are damaged: {_one_line(error)}"
+    return checksums.difference(expected, found)
+
+
+def _move(source: pathlib.Path, target: pathlib.Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    source.rename(target)
+
+
 class _Quiet(std_logging.Filter):
     """Lets the log of orbax through only where details were asked for.
 
@@ -204,18 +303,23 @@ def restore_params(path: str | pathlib.Path, abstract_params: Any) -> Any:
 
     Raises:
       FileNotFoundError: no complete checkpoint there.
+      ValueError: it is damaged, or holds other parameters. No older one is taken: whoever names a
+        run wants its newest policy.
     """
     path = pathlib.Path(path)
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     if not folder.is_dir():
         raise FileNotFoundError(f"{path}: no such folder; allowed: the workdir of a run")
     with ocp.training.Checkpointer(folder.absolute()) as checkpointer:
-        if checkpointer.latest is None:
-            raise FileNotFoundError(f"{folder}: no complete checkpoint")
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
-        with context:
-            loaded = checkpointer.load_checkpointables(
-                checkpointer.latest.step, {"state": {"params": abstract_params}}
-            )
-    return loaded["state"]["params"]
+        latest = checkpointer.latest
+    if latest is None:
+        raise FileNotFoundError(f"{folder}: no complete checkpoint")
+    folder = folder.absolute() / str(latest.step)
+    wanted = {"state": {"params": abstract_params}, "record": None}
+    content, reason = _load(folder, wanted, partial=True)
+    if content is None:
+        raise ValueError(
+            f"{folder}: the checkpoint is damaged, or of another model ({reason}). Allowed: a "
+            "whole one; where this folder is moved away, the one before it is taken"
+        )
+    return content["state"]["params"]

@@ -1,9 +1,14 @@
-"""How entries parse their flags: a mistake ends with one line and exit status 2."""
+"""How entries begin: flags (a mistake ends with one line and exit status 2), then devices."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
 from absl import flags
+
+from sage_grpo_jax.parallel import cpu_devices, hosts
+from sage_grpo_jax.training import config as config_lib
+from sage_grpo_jax.training import recipe
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -32,6 +37,13 @@ def _reason(error: BaseException) -> str:
     outer = one_line(error)
     is_field = outer.startswith("flag --config.")
     return outer if is_field and "Traceback" not in outer else text
+
+
+def start_jax(config: config_lib.Config) -> None:
+    """Provides the devices of a run, before any other use of JAX."""
+    sizes = dataclasses.astuple(config.mesh)
+    cpu_devices.divide(sizes, lambda shards: recipe.fits(config, shards))
+    hosts.initialize()
 
 
 def one_line(error: BaseException) -> str:

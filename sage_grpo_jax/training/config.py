@@ -105,6 +105,9 @@ class RewardsConfig:
     timeout_seconds: float = 60.0  # of one call
     budget_seconds: float = 900.0  # of one clip, with all retries and waiting for the server
     max_in_flight: int = 8
+    # Of its own server, without any answer to health checks, until it is killed and started again;
+    # 0: never. A server that is only busy answers them.
+    silence_seconds: float = 60.0
     min_valid_fraction: float = 0.75  # below it the update is skipped
     max_skipped_updates: int = 3  # so many skips in a row end the run
     weights: RewardWeights = dataclasses.field(default_factory=RewardWeights)
@@ -132,7 +135,9 @@ class LossConfig:
     step_reduction: str = "mean"  # mean | sum, over the trained steps
     updates_per_rollout: int = 1
     micro_batch: int = 16  # samples in one forward and backward pass
-    ratio_tolerance: float = 1e-6  # largest |ratio - 1| before the first update of a rollout
+    # Largest |ratio - 1| before the first update of a rollout. Where elements are summed and the
+    # action is stop, times their number.
+    ratio_tolerance: float = 1e-6
     ratio_action: str = "stop"  # stop | replay | log: what happens above it
 
 
@@ -215,7 +220,8 @@ class Config:
     """One run."""
 
     name: str = "sage_grpo"
-    method: str = "sage"
+    method: str = "sage"  # the preset that the recipe's argument names; a label, see below
+    applied_method: str = "sage"  # the preset whose overrides are in place; set with `method`
     seed: int = 0
     num_steps: int = 100
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -268,12 +274,25 @@ def _with_matched_eta(config: Config) -> Config:
     if not match.kind:
         return config
     schedule = schedules.host_schedule(rollout.num_steps, rollout.shift)
+    if not sde.stochastic_steps(rollout.sde, schedule, 1.0, rollout.last_step).any():
+        raise ValueError(
+            f"config.rollout: num_steps={rollout.num_steps}, sde={rollout.sde!r}, "
+            f"last_step={rollout.last_step!r} leaves no stochastic step to train; allowed: more "
+            "steps, or last_step=stochastic"
+        )
     try:
         eta = sde.matched_eta(
-            rollout.sde, schedule, match.kind, match.eta, last_step=rollout.last_step
+            rollout.sde,
+            schedule,
+            match.kind,
+            match.eta,
+            last_step=rollout.last_step,
+            window=rollout.window,
+            window_size=rollout.window_size,
         )
     except ValueError as error:
         raise ValueError(f"config.rollout.eta_match: {error}") from error
+    config_checks.validate_matched_eta(rollout, eta)
     return dataclasses.replace(config, rollout=dataclasses.replace(rollout, eta=eta))
 
 

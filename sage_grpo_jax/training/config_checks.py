@@ -6,13 +6,15 @@ Every error names the field, the value and what is allowed.
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 from sage_grpo_jax.data import moving_shapes_spec as spec
 from sage_grpo_jax.rewards.backends import BACKENDS
+from sage_grpo_jax.training.methods import METHODS
 
 if TYPE_CHECKING:
-    from sage_grpo_jax.training.config import Config, RewardsConfig
+    from sage_grpo_jax.training.config import Config, RewardsConfig, RolloutConfig
 
 SDE_KINDS = ("precise", "flow", "dance", "cps", "ode")
 _CHOICES = {
@@ -54,6 +56,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "rollout.group_size": (2, None),
     "rollout.decode_batch": (1, None),
     "rewards.max_in_flight": (1, None),
+    "rewards.silence_seconds": (0, None),
     "rewards.min_valid_fraction": (0, 1),
     "rewards.max_skipped_updates": (1, None),
     "rewards.weights.VQ": (None, None),
@@ -98,6 +101,9 @@ _POSITIVE = (
 )
 
 
+_VARIANT = re.compile(r"(480p|720p)_(t2v|i2v)(_distilled|_step_distilled)?")
+
+
 def _get(config: Any, path: str) -> Any:
     for name in path.split("."):
         config = getattr(config, name)
@@ -114,6 +120,8 @@ def validate(config: Config) -> None:
         if (value := _get(config, path)) not in allowed:
             raise ValueError(f"config.{path}: got {value!r}; allowed: {', '.join(allowed)}")
     for path, (low, high) in _RANGES.items():
+        if path == "rollout.eta" and config.rollout.eta_match.kind:
+            continue  # eta_match replaces it; see `matched_eta`
         value = _get(config, path)
         # Written so that NaN and infinity fail.
         if not (
@@ -132,11 +140,27 @@ def validate(config: Config) -> None:
 
 def _validate_together(config: Config) -> None:
     rollout = config.rollout
+    if not config.name:
+        raise ValueError("config.name: got ''; allowed: a name for the run")
+    if config.method not in METHODS:
+        raise ValueError(f"config.method: got {config.method!r}; allowed: {', '.join(METHODS)}")
+    if config.method != config.applied_method:
+        raise ValueError(
+            f"config.method: got {config.method!r}, which changes the name and nothing else (the "
+            f"overrides in place are those of {config.applied_method!r}); allowed: the recipe's "
+            f"argument, --config=RECIPE.py:method={config.method}"
+        )
+    if config.model.variant and not _VARIANT.fullmatch(config.model.variant):
+        raise ValueError(
+            f"config.model.variant: got {config.model.variant!r}; allowed: a released "
+            "HunyuanVideo-1.5, as 480p_t2v, 720p_i2v_distilled or 480p_i2v_step_distilled; or ''"
+        )
     try:
         _ = config.lora.adapters
     except ValueError as error:
         raise ValueError(f"config.{error}") from error
-    if rollout.sde == "ode" or rollout.eta == 0:
+    matched = bool(rollout.eta_match.kind)  # eta is not read
+    if rollout.sde == "ode" or (rollout.eta == 0 and not matched):
         raise ValueError(
             f"config.rollout: sde={rollout.sde!r} with eta={rollout.eta} samples without noise, "
             "so there is nothing to learn from; allowed: precise, flow, dance or cps with eta > 0"
@@ -146,11 +170,11 @@ def _validate_together(config: Config) -> None:
             f"config.rollout: window={rollout.window!r} with window_size={rollout.window_size}; "
             "allowed: all with 0, first_k and random_k with at least 1"
         )
-    if rollout.eta_match.kind and rollout.eta_match.eta == 0:
+    if matched and rollout.eta_match.eta == 0:
         raise ValueError("config.rollout.eta_match.eta: got 0; allowed: more than 0")
-    if rollout.sde == "cps" and rollout.eta > 1:
+    if rollout.sde == "cps" and rollout.eta > 1 and not matched:
         raise ValueError(f"config.rollout.eta: got {rollout.eta}; allowed with sde=cps: 0 to 1")
-    for name in ("b1", "b2"):
+    for name in ("b1", "b2", "momentum"):
         if (value := getattr(config.optimizer, name)) == 1:
             raise ValueError(f"config.optimizer.{name}: got {value}; allowed: below 1")
     if config.batch_size % config.loss.micro_batch:
@@ -173,6 +197,21 @@ def _validate_together(config: Config) -> None:
     _validate_rewards(config.rewards)
 
 
+def validate_matched_eta(rollout: RolloutConfig, eta: float) -> None:
+    """Checks the eta that `rollout.eta_match` asks for; it has the range of `rollout.eta`.
+
+    Raises:
+      ValueError: with the match, the eta that it needs and what is allowed.
+    """
+    low, high = _RANGES["rollout.eta"]
+    if not low < eta <= high:
+        match = rollout.eta_match
+        raise ValueError(
+            f"config.rollout.eta_match: kind={match.kind!r} with eta={match.eta} needs "
+            f"rollout.eta = {eta:.4g} with sde={rollout.sde!r}; allowed: an eta of at most {high}"
+        )
+
+
 def _validate_rewards(rewards: RewardsConfig) -> None:
     weights = (rewards.weights.VQ, rewards.weights.MQ, rewards.weights.TA)
     if not any(weights):
@@ -192,6 +231,11 @@ def _validate_rewards(rewards: RewardsConfig) -> None:
         raise ValueError(
             f"config.rewards.backend: got {rewards.backend!r}; allowed: {', '.join(BACKENDS)}, or "
             "package.module:Class"
+        )
+    if 0 < rewards.silence_seconds < 1:
+        raise ValueError(
+            f"config.rewards.silence_seconds: got {rewards.silence_seconds}; allowed: at least 1, "
+            "or 0 for never"
         )
 
 

@@ -176,7 +176,7 @@ class Learner:
             np.repeat(hashes, group),
             np.tile(np.arange(group, dtype=np.uint32), count),
         )
-        return jax.device_put(keys, self._rows)
+        return hosts.to_global(keys, self._rows)
 
     def window_starts(self, batch: PromptBatch, step: int) -> jax.Array:
         """Where the window of trained steps starts, int32 [P·G]; the same within a group."""
@@ -189,7 +189,7 @@ class Learner:
     def sample(self, params: Any, batch: PromptBatch, keys: jax.Array) -> jax.Array:
         """Clean latents of the evaluation sampler (ODE); float32 [B, t, h, w, C]."""
         condition = self.condition(batch)
-        keys = jax.device_put(keys, self._rows)
+        keys = hosts.to_global(keys, self._rows)
         starts = hosts.to_global(np.zeros(len(batch.ids), np.int32), self._rows)
         return self.programs.sample(params, condition, self.frozen, keys, starts).latents[-1]
 
@@ -310,8 +310,7 @@ class Learner:
         Raises:
           NumericsError: |ratio - 1| above `loss.ratio_tolerance` and `ratio_action` is "stop".
         """
-        loss = self.config.loss
-        tolerance = np.float32(np.inf if loss.ratio_action == "log" else loss.ratio_tolerance)
+        loss, tolerance = self.config.loss, self._ratio_tolerance()
         metrics: dict[str, float] = {}
         for index in range(loss.updates_per_rollout):
             limit = tolerance if index == 0 else np.float32(np.inf)
@@ -333,6 +332,15 @@ class Learner:
             metrics = values
         return state, _public(metrics)
 
+    def _ratio_tolerance(self) -> np.float32:
+        loss = self.config.loss
+        if loss.ratio_action == "log":
+            return np.float32(np.inf)
+        if loss.ratio_action == "stop":
+            # As strict for a sum as for the mean: its rounding grows with it, as its signal does.
+            return np.float32(loss.ratio_tolerance * self.recipe.summed_elements)
+        return np.float32(loss.ratio_tolerance)
+
     def _warn_about_epsilon(self, values: dict[str, float]) -> None:
         eps = self.config.optimizer.eps
         text = optimizers.warn_about_epsilon(values["grad/rms_over_eps"], eps)
@@ -343,7 +351,8 @@ class Learner:
         deviation = values["ratio/max_deviation"]
         text = (
             f"before the first update the ratio is off 1 by {deviation:.2e} "
-            f"(config.loss.ratio_tolerance = {self.config.loss.ratio_tolerance:g})"
+            f"(config.loss.ratio_tolerance = {self.config.loss.ratio_tolerance:g}; here at most "
+            f"{self._ratio_tolerance():.2g})"
         )
         if not np.isfinite(deviation):
             raise NumericsError(f"{text}: the model's output is not finite")

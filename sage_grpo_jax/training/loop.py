@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from sage_grpo_jax.models import attention
 from sage_grpo_jax.parallel import hosts
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import checkpoint, evaluation, metrics, setup
@@ -67,6 +68,7 @@ class Interrupt:
     def check_together(self) -> None:
         """Raises on all processes when any of them was asked to stop."""
         if hosts.agree(self.requested):
+            self.requested = True  # here too, where it was another process that was asked
             raise Interrupted
 
 
@@ -91,6 +93,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any] | 
     recipe_lib.make_recipe(config, networks.transformer, networks.vae)  # fails early
     mesh = _make_mesh(config)
     recipe_lib.check_mesh(config, mesh)
+    _check_attention(networks, mesh)
     check_weights(networks)
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdir_lib.locked(workdir))
@@ -101,6 +104,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any] | 
         workdir_lib.remove_leftovers(workdir)
         stack.enter_context(jax.set_mesh(mesh))
         prompts = _open_prompts(config, workdir, networks)
+        workdir_lib.claim_encoder(config, prompts.encoder, workdir)
         scorer = stack.enter_context(open_scorer(config, workdir))
         # Before this a signal ends the process at once: there is nothing to save.
         interrupt = stack.enter_context(Interrupt())
@@ -114,6 +118,16 @@ def _make_mesh(config: config_lib.Config) -> jax.sharding.Mesh:
         return mesh_lib.make_mesh(**dataclasses.asdict(config.mesh))
     except ValueError as error:
         raise ValueError(f"config.{error}") from error
+
+
+def _check_attention(networks: setup.Networks, mesh: jax.sharding.Mesh) -> None:
+    network = networks.transformer
+    platform = mesh.devices.flat[0].platform
+    head_size, dtype = network.attention_head_dim, jnp.dtype(network.dtype)
+    try:
+        attention.check(network.attention, platform, head_size, dtype)
+    except ValueError as error:
+        raise ValueError(f"config.model.{error}") from error
 
 
 def _open_prompts(config: config_lib.Config, workdir: pathlib.Path, networks: setup.Networks):
@@ -200,7 +214,8 @@ class _Run:
         self.skipped = 0
         # The metrics of the newest step, while its row is not written: an evaluation was cut off.
         self.unwritten: dict[str, float] | None = None
-        self.is_new = self.checkpoints.latest_step is None
+        # What one process sees, all have: a shared file system may show it later to some.
+        self.is_new = not hosts.agree(self.checkpoints.latest_step is not None)
         if self.is_new:
             with _loading("transformer"):
                 self.state = setup.fresh_state(networks, config, mesh)

@@ -95,7 +95,7 @@ def apply(config: ml_collections.ConfigDict, method: str) -> None:
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}; allowed: {', '.join(METHODS)}")
-    config.method = method
+    config.update(method=method, applied_method=method)
     config.update_from_flattened_dict(METHODS[method])
 
 

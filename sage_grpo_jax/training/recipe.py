@@ -22,12 +22,19 @@ class Recipe:
     schedule: schedules.Schedule
     trained: np.ndarray  # bool [T]: steps that may be stochastic, and are then trained
     weights: np.ndarray  # float32 [T]: S_t, or 1 without the equalizer
+    kl_weights: np.ndarray  # float32 [T]: of the KLs to the references
     positions: int  # how many steps of a sample are trained; fewer than `trained` with random_k
 
     @property
     def window_places(self) -> int:
         """At how many places the window of trained steps may start; 1 unless random."""
         return int(self.trained.sum()) - self.positions + 1
+
+    @property
+    def summed_elements(self) -> int:
+        """Elements of a sample over which log-probabilities and KLs are summed; 1: the mean."""
+        summed = self.config.loss.log_prob_reduction == "sum"
+        return int(np.prod(self.latent_shape)) if summed else 1
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -53,6 +60,12 @@ def make_recipe(
         schedule without a single stochastic step.
     """
     _check_sizes(config.video, vae_config)
+    width = transformer.num_attention_heads * transformer.attention_head_dim
+    if config.lora.rank > width:
+        raise ValueError(
+            f"config.lora.rank: got {config.lora.rank}; allowed: at most the width of the "
+            f"transformer, {width}"
+        )
     if transformer.out_channels != vae_config.latent_channels:
         raise ValueError(
             f"config.model: the transformer makes {transformer.out_channels} latent channels, "
@@ -60,14 +73,17 @@ def make_recipe(
         )
     schedule, trained, positions = trained_steps(config)
     weights = step_weights(config, schedule, trained)
-    return Recipe(config, transformer, vae_config, schedule, trained, weights, positions)
+    kl_weights = step_kl_weights(config, schedule, trained)
+    return Recipe(
+        config, transformer, vae_config, schedule, trained, weights, kl_weights, positions
+    )
 
 
 def trained_steps(config: config_lib.Config) -> tuple[schedules.Schedule, np.ndarray, int]:
     """(schedule, steps that may be trained bool [T], how many of them each sample trains).
 
     Raises:
-      ValueError: there is no stochastic step.
+      ValueError: there is no stochastic step, or fewer than the window has.
     """
     rollout = config.rollout
     schedule = schedules.make_schedule(rollout.num_steps, rollout.shift)
@@ -78,7 +94,13 @@ def trained_steps(config: config_lib.Config) -> tuple[schedules.Schedule, np.nda
             f"last_step={rollout.last_step!r} leaves no stochastic step to train; allowed: more "
             "steps, or last_step=stochastic"
         )
-    positions = min(rollout.window_size or len(trained), int(trained.sum()))
+    count = int(trained.sum())
+    if rollout.window_size > count:
+        raise ValueError(
+            f"config.rollout.window_size: got {rollout.window_size}; allowed: at most the {count} "
+            f"stochastic steps of {rollout.num_steps}"
+        )
+    positions = rollout.window_size or count
     if rollout.window == "first_k":
         trained[np.flatnonzero(trained)[positions:]] = False
     return schedule, trained, positions
@@ -103,6 +125,18 @@ def step_weights(
     )
 
 
+def step_kl_weights(
+    config: config_lib.Config, schedule: schedules.Schedule, trained: np.ndarray
+) -> np.ndarray:
+    """The weight of every step in the KLs: 1, or S_t² of the Gaussian transitions; float32 [T]."""
+    rollout = config.rollout
+    arguments = (rollout.sde, schedule, rollout.eta, trained)
+    if config.trust_region.kl_time_weight == "uniform":
+        return np.asarray(equalizer.uniform_weights(*arguments))
+    # Whatever the form of the log-probability, the KL is that of the Gaussian transitions.
+    return np.asarray(equalizer.equalizer_weights(*arguments, median=config.loss.median)) ** 2
+
+
 def _check_sizes(video: config_lib.VideoConfig, vae_config: vae.VaeConfig) -> None:
     temporal, spatial = vae_config.temporal_compression_ratio, vae_config.spatial_compression_ratio
     if (video.frames - 1) % temporal:
@@ -123,16 +157,24 @@ def check_mesh(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
       ValueError: with the field and what is allowed.
     """
     shards = mesh_lib.batch_shards(mesh)
-    for path, value in (
-        ("loss.micro_batch", config.loss.micro_batch),
-        ("rollout.decode_batch", decode_batch(config, mesh)),
-    ):
+    for path, value in _divided(config, shards).items():
         if value % shards:
             raise ValueError(
                 f"config.{path}: got {value}; allowed: a multiple of data × fsdp = {shards}"
             )
 
 
+def fits(config: config_lib.Config, shards: int) -> bool:
+    """Whether every batch can be cut into so many pieces."""
+    return not any(value % shards for value in _divided(config, shards).values())
+
+
+def _divided(config: config_lib.Config, shards: int) -> dict[str, int]:
+    """The batches that are divided over the mesh, by field."""
+    decoded = max(config.rollout.decode_batch, shards)
+    return {"loss.micro_batch": config.loss.micro_batch, "rollout.decode_batch": decoded}
+
+
 def decode_batch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> int:
     """Clips that are decoded at a time: what the recipe says, but at least one on each shard."""
-    return max(config.rollout.decode_batch, mesh_lib.batch_shards(mesh))
+    return _divided(config, mesh_lib.batch_shards(mesh))["rollout.decode_batch"]

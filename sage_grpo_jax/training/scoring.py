@@ -34,7 +34,7 @@ def open_scorer(
     with contextlib.ExitStack() as stack:
         address = rewards.address
         if rewards.spawn:
-            address = stack.enter_context(_own_server(rewards.backend, workdir)).address
+            address = stack.enter_context(_own_server(rewards, workdir)).address
         client = client_lib.RewardClient(
             address,
             timeout=rewards.timeout_seconds,
@@ -53,10 +53,10 @@ def open_scorer(
         yield client
 
 
-def _own_server(backend: str, workdir: pathlib.Path) -> supervisor.KeptServer:
+def _own_server(rewards: config_lib.RewardsConfig, workdir: pathlib.Path) -> supervisor.KeptServer:
     log = workdir / f"rewards-{jax.process_index()}.log"
     try:
-        return supervisor.KeptServer(backend, log)
+        return supervisor.KeptServer(rewards.backend, log, rewards.silence_seconds)
     except (RuntimeError, OSError) as error:
         raise reward_types.RewardServiceError(reward_types.UNAVAILABLE, str(error)) from error
 

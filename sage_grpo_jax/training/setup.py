@@ -18,6 +18,7 @@ from sage_grpo_jax.data import prompts as prompts_lib
 from sage_grpo_jax.flow import noise
 from sage_grpo_jax.models import hunyuan_video, lora, vae
 from sage_grpo_jax.parallel import sharding
+from sage_grpo_jax.text_encoders import qwen
 from sage_grpo_jax.training import checkpoint as checkpoint_lib
 from sage_grpo_jax.training import conditions, optimizers
 from sage_grpo_jax.training import config as config_lib
@@ -287,7 +288,12 @@ def _check_fits(
     transformer, ratio = networks.transformer, networks.vae.spatial_compression_ratio
     height, width = config.video.height // ratio, config.video.width // ratio
     with_image = "i2v" in config.model.variant or cache.image_shape is not None
+    # The encoder that the model learned to read, where it is known; others may be as wide.
+    encoder = qwen.NAME if config.model.variant else None
+    if config.data.text_encoder == "words":
+        encoder = word_embeddings.encoder(transformer.text_embed_dim).name
     cache.check_fits(
+        encoder=encoder,
         text_dim=transformer.text_embed_dim,
         byt5_dim=transformer.text_embed_2_dim,
         image_dim=transformer.image_embed_dim,
@@ -301,6 +307,7 @@ class Prompts:
 
     train: grain.DatasetIterator  # endless, checkpointable
     fingerprint: str  # of the training prompts: the iterator's position fits these only
+    encoder: embedding_cache.Encoder  # of all embeddings
     evaluation: conditions.PromptBatch
     negative: conditions.PromptBatch
 
@@ -312,10 +319,16 @@ def open_prompts(config: config_lib.Config, workdir: pathlib.Path, networks: Net
     """Opens the training prompts (shuffled, repeated) and fixes those of the evaluation.
 
     Raises:
-      ValueError: prompts that cannot be read, or too few for the evaluation.
+      ValueError: prompts that cannot be read, too few for the evaluation, or embeddings of
+        different encoders.
     """
     train = open_cache(config, "train_prompts", workdir, networks)
     evaluation = open_cache(config, "eval_prompts", workdir, networks)
+    if differing := evaluation.encoder.differences(train.encoder):
+        raise ValueError(
+            f"config.data.eval_prompts: {config.data.eval_prompts} comes from another encoder than "
+            f"config.data.train_prompts: {differing}; allowed: embeddings of the same encoder"
+        )
     if config.eval.num_prompts > len(evaluation):
         raise ValueError(
             f"config.eval.num_prompts: got {config.eval.num_prompts}; allowed: at most the "
@@ -332,6 +345,7 @@ def open_prompts(config: config_lib.Config, workdir: pathlib.Path, networks: Net
             train, config.rollout.prompts_per_step, config.seed, **shapes
         ),
         fingerprint=train.fingerprint,
+        encoder=train.encoder,
         evaluation=next(conditions.batches(fixed)).repeat(config.eval.samples_per_prompt),
         negative=next(conditions.batches(iter([negative]))),
     )

@@ -289,6 +289,10 @@ def plain_policy_loss(loss: Any, log_ratio: Any, advantages: Any) -> jax.Array:
 def _plain_penalty(recipe: Recipe, mean, std, log_ratio, inputs: _Inputs, transition) -> jax.Array:
     """Σ beta·KL [m] of the references, or of Eq. 15 for the previous policy."""
     region, total = recipe.config.trust_region, jnp.zeros_like(log_ratio)
+    count = inputs.micro.latents.shape[0]
+    time_weights = jnp.asarray(np.asarray(recipe.kl_weights, np.float64))[
+        jnp.broadcast_to(inputs.micro.step, (count,))
+    ]
     axes = tuple(range(1, mean.ndim))
     betas = [region.anchor_weight] * region.has_anchor
     betas += [region.previous_weight] * region.has_previous
@@ -296,7 +300,8 @@ def _plain_penalty(recipe: Recipe, mean, std, log_ratio, inputs: _Inputs, transi
         reference_mean = jax.lax.stop_gradient(transition(reference)[0])
         divergence = (mean - reference_mean) ** 2 / (2 * std**2)
         summed = recipe.config.loss.log_prob_reduction == "sum"
-        total += beta * (divergence.sum(axes) if summed else divergence.mean(axes))
+        divergence = divergence.sum(axes) if summed else divergence.mean(axes)
+        total += beta * time_weights * divergence
     if region.penalises_motion and not region.has_previous:
         total -= region.previous_weight * log_ratio
     return total

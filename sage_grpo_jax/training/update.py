@@ -203,7 +203,8 @@ def _divergences(recipe, new: sde.Transition, log_ratio, references, micro: Micr
     region, reduction = recipe.config.trust_region, recipe.config.loss.log_prob_reduction
     for name, reference, beta in references:
         mean = jax.lax.stop_gradient(_transition(recipe, reference, micro, frozen).mean)
-        yield name, kl.gaussian_kl(new.mean, mean, new.std, reduction=reduction), beta
+        divergence = kl.gaussian_kl(new.mean, mean, new.std, reduction=reduction)
+        yield name, divergence * jnp.asarray(recipe.kl_weights)[micro.step], beta
     if region.penalises_motion and not region.has_previous:
         # Eq. 15: the mean of log π_old - log π over the samples of π_old.
         yield "previous", -log_ratio, region.previous_weight
@@ -252,12 +253,18 @@ def make_update(recipe: Recipe, tx: optax.GradientTransformationExtraArgs):
 
     def update(state, batch, frozen, tolerance):
         grads, metrics, kl_weight = _gradients(recipe, state, batch, frozen)
+        # Targets and bounds of the trust region are KLs per element, whatever is in the loss.
+        per_element = {
+            name: metrics[f"kl/{name}"] / recipe.summed_elements
+            for name in ("total", "previous")
+            if f"kl/{name}" in metrics
+        }
         updates, opt_state = tx.update(
             grads,
             state.opt_state,
             state.params,
-            kl=metrics["kl/total"],
-            kl_previous=metrics.get("kl/previous"),
+            kl=per_element["total"],
+            kl_previous=per_element.get("previous"),
         )
         new = state_lib.LearnerState(
             optax.apply_updates(state.params, updates), opt_state, state.step

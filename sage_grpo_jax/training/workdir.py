@@ -13,11 +13,13 @@ from typing import Any
 import jax
 
 from sage_grpo_jax.common import files
+from sage_grpo_jax.data import embedding_cache
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import metrics, setup
 
 CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"
+ENCODER_FILE = "encoder.json"
 _LOCK_FILE = ".lock"
 
 # Fields that a rerun may change without becoming another run.
@@ -31,6 +33,7 @@ OPERATIONAL = (
     "rewards.timeout_seconds",
     "rewards.budget_seconds",
     "rewards.max_in_flight",
+    "rewards.silence_seconds",
 )
 
 
@@ -62,6 +65,50 @@ def claim(config: config_lib.Config, workdir: pathlib.Path) -> None:
     if jax.process_index() == 0:
         with writable(workdir):
             metrics.write_json(path, dataclasses.asdict(config))
+
+
+def claim_encoder(
+    config: config_lib.Config, encoder: embedding_cache.Encoder, workdir: pathlib.Path
+) -> None:
+    """Writes encoder.json into a claimed folder, or checks that its run began with this encoder.
+
+    Raises:
+      ValueError: see `check_encoder`.
+    """
+    path = workdir / ENCODER_FILE
+    if _has_begun(workdir) and path.exists():
+        check_encoder(encoder, f"config.data.train_prompts: {config.data.train_prompts}", workdir)
+    elif jax.process_index() == 0:
+        with writable(workdir):
+            metrics.write_json(path, dataclasses.asdict(encoder))
+
+
+def check_encoder(encoder: embedding_cache.Encoder, what: str, workdir: pathlib.Path) -> None:
+    """Refuses embeddings of another encoder than those of a run; one without encoder.json passes.
+
+    Args:
+      encoder: of the embeddings.
+      what: the field that names them, and its value.
+      workdir: of the run.
+
+    Raises:
+      ValueError: what tells the encoders apart; an encoder.json that cannot be read.
+    """
+    path = workdir / ENCODER_FILE
+    if not path.exists():
+        return
+    values = _read_object(path)
+    try:
+        first = embedding_cache.Encoder.from_dict(values)
+    except ValueError as error:
+        raise ValueError(
+            f"--workdir: {path} is damaged ({error}); allowed: put it right, or another folder"
+        ) from error
+    if differing := encoder.differences(first):
+        raise ValueError(
+            f"{what} comes from another encoder than the embeddings that the run in {workdir} "
+            f"began with: {differing}. Allowed: embeddings of the same encoder, or another folder"
+        )
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The embedding cache: what goes in comes out; half-written and unfit caches are refused."""
 
+import dataclasses
 import json
 import struct
 
@@ -55,6 +56,41 @@ def test_manifest(tmp_path):
     assert (manifest["dim"], manifest["byt5_dim"], manifest["max_length"]) == (DIM, 3, 5)
     assert (manifest["count"], manifest["dtype"]) == (NUM_PROMPTS, "float32")
     assert cache.encoder == ENCODER
+
+
+def test_encoders_are_compared_by_what_they_compute():
+    one = ec.Encoder("a", "x", {"torch": "1"}, {"text_encoder": "p" * 64, "tokenizer": "q"})
+    assert one.differences(one) == ""
+    assert one.differences(dataclasses.replace(one, versions={"torch": "2"})) == ""
+    unknown = dataclasses.replace(one, models={})  # as in caches of version 1
+    assert one.differences(unknown) == unknown.differences(one) == ""
+    changes = {"name": "b", "template_hash": "", "models": {"text_encoder": "r" * 64}}
+    other = dataclasses.replace(one, **changes)
+    assert other.differences(one) == (
+        f"models.text_encoder is '{'r' * 16}', not '{'p' * 16}'; models.tokenizer is None, not "
+        "'q'; name is 'b', not 'a'; template_hash is '', not 'x'"
+    )
+    # Compared whole, whatever is shown of them.
+    near = dataclasses.replace(one, models={**one.models, "text_encoder": "p" * 63 + "q"})
+    assert near.differences(one)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        ("qwen", "the encoder is 'qwen'; allowed: an object"),
+        ({"name": None}, "the encoder has no name"),
+        ({"name": "a", "models": ["b"]}, r"models is \['b'\]; allowed: .*models \(dict\)"),
+        ({"name": "a", "speed": 1}, "speed is 1; allowed: name"),
+    ],
+)
+def test_an_encoder_that_is_none_is_named(tmp_path, encoder, message):
+    write(tmp_path / "cache")
+    file = tmp_path / "cache" / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "encoder": encoder}))
+    with pytest.raises(ValueError, match=rf"manifest.json: .*{message}") as error:
+        ec.EmbeddingCache(tmp_path / "cache")
+    assert "write the cache again" in str(error.value)
 
 
 def test_equal_contents_have_equal_fingerprints(tmp_path):

@@ -53,3 +53,11 @@ def test_writes_the_cache(tmp_path):
     assert (len(cache), cache.dim, cache.max_length) == (2, word_embeddings.DIM, 4)
     np.testing.assert_array_equal(cache[1]["text"], word_embeddings.encode(prompts[1].text))
     np.testing.assert_array_equal(cache.negative["text"], word_embeddings.encode(""))
+    assert cache.encoder == word_embeddings.encoder()
+    assert word_embeddings.encoder().differences(word_embeddings.encoder(8))
+
+
+def test_another_table_of_words_is_another_encoder(monkeypatch):
+    mine, vector = word_embeddings.encoder(8), word_embeddings.word_vector
+    monkeypatch.setattr(word_embeddings, "word_vector", lambda word, dim: 2 * vector(word, dim))
+    assert word_embeddings.encoder(8).differences(mine).startswith("models.words is ")

@@ -3,6 +3,7 @@
 The last part, weights that hold NaN, can only be seen once they are loaded.
 """
 
+import dataclasses
 import http.server
 import json
 import pathlib
@@ -20,12 +21,12 @@ import pytest
 from grpc_health.v1 import health, health_pb2_grpc
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reward_faults import Faulty, serving
+from scripted_service import Script, scripted
 
-from sage_grpo_jax.data import embedding_cache, prompts
+from sage_grpo_jax.data import embedding_cache, moving_shapes_spec, prompts
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import loop, setup
+from sage_grpo_jax.training import loop, setup, workdir
 
 
 @pytest.fixture
@@ -98,6 +99,110 @@ def test_an_embedding_cache_of_another_encoder(refused, tmp_path):
     assert "no embedding cache at" in message
     (tmp_path / "cache" / "manifest.json").write_text("{")
     assert "not JSON" in refused({"data.train_prompts": f"cache:{tmp_path / 'cache'}"})
+
+
+def _cache(path: pathlib.Path, encoder: embedding_cache.Encoder) -> str:
+    """The name of a new cache in place of an old one; its texts do not depend on the encoder."""
+    shutil.rmtree(path, ignore_errors=True)
+    texts = [prompts.Prompt(text, text) for text in moving_shapes_spec.train_captions()[:3]]
+    embedding_cache.write_cache(
+        path, texts, lambda text: np.full((3, 8), len(text) / 50, np.float32), encoder
+    )
+    return f"cache:{path}"
+
+
+QWEN = embedding_cache.Encoder(
+    "qwen2_5_vl", "t" * 64, {"torch": "2.8.0"}, {"text_encoder": "a" * 64, "tokenizer": "b"}
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "differing"),
+    [
+        ({"name": "clip"}, "name is 'clip', not 'qwen2_5_vl'"),
+        ({"template_hash": ""}, f"template_hash is '', not '{'t' * 16}'"),
+        (
+            {"models": {"text_encoder": "c" * 64, "byt5": "d"}},
+            f"models.byt5 is 'd', not None; models.text_encoder is '{'c' * 16}', not "
+            f"'{'a' * 16}'; models.tokenizer is None, not 'b'",
+        ),
+    ],
+)
+def test_evaluation_prompts_of_another_encoder_as_wide(refused, tmp_path, changes, differing):
+    other = dataclasses.replace(QWEN, **changes)
+    sources = {
+        "data.train_prompts": _cache(tmp_path / "train", QWEN),
+        "data.eval_prompts": _cache(tmp_path / "eval", other),
+        "data.text_encoder": "cache",
+    }
+    assert refused(sources) == (
+        f"config.data.eval_prompts: {sources['data.eval_prompts']} comes from another encoder "
+        f"than config.data.train_prompts: {differing}; allowed: embeddings of the same encoder"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "known"),
+    [
+        ({"data.text_encoder": "words"}, "word_embeddings_8"),
+        ({"data.text_encoder": "cache", "model.variant": "480p_t2v"}, "qwen2_5_vl"),
+    ],
+)
+def test_an_encoder_that_the_model_was_not_trained_with(refused, tmp_path, overrides, known):
+    good = _cache(tmp_path / "good", embedding_cache.Encoder(known))
+    bad = _cache(tmp_path / "bad", embedding_cache.Encoder("another_encoder"))
+    for field in ("train_prompts", "eval_prompts"):
+        sources = {"data.train_prompts": good, "data.eval_prompts": good, f"data.{field}": bad}
+        message = refused({**overrides, **sources})
+        assert message.startswith(f"config.data.{field}: embedding cache ")
+        assert message.endswith(f"encoder is 'another_encoder', the model takes '{known}'")
+
+
+def test_a_run_goes_on_with_its_own_encoder_only(refused, runs, tmp_path):
+    folder = tmp_path / "run"
+    sources = {
+        "data.train_prompts": f"cache:{tmp_path / 'train'}",
+        "data.eval_prompts": f"cache:{tmp_path / 'eval'}",
+        "data.text_encoder": "cache",
+    }
+
+    def write(encoder):
+        for name in ("train", "eval"):
+            _cache(tmp_path / name, encoder)
+
+    def accept():
+        # The fixture ends a run that does something expensive.
+        with pytest.raises(AssertionError, match="something expensive"):
+            runs.train(folder, **sources)
+
+    write(dataclasses.replace(QWEN, name="corrected before the first step"))
+    accept()
+    write(QWEN)
+    accept()
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n')
+    write(dataclasses.replace(QWEN, models={**QWEN.models, "text_encoder": "c" * 64}))
+    assert refused(sources) == (
+        f"config.data.train_prompts: cache:{tmp_path / 'train'} comes from another encoder than "
+        f"the embeddings that the run in {folder} began with: models.text_encoder is "
+        f"'{'c' * 16}', not '{'a' * 16}'. Allowed: embeddings of the same encoder, or another "
+        "folder"
+    )
+    write(dataclasses.replace(QWEN, versions={"torch": "2.9.1"}))
+    accept()
+    (folder / workdir.ENCODER_FILE).unlink()  # as in a folder of an older version
+    accept()
+    assert json.loads((folder / workdir.ENCODER_FILE).read_text())["name"] == QWEN.name
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"name": ""}', '{"name": "a", "models": 3}'])
+def test_a_damaged_memory_of_the_encoder_is_named(make_config, tmp_path, text):
+    workdir.claim_encoder(make_config(), QWEN, tmp_path)
+    path = tmp_path / workdir.ENCODER_FILE
+    path.write_text(text)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(ValueError, match=rf"^--workdir: {path} ") as error:
+        workdir.claim_encoder(make_config(), QWEN, tmp_path)
+    assert "allowed: " in str(error.value)
 
 
 def _read_safetensors(path: pathlib.Path) -> tuple[dict, bytes]:
@@ -335,7 +440,7 @@ def test_any_config_is_taken_or_refused_with_field_and_value(changes):
 
 
 def test_the_service_of_these_tests_is_one_that_a_run_accepts(runs, tmp_path):
-    with serving(Faulty()) as address:
+    with scripted(Script()) as address:
         config = runs.config(**{"rewards.spawn": False, "rewards.address": address})
         with runs.open_scorer(config, tmp_path) as client:
             assert client.fingerprint == "model-a"

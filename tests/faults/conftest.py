@@ -26,8 +26,7 @@ def _load(name: str, path: pathlib.Path) -> Any:
 
 
 _fixtures = _load("training_fixtures", TESTS / "training" / "conftest.py")
-_load("trainer_process", TESTS / "training" / "loop_test.py")
-_load("reward_faults", TESTS / "faults" / "reward_faults.py")
+_load("scripted_service", TESTS / "rewards" / "scripted_service.py")
 tiny_networks = _fixtures.tiny_networks
 tiny_overrides = _fixtures.tiny_overrides
 make_config = _fixtures.make_config

@@ -1,12 +1,15 @@
 """A reward service that misbehaves: samples are masked, updates skipped, the run stops and goes on.
 
 Death and restart of a sidecar, and that none outlives its trainer, are in tests/training/loop_test
-and tests/rewards/spawn_test.
+and tests/rewards/{spawn,supervisor}_test.
 """
+
+import os
+import signal
 
 import numpy as np
 import pytest
-from reward_faults import Faulty, serving
+from scripted_service import Script, scripted
 
 from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import loop, scoring
@@ -22,9 +25,9 @@ REMOTE = {
 @pytest.fixture
 def service(runs, monkeypatch):
     """A faulty service that the run reaches through the real client; its address is filled in."""
-    service = Faulty()
+    service = Script()
     monkeypatch.setattr(loop, "open_scorer", runs.open_scorer)
-    with serving(service) as address:
+    with scripted(service) as address:
         service.settings = {**REMOTE, "rewards.address": address}
         yield service
 
@@ -81,6 +84,33 @@ def test_a_few_failed_samples_are_masked_and_another_model_is_refused(runs, serv
     service.fingerprint, service.fault = "model-a", masked
     runs.train(broken, **service.settings)
     runs.assert_same(broken, expected)
+
+
+def test_an_own_service_that_falls_silent_costs_no_rollout(
+    runs, straight, tmp_path, monkeypatch, caplog
+):
+    kept = []
+
+    class Kept(scoring.supervisor.KeptServer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            kept.append((self, self.pid))
+
+    monkeypatch.setattr(loop, "open_scorer", runs.open_scorer)
+    monkeypatch.setattr(scoring.supervisor, "KeptServer", Kept)
+    submit = scoring.client_lib.RewardClient.submit
+
+    def stop_and_submit(self, video, prompt, request_id, fps):
+        if request_id.startswith("step1/") and kept[0][0].pid == kept[0][1]:
+            os.kill(kept[0][1], signal.SIGSTOP)
+        return submit(self, video, prompt, request_id, fps)
+
+    monkeypatch.setattr(scoring.client_lib.RewardClient, "submit", stop_and_submit)
+    runs.train(tmp_path, **{"rewards.silence_seconds": 1.0})
+    ((server, first),) = kept
+    assert server.pid != first
+    assert f"(process {first}) has answered none of 5 probes in 1 s: killing it" in caplog.text
+    runs.assert_same(tmp_path, straight)
 
 
 def test_a_run_that_has_begun_waits_longer_for_its_service(runs, tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ import errno
 import json
 import pathlib
 
+import jax
+import numpy as np
 import pytest
 
 from sage_grpo_jax.training import checkpoint, evaluation, loop, metrics, workdir
@@ -111,9 +113,44 @@ def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(runs, straight, tm
     (checkpoints / "5.orbax-checkpoint-tmp").mkdir()
     assert runs.train(folder)["steps"] == 3
     runs.assert_same(folder, straight)
-    assert "checkpoint 3 cannot be read" in caplog.text
+    assert "checkpoint 3 is damaged" in caplog.text
     assert sorted(p.name for p in (folder / checkpoint.DAMAGED).iterdir()) == ["3", "4"]
     assert sorted(p.name for p in checkpoints.iterdir()) == ["2", "3"]
+
+
+def _flip_a_bit(folder: pathlib.Path) -> None:
+    """Changes one bit of an array on the disk such that orbax reads the checkpoint all the same."""
+    from orbax.checkpoint import v1 as ocp
+
+    def read() -> bytes:
+        state = ocp.load_checkpointables(folder, {"state": None})["state"]
+        return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state))
+
+    path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    whole, before = path.read_bytes(), read()
+    for place in range(len(whole) // 2, len(whole), 101):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        try:
+            if read() != before:
+                return
+        except ValueError:  # it has hit a header
+            continue
+    raise AssertionError("orbax has noticed every flipped bit")
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_as_good_as_a_damaged_one(
+    runs, straight, tmp_path, caplog
+):
+    folder = tmp_path / "run"
+    runs.train(folder, **{"checkpoint.every": 1})
+    checkpoints = folder / checkpoint.FOLDER
+    (folder / workdir.SUMMARY_FILE).unlink()
+    _flip_a_bit(checkpoints / "3")
+    assert runs.train(folder)["steps"] == 3
+    runs.assert_same(folder, straight)
+    assert "checkpoint 3 is damaged" in caplog.text
+    assert "arrays do not have their checksum, first " in caplog.text
+    assert [p.name for p in (folder / checkpoint.DAMAGED).iterdir()] == ["3"]
 
 
 @pytest.mark.parametrize("place", ["/proc/run", "{file}", "{file}/run"])

@@ -1,5 +1,6 @@
 import functools
 import itertools
+from fractions import Fraction
 
 import hypothesis
 import hypothesis.strategies as st
@@ -109,6 +110,20 @@ def test_clamped_steps_have_no_noise():
     noisy = sde.stochastic_steps("precise", schedule, 1.0, "stochastic")
     assert np.sum(~noisy) == 56
     assert not noisy[:56].any()
+
+
+def test_stochastic_steps_are_those_of_exact_arithmetic():
+    """A step that ends exactly at the clamp is inside: at T = 1000, shift 1, so does step 2."""
+    clamp = Fraction(3, 1000)
+    for shift in (Fraction(1, 10), Fraction(1), Fraction(5), Fraction(20)):
+        for num_steps in (1, 10, 20, 112, 500, 999, 1000):
+            schedule = schedules.host_schedule(num_steps, float(shift))
+            u = [1 - Fraction(t + 1, num_steps) for t in range(num_steps)]
+            want = [1 - shift * x / (1 + (shift - 1) * x) > clamp for x in u]
+            found = sde.stochastic_steps("precise", schedule, 1.0, "stochastic")
+            np.testing.assert_array_equal(found, want, err_msg=f"T={num_steps}, shift {shift}")
+    schedule = schedules.host_schedule(1000, 1.0)
+    assert list(sde.stochastic_steps("precise", schedule, 1.0, "stochastic")) == [0] * 3 + [1] * 997
 
 
 def test_host_and_device_agree_on_which_steps_are_stochastic():
@@ -372,3 +387,51 @@ def test_matched_eta_refuses_more_noise_than_a_kind_has():
     schedule = schedules.make_schedule(20, 5.0)
     with pytest.raises(ValueError, match="at most"):
         sde.matched_eta("cps", schedule, "flow", 2.0)
+
+
+def test_matched_eta_names_the_kind_without_a_stochastic_step():
+    one = schedules.host_schedule(1, 3.0)
+    with pytest.raises(ValueError, match=r"kind='precise' with eta=1\.0 has no stochastic step"):
+        sde.matched_eta("precise", one, "flow", 0.5)
+    # The last step of cps is clean where that of precise is not.
+    with pytest.raises(ValueError, match=r"kind='cps' with eta=0\.5 has no stochastic step"):
+        sde.matched_eta("precise", one, "cps", 0.5, "stochastic")
+
+
+def test_places_of_a_window():
+    stochastic = np.array([0, 1, 1, 0, 1, 1, 0], bool)
+    np.testing.assert_array_equal(sde.window_places(stochastic), [stochastic])
+    np.testing.assert_array_equal(
+        sde.window_places(stochastic, "first_k", 2), [[0, 1, 1, 0, 0, 0, 0]]
+    )
+    np.testing.assert_array_equal(
+        sde.window_places(stochastic, "random_k", 3),
+        [[0, 1, 1, 0, 1, 0, 0], [0, 0, 1, 0, 1, 1, 0]],
+    )
+    np.testing.assert_array_equal(sde.window_places(stochastic, "random_k", 9), [stochastic])
+
+
+@pytest.mark.parametrize("last_step", sde.LAST_STEPS)
+@pytest.mark.parametrize(("window", "size"), [("all", 0), ("first_k", 3), ("random_k", 3)])
+@pytest.mark.parametrize(
+    ("kind", "other"), [("precise", "flow"), ("dance", "cps"), ("cps", "precise")]
+)
+def test_matched_noise_in_a_window(kind, other, window, size, last_step):
+    """The variance of each kind, added up over every place of its window by hand."""
+    schedule = schedules.host_schedule(12, 3.0)
+    eta = sde.matched_eta(kind, schedule, other, 0.3, last_step, window, size)
+    sigmas = schedule.sigmas.astype(np.float64)
+
+    def variance(kind, eta):
+        stds = [
+            float(sde.step_coefficients(kind, a, b, eta, xp=np).std)
+            for a, b in itertools.pairwise(sigmas)
+        ]
+        # cps has no noise in its last step, whatever is asked for.
+        clean = last_step == "deterministic" or kind == "cps"
+        noisy = [std**2 for std in stds][: 12 - clean]
+        length = size or len(noisy)
+        starts = range(len(noisy) - length + 1) if window == "random_k" else [0]
+        return np.mean([sum(noisy[start : start + length]) for start in starts])
+
+    assert variance(kind, eta) == pytest.approx(variance(other, 0.3), rel=1e-9)

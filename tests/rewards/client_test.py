@@ -168,37 +168,22 @@ def test_a_sample_that_the_backend_fails_has_no_score_and_leaves_others_alone(pr
     assert backend.calls == 2
 
 
-def _falsify(**changes):
-    def change(response):
-        for field, value in changes.items():
-            setattr(response, field, value)
-
-    return change
-
-
-def _score_nan(response):
-    response.rewards[0].normalised = float("nan")
-
-
-def _no_rewards(response):
-    del response.rewards[:]
-
-
 @pytest.mark.parametrize(
-    ("change", "code"),
+    ("fault", "code"),
     [
-        (_falsify(request_id="run/0/1"), types.DATA_LOSS),
-        (_falsify(digest=b"1" * 32), types.DATA_LOSS),
-        (_falsify(fingerprint="another"), types.FAILED_PRECONDITION),
-        (_falsify(fingerprint=""), types.FAILED_PRECONDITION),
-        (_score_nan, types.INTERNAL),
-        (_no_rewards, types.DATA_LOSS),
+        ("wrong request", types.DATA_LOSS),
+        ("wrong video", types.DATA_LOSS),
+        ("another model", types.FAILED_PRECONDITION),
+        ("no model", types.FAILED_PRECONDITION),
+        ("nan", types.INTERNAL),
+        ("failed", types.INTERNAL),
+        ("empty", types.DATA_LOSS),
     ],
 )
-def test_answers_are_not_trusted(change, code):
-    script = Script(change=change)
+def test_answers_are_not_trusted(fault, code):
+    script = Script(fault=lambda phase, sample: fault)
     with scripted(script) as address:
-        result = _one(address, expected_fingerprint="scripted")
+        result = _one(address, expected_fingerprint="model-a")
     assert (result.ok, result.code, result.scores) == (False, code, {})
     assert len(script.times) == 1
 

@@ -57,6 +57,16 @@ class Slow(Mean):
         return super().answer(video, prompt, fps)
 
 
+class Busy(Mean):
+    """Computes in Python for seconds, sharing the lock of the interpreter as any code does."""
+
+    def answer(self, video, prompt, fps):
+        end = time.monotonic() + 2.5
+        while time.monotonic() < end:
+            sum(range(1000))
+        return super().answer(video, prompt, fps)
+
+
 class Bad(Mean):
     """Answers as the prompt says."""
 

@@ -14,7 +14,7 @@ import fake_backends
 import grpc
 import pytest
 
-from sage_grpo_jax.rewards import spawn, supervisor
+from sage_grpo_jax.rewards import spawn
 from sage_grpo_jax.rewards.client import RewardClient
 from sage_grpo_jax.rewards.spawn import spawn_server
 
@@ -251,42 +251,6 @@ def test_waiting_for_a_server_can_be_cancelled():
     with pytest.raises(RuntimeError, match="was not waited for any more"):
         _spawn("NeverReady", cancelled=cancelled)
     assert time.monotonic() - started < 10.0
-
-
-def test_a_keeper_tries_again_whatever_went_wrong(monkeypatch, tmp_path):
-    """As when there is for a moment no memory for a process, or no disk for its log."""
-    made, failures = [], [OSError("Cannot allocate memory"), RuntimeError("ended before it served")]
-
-    class Process:
-        returncode = -9
-        pid = 0
-
-        def __init__(self):
-            self.running = False
-
-        def poll(self):
-            return None if self.running else self.returncode
-
-    class Server:
-        address = "127.0.0.1:7"
-
-        def __init__(self):
-            self.process = Process()
-
-        def close(self):
-            pass
-
-    def spawn_server(backend, **options):
-        if made and failures:
-            raise failures.pop(0)
-        made.append(Server())
-        made[-1].process.running = len(made) > 1  # the first one dies at once
-        return made[-1]
-
-    monkeypatch.setattr(spawn, "spawn_server", spawn_server)
-    with supervisor.KeptServer("any"):
-        _wait_until(lambda: len(made) == 2)
-    assert failures == []
 
 
 def test_the_first_process_of_a_container_may_own_a_server():

@@ -83,6 +83,12 @@ def test_typing_a_wrong_field_fails(recipe):
         ("rewards.budget_seconds", 0.0, "greater than 0"),
         ("rewards.backend", "video", "moving_shapes, or package.module:Class"),
         ("mesh.fsdp", -2, "at least -1"),
+        ("method", "grpo", "sage_paper, flow_grpo"),
+        ("method", "flow_grpo", ":method=flow_grpo"),
+        ("optimizer.momentum", 1.0, "below 1"),
+        ("model.variant", "480p", "480p_t2v"),
+        ("name", "", "a name"),
+        ("trust_region.kl_time_weight", "flat", "uniform, equalized"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_field(recipe, path, value, allowed):

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from sage_grpo_jax.grpo import trust_region
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import programs as programs_lib
-from sage_grpo_jax.training import setup
+from sage_grpo_jax.training import recipe, setup
 from sage_grpo_jax.training import update as update_lib
 
 
@@ -241,7 +242,40 @@ def test_several_updates_move_the_ratio(make_config, local_scorer, one_device, t
     assert metrics["ratio/clip_fraction"] > 0
 
 
-@pytest.mark.parametrize("method", ["flow_grpo", "dance_grpo", "cps", "sage_official"])
+def test_the_trust_region_counts_in_elements(make_config, local_scorer, one_device, tmp_path):
+    """Summed log-probabilities and KLs are n times the mean; what steers λ is not."""
+    config = make_config({"loss.log_prob_reduction": "sum", "optimizer.learning_rate": 1e-4})
+    trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
+    first, second = trainer.steps(2)
+    assert first["update/applied"] == second["update/applied"] == 1
+    elements = 2 * 4 * 4 * 4
+    history = trust_region.find_state(trainer.state.opt_state).history
+    assert second["kl/total"] > 0
+    np.testing.assert_allclose(history[1], second["kl/total"] / elements, rtol=1e-6)
+
+
+def test_equalized_kl_weighs_steps_by_their_sensitivity(make_config, local_scorer):
+    """Per unit of velocity every step costs the same: w_t·N_t² is one number."""
+    config = make_config({"trust_region.kl_time_weight": "equalized", "loss.log_prob": "squared"})
+    networks = setup.read_networks(config.model)
+    made = recipe.make_recipe(config, networks.transformer, networks.vae)
+    sigmas = np.asarray(made.schedule.sigmas, np.float64)
+    costs = []
+    for sigma, after, weight in zip(sigmas, sigmas[1:], made.kl_weights, strict=False):
+        if after == 0:
+            assert weight == 0  # not trained
+            continue
+        start, end = max(1 - sigma, 3e-3), max(1 - after, 3e-3)
+        variance = config.rollout.eta**2 * (np.log(end / start) - (end - start))
+        sensitivity = abs(after - sigma - variance / 2 * (1 - sigma) / sigma)
+        costs.append(weight * sensitivity**2 / variance)
+    np.testing.assert_allclose(costs, costs[0], rtol=1e-5)
+    assert sorted(made.kl_weights[made.trained])[1] == pytest.approx(1)  # of the three
+
+
+@pytest.mark.parametrize(
+    "method", ["flow_grpo", "dance_grpo", "cps", "sage_official", "sage_paper"]
+)
 def test_the_other_methods_run(make_config, local_scorer, one_device, tmp_path, method):
     from sage_grpo_jax.training import methods
 
@@ -251,8 +285,8 @@ def test_the_other_methods_run(make_config, local_scorer, one_device, tmp_path, 
     assert metrics["update/applied"] == 1
     assert metrics["ratio/max_deviation"] <= 1e-6
     assert metrics["grad/norm"] > 0
-    assert ("kl/anchor" in metrics) == (method in ("flow_grpo", "sage_official"))
-    if method == "sage_official":
+    assert ("kl/anchor" in metrics) == (method in ("flow_grpo", "sage_official", "sage_paper"))
+    if method.startswith("sage_"):
         assert trainer.learner.recipe.trained.all()  # the last step too
         # With one update the estimate of Eq. 15 is 0 before it.
         assert abs(metrics["kl/previous"]) <= 1e-7

@@ -157,6 +157,7 @@ def test_the_other_settings_agree_too(make_case, small_network):
             "trust_region.previous_estimator": "log_ratio",
             "trust_region.initial_weight": 0.5,
             "trust_region.final_weight": 0.5,
+            "trust_region.kl_time_weight": "equalized",
         }
     )
     batch = case.batch()
