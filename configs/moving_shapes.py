@@ -33,17 +33,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.lora.learning_rate = 4e-4  # adapters move the weights less than they move themselves
     config.rewards.update(backend="moving_shapes", budget_seconds=120.0)
 
-    # In ten updates the policy moves by a few hundredths of a standard deviation of a transition,
-    # and the penalty matters from a weight of about 1 on.
-    config.trust_region.update(
-        initial_weight=0.1,
-        final_weight=1.0,
-        warmup_steps=20,
-        min_weight=0.1,
-        max_weight=30.0,
-        target_shift=0.02,
-    )
-
     config.eval.update(every=0, num_prompts=128, num_steps=20, manifold_distance=True)
     config.checkpoint.update(every=20, keep=2)
 

@@ -16,11 +16,11 @@ ETAS = (0.3, 0.5, 0.7)
 SEEDS = (0, 1, 2)
 # (kind, lower and upper bound of the weight)
 TRUST_REGIONS = (
-    ("none", 0.1, 30.0),
-    ("moving", 0.1, 30.0),
-    ("dual", 0.1, 3.0),
-    ("dual", 0.1, 30.0),
-    ("dual", 1.0, 100.0),
+    ("none", 1e-3, 30.0),
+    ("moving", 1e-3, 30.0),
+    ("dual", 1e-3, 0.1),
+    ("dual", 1e-3, 30.0),
+    ("dual", 0.1, 100.0),
 )
 
 

@@ -104,7 +104,7 @@ def test_the_report_gathers_means_and_errors_over_seeds(swept):
     assert (len(runs), points) == (44, 45)
     groups = sweep_report.by_setting(runs)
     assert len(groups) == 15
-    key = (0.5, "dual", 0.1, 30.0)
+    key = (0.5, "dual", 1e-3, 30.0)
     assert sweep_report.varying(runs) == [
         "rollout.eta", "trust_region.kind", "trust_region.min_weight", "trust_region.max_weight",
     ]  # fmt: skip
