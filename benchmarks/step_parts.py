@@ -1,10 +1,11 @@
 """What our terms cost within an update, and how XLA spends its time.
 
-    JAX_PLATFORMS=cpu python benchmarks/step_parts.py --part=cost [--repeats=5]
+    JAX_PLATFORMS=cpu python benchmarks/step_parts.py --part=cost [--repeats=20 --references=0]
     JAX_PLATFORMS=cpu python benchmarks/step_parts.py --part=profile
 
 `cost` compares updates of plain GRPO with those that have the equalizer and a trust region, by the
-operations that XLA counts, CPU time and wall time. `profile` counts the threads that have work in
+operations that XLA counts, CPU time and wall time: the difference of every repeat to the plain
+update of the same repeat, and its standard error. `profile` counts the threads that have work in
 rollout and update (Linux), and the operations that run while no other does.
 """
 
@@ -21,9 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from step_vs_pytorch import Ours, Times, describe, make_config, parser
-
-from sage_grpo_jax.parallel import mesh as mesh_lib
+from step_vs_pytorch import Ours, Times, make_config, open_mesh, parser
 
 VARIANTS = {
     "plain GRPO": {"trust_region.kind": "none", "loss.equalizer": False},
@@ -37,6 +36,9 @@ VARIANTS = {
 }
 
 
+WITH_REFERENCES = ("with equalizer, moving anchor", "sage (dual)")
+
+
 def run(program: Any, rest: tuple, state: Any) -> None:
     """One update; gives `state` away."""
     jax.block_until_ready(program(state, *rest))
@@ -44,7 +46,8 @@ def run(program: Any, rest: tuple, state: Any) -> None:
 
 def cost(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> None:
     """The update with and without our terms; also its operations as XLA counts them."""
-    sides = {name: Ours(make_config(args, values), mesh) for name, values in VARIANTS.items()}
+    variants = {n: v for n, v in VARIANTS.items() if args.references or n not in WITH_REFERENCES}
+    sides = {name: Ours(make_config(args, values), mesh) for name, values in variants.items()}
     count = args.prompts * args.group
     advantages = np.random.default_rng(0).standard_normal(count).astype(np.float32)
     times, latents = Times(), next(iter(sides.values())).rollout()
@@ -61,14 +64,18 @@ def cost(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> None:
             state = side.copy_of_state()
             times(name, functools.partial(calls[name], state))
     print("\n| update | operations | CPU | wall |\n|---|---|---|---|")
-    wall_0, cpu_0, _ = times.row("plain GRPO")
     for name in sides:
-        wall, cpu, _ = times.row(name)
         share = flops[name] / flops["plain GRPO"] - 1
-        print(
-            f"| {name} | {100 * share:+.2f} % | {cpu:.2f} s, {100 * (cpu / cpu_0 - 1):+.1f} % "
-            f"| {wall:.2f} s, {100 * (wall / wall_0 - 1):+.1f} % |"
-        )
+        cpu, wall = (against_plain(seconds, name) for seconds in (times.cpu, times.wall))
+        print(f"| {name} | {100 * share:+.2f} % | {cpu} | {wall} |")
+
+
+def against_plain(seconds: dict[str, list[float]], name: str) -> str:
+    """Median, and the mean of the repeats' differences to plain GRPO with its standard error."""
+    mine, plain = np.array(seconds[name]), np.array(seconds["plain GRPO"])
+    relative = 100 * (mine - plain) / np.median(plain)
+    error = relative.std(ddof=1) / np.sqrt(len(relative))
+    return f"{np.median(mine):.3f} s, {relative.mean():+.1f} ± {error:.1f} %"
 
 
 def profile(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> None:
@@ -159,9 +166,11 @@ def print_profile(name: str, data: jax.profiler.ProfileData) -> None:
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--part", choices=("cost", "profile"), default="cost")
+    arguments.add_argument(
+        "--references", type=int, default=1, help="0: leave the updates with KL forwards out"
+    )
     args = arguments.parse_args()
-    describe(args)
-    mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    mesh = open_mesh(args)
     with jax.set_mesh(mesh):
         {"cost": cost, "profile": profile}[args.part](args, mesh)
 

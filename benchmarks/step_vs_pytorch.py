@@ -1,13 +1,15 @@
 """One training step of the quick start here and in eager PyTorch: rollout and update.
 
-    JAX_PLATFORMS=cpu python benchmarks/step_vs_pytorch.py [--guidance=3 --repeats=5]
+    JAX_PLATFORMS=cpu python benchmarks/step_vs_pytorch.py [--guidance=3 --repeats=5 --devices=1]
 
 Both sides have the shipped moving-shapes weights, the same schedule, prompts, guidance and noise;
 the PyTorch side is diffusers' HunyuanVideo15Transformer3DModel, run eagerly, with torch's AdamW.
 Latents, loss and gradient norm are compared before anything is timed. The sides take turns; wall
 time is the median and CPU time (all threads) the minimum over the repeats: on a busy machine
-compare CPU times. Compilation is timed apart. Not in either side: decoding, rewards. Ours draws its
-noise inside the rollout and again in the update; the other side gets it for nothing.
+compare CPU times. As in the trainer every core is a device, unless --devices says otherwise;
+PyTorch has as many threads as there are cores. Compilation is timed apart. Not in either side:
+decoding, rewards. Ours draws its noise inside the rollout and again in the update; the other side
+gets it for nothing.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ import torch
 from safetensors import torch as safetensors_torch
 
 from sage_grpo_jax.flow import noise, sde
+from sage_grpo_jax.parallel import cpu_devices, sharding
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import learner as learner_lib
+from sage_grpo_jax.training import recipe as recipe_lib
 from sage_grpo_jax.training import setup
 from sage_grpo_jax.training import update as update_lib
 
@@ -66,7 +70,7 @@ class Ours:
 
     def __init__(self, config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
         networks = setup.read_networks(config.model)
-        self.config, self.networks = config, networks
+        self.config, self.networks, self.mesh = config, networks, mesh
         with tempfile.TemporaryDirectory() as folder:
             prompts = setup.open_prompts(config, pathlib.Path(folder), networks)
             batch = next(iter(prompts))
@@ -89,8 +93,9 @@ class Ours:
     def batch(self, latents: Any, advantages: np.ndarray) -> update_lib.UpdateBatch:
         """A rollout as the update sees it."""
         valid = np.ones(len(advantages), bool)
+        latents = jax.device_put(np.asarray(latents), sharding.batch_sharding(self.mesh, 1))
         return update_lib.UpdateBatch(
-            jnp.asarray(latents), self.keys, self.condition, advantages, valid, self.starts
+            latents, self.keys, self.condition, advantages, valid, self.starts
         )
 
     def update(self, state: Any, batch: update_lib.UpdateBatch) -> dict[str, jax.Array]:
@@ -309,20 +314,31 @@ def parser(description: str) -> argparse.ArgumentParser:
     result.add_argument("--guidance", type=float, default=1.0)
     result.add_argument("--micro_batch", type=int, default=64)
     result.add_argument("--repeats", type=int, default=5)
+    result.add_argument("--devices", type=int, default=-1, help="-1: one for each core, as train")
     return result
 
 
 def describe(args: argparse.Namespace) -> None:
     """The conditions, for the record."""
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    print(
+        f"{len(jax.devices())} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, "
+        f"load {os.getloadavg()[0]:.1f}"
+    )
     print(vars(args), flush=True)
+
+
+def open_mesh(args: argparse.Namespace) -> jax.sharding.Mesh:
+    """The devices of the trainer; to be called before any other use of JAX."""
+    config = make_config(args, {})
+    cpu_devices.divide((args.devices, 1, 1), lambda n: recipe_lib.fits(config, n))
+    describe(args)
+    return mesh_lib.make_mesh(args.devices, 1, 1)
 
 
 def main() -> None:
     args = parser(__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(os.cpu_count())
-    describe(args)
-    mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    mesh = open_mesh(args)
     with jax.set_mesh(mesh):
         compare(args, mesh)
 

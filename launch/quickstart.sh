@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv and trains a small video model by SAGE-GRPO: about 10 minutes on two CPU cores.
+# Sets up .venv and trains a small video model by SAGE-GRPO: minutes on two CPU cores.
 # Arguments go to the trainer: bash launch/quickstart.sh --config.rollout.eta=0.7
 # METHOD chooses the preset (sage, flow_grpo, dance_grpo, cps); WORKDIR the folder of the run.
 set -euo pipefail
@@ -8,9 +8,6 @@ cd "$(dirname "$0")/.."
 
 method="${METHOD:-sage}"
 workdir="${WORKDIR:-runs/quickstart-$method}"
-# glibc gives XLA's large buffers back to the kernel after every call and faults them in again at
-# the next: on CPUs that is a third of the time of a step.
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1}"
 # Compiled programs are kept, so that a second run starts at once.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}"
 

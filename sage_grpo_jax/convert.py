@@ -14,9 +14,9 @@ import signal
 import sys
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 
-from sage_grpo_jax.training import checkpoint, setup
+from sage_grpo_jax.training import checkpoint, command_line, setup
 from sage_grpo_jax.weights import conversion, orbax_io
 
 _SRC = flags.DEFINE_string("src", None, "Folder or file to read.", required=True)
@@ -79,19 +79,12 @@ def _stop(*_: object) -> None:
     sys.exit(128 + signal.SIGTERM)  # unwinds, so that temporary files are removed
 
 
-def main(argv: list[str]) -> None:
-    """Parses the flags and converts."""
-    del argv
+def main() -> None:
+    """Converts."""
     jax.config.update("jax_platforms", "cpu")
     signal.signal(signal.SIGTERM, _stop)
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.ERROR)
-    try:
-        conversion.convert(make_job(), sys.stderr)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    conversion.convert(make_job(), sys.stderr)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main, verbosity=logging.ERROR)

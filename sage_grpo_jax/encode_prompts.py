@@ -11,9 +11,10 @@ Needs PyTorch: pip install sage_grpo_jax[text]. See docs/embeddings.md.
 
 import os
 import sys
-from typing import NoReturn
 
-from absl import app, flags, logging
+from absl import flags
+
+from sage_grpo_jax.training import command_line
 
 _PROMPTS = flags.DEFINE_string("prompts", None, ".txt, .csv or .jsonl file.", required=True)
 _TEXT_ENCODER = flags.DEFINE_string(
@@ -42,11 +43,8 @@ _NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", "", "Of the shared neg
 _RESUME = flags.DEFINE_bool("resume", True, "Use what a killed run finished (in OUT.partial).")
 
 
-def main(argv: list[str]) -> None:
-    """Parses the flags, encodes, and says what was written."""
-    del argv
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
+def main() -> None:
+    """Encodes, and says what was written."""
     # JAX (the VAE) and torch may share a GPU: JAX then must not take all of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from sage_grpo_jax.text_encoders import encode
@@ -68,12 +66,12 @@ def main(argv: list[str]) -> None:
     )
     try:
         cache = encode.encode(request)
-    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
-        _fail(str(error))
     except RuntimeError as error:  # torch's and JAX's own kinds
         if "out of memory" not in str(error).lower():
             raise
-        _fail(f"out of memory; allowed: a --batch_size below {_BATCH_SIZE.value}")
+        raise ValueError(
+            f"out of memory; allowed: a --batch_size below {_BATCH_SIZE.value}"
+        ) from error
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
@@ -81,10 +79,5 @@ def main(argv: list[str]) -> None:
     print(f"{cache.path}: {len(cache)} prompts ({counts}), {cache.manifest['dtype']}")
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -6,28 +6,32 @@ Writes metrics.json and samples/ into --out. Without --checkpoint the recipe's o
 """
 
 import contextlib
-import dataclasses
 import json
 import pathlib
-import sys
+from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
-from sage_grpo_jax.parallel import mesh as mesh_lib
+from sage_grpo_jax.rewards import types as reward_types
 from sage_grpo_jax.training import (
     checkpoint,
     command_line,
     evaluation,
+    loop,
     metrics,
     scoring,
     setup,
 )
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import learner as learner_lib
+from sage_grpo_jax.training import workdir as workdir_lib
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="Recipe, with an argument behind a colon.", lock_config=True
+)
+flags.mark_flag_as_required(_CONFIG)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run; its newest checkpoint.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the results.", required=True)
 
@@ -36,19 +40,21 @@ def evaluate(config: config_lib.Config, source: str | None, out: pathlib.Path) -
     """The metrics of an evaluation; see the module.
 
     Raises:
-      ValueError, FileNotFoundError: bad input.
+      ValueError: bad input, before anything is loaded.
+      loop.StorageError, RewardServiceError: see `loop.open_prompts` and `scoring.open_scorer`.
     """
-    networks = setup.read_networks(config.model)
-    mesh = mesh_lib.make_mesh(**dataclasses.asdict(config.mesh))
-    out.mkdir(parents=True, exist_ok=True)
+    networks, mesh = loop.check_input(config)
+    workdir_lib.make_folder(out, "--out")
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
+        prompts = loop.open_prompts(config, out, networks)
         if source is None:
             trained = setup.fresh_state(networks, config, mesh).params
         else:
+            what = f"config.data.eval_prompts: {config.data.eval_prompts}"
+            workdir_lib.check_encoder(prompts.encoder, what, pathlib.Path(source))
             abstract = setup.make_abstract_state(networks, config, mesh)
-            trained = checkpoint.restore_params(source, abstract.params)
-        prompts = setup.open_prompts(config, out, networks)
+            trained = _restore(source, abstract.params)
         scorer = stack.enter_context(scoring.open_scorer(config, out))
         learner = learner_lib.Learner(
             setup.build_programs(networks, config, mesh),
@@ -64,20 +70,20 @@ def evaluate(config: config_lib.Config, source: str | None, out: pathlib.Path) -
     return result.metrics
 
 
-def main(argv: list[str]) -> None:
-    """Parses the flags and prints the metrics as JSON."""
-    del argv
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
+def _restore(source: str, abstract: Any) -> Any:
     try:
-        config = config_lib.from_config_dict(_CONFIG.value)
-        command_line.start_jax(config)
-        found = evaluate(config, _CHECKPOINT.value, pathlib.Path(_OUT.value))
+        return checkpoint.restore_params(source, abstract)
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        raise ValueError(f"--checkpoint: {error}") from error
+
+
+def main() -> None:
+    """Prints the metrics as JSON."""
+    config = config_lib.from_config_dict(_CONFIG.value)
+    command_line.start_jax(config)
+    found = evaluate(config, _CHECKPOINT.value, pathlib.Path(_OUT.value))
     print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main, stopped=(loop.StorageError, reward_types.RewardServiceError))

@@ -9,33 +9,36 @@ sweep: runs.csv, sweep.md, heat_map.png and curves.png.
 """
 
 import pathlib
-import sys
 
-from absl import app, flags
+from absl import flags
 
 from sage_grpo_jax.common import files
-from sage_grpo_jax.training import run_report, sweep_report, sweeps
+from sage_grpo_jax.training import command_line, run_report, sweep_report, sweeps
+from sage_grpo_jax.training import workdir as workdir_lib
 
 _RUNS = flags.DEFINE_list("runs", None, "Workdirs of finished runs.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder of the report.", required=True)
 
 
-def main(argv: list[str]) -> None:
-    """Reads the runs and writes the report."""
-    del argv
-    out = pathlib.Path(_OUT.value)
-    try:
-        if (pathlib.Path(_RUNS.value[0]) / sweeps.SWEEP_FILE).exists():
-            print(sweep_report.write(pathlib.Path(_RUNS.value[0]), out))
-            print(f"\nwritten: {out}/runs.csv, sweep.md, heat_map.png, curves.png")
-            return
-        runs = [run_report.read_run(pathlib.Path(path)) for path in _RUNS.value]
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    out.mkdir(parents=True, exist_ok=True)
+def main() -> None:
+    """Reads the runs, or the sweep, and writes the report."""
+    out, paths = pathlib.Path(_OUT.value), [pathlib.Path(path) for path in _RUNS.value]
+    found = [path for path in paths if (path / sweeps.SWEEP_FILE).exists()]
+    if not found:
+        _report_runs([run_report.read_run(path) for path in paths], out)
+    elif len(paths) > 1:
+        raise ValueError(f"--runs: {found[0]} is a sweep; allowed: runs, or one sweep alone")
+    else:
+        runs, points = sweep_report.read_sweep(paths[0])
+        workdir_lib.make_folder(out, "--out")
+        print(sweep_report.write(runs, points, out))
+        print(f"\nwritten: {out}/runs.csv, sweep.md, heat_map.png, curves.png")
+
+
+def _report_runs(runs: list[run_report.RunRecord], out: pathlib.Path) -> None:
+    workdir_lib.make_folder(out, "--out")
     run_report.write_curve(runs, out / "reward_curve.png")
-    run_report.write_before_after(runs[0], out)
+    with_pictures = run_report.write_before_after(runs[0], out)
     sections = [f"## {run.workdir.name}\n\n```\n{run_report.table(run)}\n```\n" for run in runs]
     for run in runs:
         print(f"\n{run.workdir}\n{run_report.table(run)}")
@@ -44,8 +47,11 @@ def main(argv: list[str]) -> None:
         sections.append(f"## over seeds\n\n{over_seeds}\n")
         print(f"\n{over_seeds}")
     files.write_atomically(out / "report.md", "\n".join(sections).encode())
-    print(f"\nwritten: {out}/report.md, reward_curve.png, before_after.png, before_after.gif")
+    pictures = ", before_after.png, before_after.gif" if with_pictures else ""
+    print(f"\nwritten: {out}/report.md, reward_curve.png{pictures}")
+    if not with_pictures:
+        print(f"no pictures: {runs[0].workdir} has no samples/step_*.png")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -7,20 +7,21 @@ What is not given comes from the recipe. The same command goes on where it was s
 """
 
 import pathlib
-import sys
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from sage_grpo_jax.parallel import hosts
 from sage_grpo_jax.sampling import policy, run
 from sage_grpo_jax.sampling import settings as settings_lib
+from sage_grpo_jax.training import command_line
 from sage_grpo_jax.training import config as config_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="Recipe, with an argument behind a colon.", lock_config=True
 )
+flags.mark_flag_as_required(_CONFIG)
 _WEIGHTS = flags.DEFINE_string(
     "weights", None, "Folder of the transformer (diffusers, tencent, orbax); default: the recipe's."
 )
@@ -55,33 +56,22 @@ _SETTINGS = {
 }
 
 
-def main(argv: list[str]) -> None:
-    """Parses, samples; bad input ends with one line and exit status 2."""
-    if len(argv) > 1:
-        sys.exit(f"unexpected arguments: {' '.join(argv[1:])}")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
+def main() -> None:
+    """Samples, and says how many clips were made."""
+    config = config_lib.from_config_dict(_CONFIG.value)
+    request = run.Request(
+        source=policy.Source(_WEIGHTS.value, _CHECKPOINT.value, _ADAPTERS.value),
+        prompts=_PROMPTS.value,
+        out=pathlib.Path(_OUT.value),
+        seeds=settings_lib.parse_seeds(_SEEDS.value),
+        batch_size=_BATCH_SIZE.value,
+        overrides={name: flag.value for name, flag in _SETTINGS.items()},
+    )
     hosts.initialize()
-    try:
-        request = run.Request(
-            source=policy.Source(_WEIGHTS.value, _CHECKPOINT.value, _ADAPTERS.value),
-            prompts=_PROMPTS.value,
-            out=pathlib.Path(_OUT.value),
-            seeds=settings_lib.parse_seeds(_SEEDS.value),
-            batch_size=_BATCH_SIZE.value,
-            overrides={name: flag.value for name, flag in _SETTINGS.items()},
-        )
-        if _CONFIG.value is None:
-            raise ValueError("--config: missing; allowed: a recipe, as configs/moving_shapes.py")
-        made = run.sample(config_lib.from_config_dict(_CONFIG.value), request)
-    except (ValueError, FileNotFoundError) as error:
-        if logging.level_debug():
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    made = run.sample(config, request)
     if jax.process_index() == 0:
         print(f"done: {made} videos; see {_OUT.value}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -9,18 +9,22 @@ window at a random place, injected std, excess and share are expectations over i
 """
 
 import json
-import sys
 
+import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from sage_grpo_jax.flow import excess, sde
 from sage_grpo_jax.grpo import equalizer
+from sage_grpo_jax.training import command_line
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import recipe as recipe_lib
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="Recipe, with an argument behind a colon.", lock_config=True
+)
+flags.mark_flag_as_required(_CONFIG)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 
 
@@ -90,16 +94,12 @@ def table(values: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
-    """Parses the flags and prints."""
-    del argv
-    try:
-        values = describe(config_lib.from_config_dict(_CONFIG.value))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def main() -> None:
+    """Prints the description."""
+    jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with a run
+    values = describe(config_lib.from_config_dict(_CONFIG.value))
     print(json.dumps(values, indent=2) if _JSON.value else table(values))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

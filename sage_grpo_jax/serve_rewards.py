@@ -14,10 +14,11 @@ import signal
 import sys
 import threading
 
-from absl import app, flags
+from absl import flags
 
 from sage_grpo_jax.rewards import backends, spawn, types
 from sage_grpo_jax.rewards.server import RewardServer
+from sage_grpo_jax.training import command_line
 
 _BACKEND = flags.DEFINE_string(
     "backend",
@@ -49,9 +50,8 @@ _PARENT_PID = flags.DEFINE_integer(
 _log = logging.getLogger(__name__)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+def main() -> None:
+    """Serves until a signal, or until the backend is lost."""
     if _PARENT_PID.value is not None:
         spawn.die_with_parent(_PARENT_PID.value)
     _check_host(_HOST.value)
@@ -65,7 +65,10 @@ def main(argv: list[str]) -> None:
         max_message_bytes=_MAX_MESSAGE_MIB.value * 2**20,
         cache_size=_CACHE_SIZE.value,
     )
-    address = server.start()
+    try:
+        address = server.start()
+    except RuntimeError as error:
+        raise ValueError(f"--port: {error}; allowed: a free one, or 0") from error
     try:
         server.warm_up()
     except Exception:
@@ -91,7 +94,7 @@ def _check_host(host: str) -> None:
     except ValueError:
         loopback = host == "localhost"
     if not loopback and not _ALLOW_INSECURE.value:
-        raise app.UsageError(
+        raise ValueError(
             f"--host = {host}: allowed are loopback addresses, or any with --allow_insecure, since "
             "the traffic is neither encrypted nor authenticated"
         )
@@ -105,4 +108,4 @@ def _stop_on_signals() -> threading.Event:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main, verbosity=None)

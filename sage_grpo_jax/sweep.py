@@ -13,13 +13,18 @@ import signal
 import subprocess
 import sys
 
-from absl import app, flags
+import jax
+from absl import flags
 from ml_collections import config_flags
 
 from sage_grpo_jax.common import progress
-from sage_grpo_jax.training import sweeps
+from sage_grpo_jax.training import command_line, sweeps
+from sage_grpo_jax.training import workdir as workdir_lib
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="Recipe with a function sweep(add).", lock_config=True
+)
+flags.mark_flag_as_required(_CONFIG)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=True)
 _LIST = flags.DEFINE_bool("list", False, "Print the points and stop.")
 _PLAN = flags.DEFINE_bool("plan", False, "Print what is left to do and what it costs, and stop.")
@@ -59,34 +64,43 @@ def plan(points: list[sweeps.Point]) -> str:
         f"{len(points)} points, {len(points) - len(left)} finished; left: {len(left)} runs, "
         f"{steps} steps, {passes:.3g} transformer passes (a backward pass counts as two)"
     ]
-    done = [p for p in points if p.status == "finished"]
-    spent = sum(p.config.num_steps * sum(sweeps.forward_passes(p.config)) for p in done)
-    if done:
-        seconds = sum(p.summary["time"]["time/step"] for p in done) * passes / spent
+    seconds = _seconds_per_pass([p for p in points if p.status == "finished"])
+    if seconds is not None:
+        seconds *= passes
         lines.append(
             f"at the speed of the finished runs: {progress.format_seconds(seconds)}, one after "
             "another, without compilation and evaluation"
         )
     else:
-        lines.append("no run has finished yet: no estimate of the time")
+        lines.append("no run that tells its time has finished yet: no estimate")
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
-    """Parses the flags; bad input ends with one line and exit status 2."""
-    del argv
+def _seconds_per_pass(done: list[sweeps.Point]) -> float | None:
+    """Of the finished runs that say how long they took; None where none does."""
+    seconds, passes = 0.0, 0
+    for point in done:
+        times = point.summary.get("time")
+        spent = times.get("time/step") if isinstance(times, dict) else None
+        if isinstance(spent, int | float):
+            seconds += spent
+            passes += point.summary["steps"] * sum(sweeps.forward_passes(point.config))
+    return seconds / passes if passes else None
+
+
+def main() -> None:
+    """Lists, plans, or runs what is not finished; exit status 1 if a run failed."""
+    # The runs are processes of their own, and an accelerator has room for one.
+    jax.config.update("jax_platforms", "cpu")
     workdir, path = pathlib.Path(_WORKDIR.value), config_flags.get_config_filename(_config_flag())
-    try:
-        points = sweeps.read_points(path.partition(":")[0], _CONFIG.value, workdir)
-        if _INDEX.value is not None and not 0 <= _INDEX.value < len(points):
-            raise ValueError(f"--index: got {_INDEX.value}; allowed: 0 to {len(points) - 1}")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    points = sweeps.read_points(path.partition(":")[0], _CONFIG.value, workdir)
+    if _INDEX.value is not None and not 0 <= _INDEX.value < len(points):
+        raise ValueError(f"--index: got {_INDEX.value}; allowed: 0 to {len(points) - 1}")
     if _LIST.value or _PLAN.value:
         print(listing(points) if _LIST.value else plan(points))
         return
     chosen = points if _INDEX.value is None else [points[_INDEX.value]]
+    workdir_lib.make_folder(workdir, "--workdir")
     sweeps.write_index(path, points, workdir)
     failed = _run_all(chosen, [f"--config={path}", *sweeps.flags_of(_given_overrides())])
     if failed:
@@ -119,4 +133,4 @@ def _given_overrides() -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

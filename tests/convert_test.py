@@ -19,7 +19,7 @@ from sage_grpo_jax import convert, weights
 from sage_grpo_jax.models import hunyuan_video, lora
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.models.lora import LoraConfig
-from sage_grpo_jax.training import checkpoint, state
+from sage_grpo_jax.training import checkpoint, command_line, state
 from sage_grpo_jax.weights import writing
 
 CONFIG = HunyuanVideoConfig(
@@ -55,10 +55,10 @@ def run(*arguments, **flags):
     values = {name: str(value) for name, value in flags.items()}
     with flagsaver.flagsaver():
         argv = ["convert", *arguments, *(f"--{name}={value}" for name, value in values.items())]
-        convert.flags.FLAGS(argv)
         before = signal.getsignal(signal.SIGTERM)
         try:
-            convert.main(argv[:1])
+            command_line.parse_flags(argv)
+            command_line.call(convert.main)
         except SystemExit as stop:
             return stop.code
         finally:

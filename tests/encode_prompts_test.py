@@ -91,9 +91,9 @@ def write_and_die(*args):
     if written == {batches}:
         os._exit(9)
 work.WorkFolder.write = write_and_die
-from absl import app
 from sage_grpo_jax import encode_prompts
-app.run(encode_prompts.main)
+from sage_grpo_jax.training import command_line
+command_line.run(encode_prompts.main)
 """
 
 
@@ -384,8 +384,8 @@ def test_bad_input_is_one_line(tmp_path):
 
 def test_without_torch(tmp_path):
     hide = "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None; "
-    start = hide + "from absl import app; from sage_grpo_jax import encode_prompts as e; "
-    command = start + "app.run(e.main)"
+    start = hide + "from sage_grpo_jax import encode_prompts as e; "
+    command = start + "e.command_line.run(e.main)"
     shown = run("-c", command, "--helpfull")
     assert "--text_encoder" in shown.stdout
     (tmp_path / "p.txt").write_text("a cat\n")

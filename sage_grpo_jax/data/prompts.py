@@ -42,9 +42,12 @@ def read_prompts(path: str | pathlib.Path) -> list[Prompt]:
     Raises:
       FileNotFoundError: when there is no such file.
       ValueError: naming file and line, for an unknown file type, text that is not UTF-8, bad CSV
-        or JSON, a missing or empty prompt, control characters, a duplicate id, or no prompts.
-        Whether images exist is not looked at: only who needs them opens them.
+        or JSON, a missing or empty prompt, control characters, a duplicate id, or no prompts; or
+        that there is no path. Whether images exist is not looked at: only who needs them opens
+        them.
     """
+    if not str(path):
+        raise ValueError("no file is named; allowed: a .txt, .csv or .jsonl file")
     path = pathlib.Path(path)
     readers: dict[str, Callable[[pathlib.Path, str], Iterator[_Row]]] = {
         ".txt": _text_rows,
@@ -122,8 +125,9 @@ def _json_rows(path: pathlib.Path, text: str) -> Iterator[_Row]:
         where = f"{path}, line {number}"
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: bad JSON: {error}") from error
+        except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
+            reason = str(error).partition("; use sys.")[0]
+            raise ValueError(f"{where}: bad JSON: {reason}") from error
         if not isinstance(entry, dict):
             raise ValueError(f"{where}: {type(entry).__name__}; each line must be a JSON object")
         if "prompt" not in entry:

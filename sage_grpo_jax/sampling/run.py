@@ -25,6 +25,7 @@ from sage_grpo_jax.sampling import settings as settings_lib
 from sage_grpo_jax.sampling.sampler import Numerics, Sampler, key_data
 from sage_grpo_jax.training import conditions, setup
 from sage_grpo_jax.training import config as config_lib
+from sage_grpo_jax.training import workdir as workdir_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +66,13 @@ def sample(
     config = policy.adapt_config(_with_clip(config, settings), request.source)
     networks = _read_networks(config, request.source)
     settings_lib.check_clip(settings, networks.vae)
-    mesh = mesh_lib.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    mesh = _make_mesh(config, devices)
     _check_batch_size(request.batch_size, mesh)
+    workdir_lib.make_folder(request.out, "--out")
     cache = _open_prompts(config, request, networks)
+    if request.source.checkpoint:
+        run = pathlib.Path(request.source.checkpoint)
+        workdir_lib.check_encoder(cache.encoder, f"--prompts: {request.prompts}", run)
     # One entry at a time: all of them may be larger than memory.
     prompts = [
         (entry["id"], entry["prompt"]) for entry in map(cache.__getitem__, range(len(cache)))
@@ -180,6 +185,15 @@ def _read_networks(config: config_lib.Config, source: policy.Source) -> setup.Ne
         # The field that the flag stands in for.
         flag = "--weights" if source.weights else "config.model.transformer"
         raise ValueError(str(error).replace("config.model.transformer", flag)) from error
+
+
+def _make_mesh(
+    config: config_lib.Config, devices: Sequence[jax.Device] | None
+) -> jax.sharding.Mesh:
+    try:
+        return mesh_lib.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    except ValueError as error:
+        raise ValueError(f"config.{error}") from error
 
 
 def _open_prompts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -98,10 +99,10 @@ def from_config(config: config_lib.Config, **given: Any) -> Settings:
     if values["tiling"] == "auto":
         larger = max(values["height"], values["width"]) > vae_tiling.TILE
         values["tiling"] = "official" if larger else "off"
-    if values["sampler"] == "ode":
-        values["eta"] = 0.0  # so that equal videos have equal records
     settings = Settings(**values)
     _check(settings)
+    if settings.sampler == "ode":  # so that equal videos have equal records
+        settings = dataclasses.replace(settings, eta=0.0)
     return settings
 
 
@@ -159,8 +160,9 @@ def parse_seeds(texts: list[str]) -> list[int]:
       ValueError: something that is not a whole number from 0 to 2³² - 1, twice the same, or none.
     """
     allowed = "allowed: whole numbers from 0 to 4294967295, each once"
-    if not texts or not all(text.strip().isdigit() for text in texts):
-        raise ValueError(f"--seeds: got {','.join(texts)!r}; {allowed}")
+    # Not isdigit, which takes other scripts' digits and powers.
+    if not texts or not all(re.fullmatch(r"0*[0-9]{1,10}", text.strip()) for text in texts):
+        raise ValueError(f"--seeds: got {','.join(texts)[:100]!r}; {allowed}")
     seeds = [int(text) for text in texts]
     if len(set(seeds)) < len(seeds) or max(seeds) >= 2**32:
         raise ValueError(f"--seeds: got {','.join(texts)!r}; {allowed}")

@@ -89,12 +89,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any] | 
       StorageError: a full or broken disk; the last complete checkpoint is untouched.
       RewardServiceError: the reward service did not come up.
     """
-    networks = setup.read_networks(config.model)
-    recipe_lib.make_recipe(config, networks.transformer, networks.vae)  # fails early
-    mesh = _make_mesh(config)
-    recipe_lib.check_mesh(config, mesh)
-    _check_attention(networks, mesh)
-    check_weights(networks)
+    networks, mesh = check_input(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdir_lib.locked(workdir))
         workdir_lib.claim(config, workdir)
@@ -103,7 +98,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any] | 
         workdir_lib.describe_policy(config, networks, workdir)
         workdir_lib.remove_leftovers(workdir)
         stack.enter_context(jax.set_mesh(mesh))
-        prompts = _open_prompts(config, workdir, networks)
+        prompts = open_prompts(config, workdir, networks)
         workdir_lib.claim_encoder(config, prompts.encoder, workdir)
         scorer = stack.enter_context(open_scorer(config, workdir))
         # Before this a signal ends the process at once: there is nothing to save.
@@ -111,6 +106,21 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any] | 
         run = _Run(config, workdir, networks, mesh, scorer, interrupt, prompts)
         stack.callback(run.close)
         return run.train()
+
+
+def check_input(config: config_lib.Config) -> tuple[setup.Networks, jax.sharding.Mesh]:
+    """All that can be checked before weights are loaded, but for the prompts.
+
+    Raises:
+      ValueError: naming the field: networks, clip, mesh, attention or weights that do not fit.
+    """
+    networks = setup.read_networks(config.model)
+    recipe_lib.make_recipe(config, networks.transformer, networks.vae)
+    mesh = _make_mesh(config)
+    recipe_lib.check_mesh(config, mesh)
+    _check_attention(networks, mesh)
+    check_weights(networks)
+    return networks, mesh
 
 
 def _make_mesh(config: config_lib.Config) -> jax.sharding.Mesh:
@@ -130,9 +140,21 @@ def _check_attention(networks: setup.Networks, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(f"config.model.{error}") from error
 
 
-def _open_prompts(config: config_lib.Config, workdir: pathlib.Path, networks: setup.Networks):
+def open_prompts(
+    config: config_lib.Config, workdir: pathlib.Path, networks: setup.Networks
+) -> setup.Prompts:
+    """`setup.open_prompts` of a run.
+
+    Raises:
+      ValueError: see there.
+      StorageError: embeddings in the workdir that could not be written or read.
+    """
     try:
         return setup.open_prompts(config, workdir, networks)
+    except RecursionError as error:  # a RuntimeError, but no trouble of a disk
+        raise ValueError(
+            f"config.data: values in a file are nested too deeply ({error})"
+        ) from error
     except (OSError, RuntimeError) as error:  # array_record raises RuntimeError
         raise checkpoint.storage_error("the embeddings", workdir, error) from error
 

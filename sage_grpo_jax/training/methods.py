@@ -21,6 +21,7 @@ _AS_PRINTED = {
     "trust_region.warmup_steps": 100,
     "trust_region.min_weight": 1e-7,
     "trust_region.max_weight": 1e-5,
+    "trust_region.target_shift": 2e-5**0.5,  # a KL of 1e-5: there the target is the last weight
     "trust_region.feedback": "paper",
 }
 

@@ -45,7 +45,7 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             row["step"] = int(row["step"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not a row of metrics ({error})") from error
         rows.append(row)
     return rows

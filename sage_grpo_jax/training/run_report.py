@@ -1,7 +1,6 @@
 """What a run (or several seeds of it) achieved: tables, a reward curve, before/after pictures."""
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -12,17 +11,21 @@ from PIL import Image, ImageDraw, ImageSequence
 
 from sage_grpo_jax.common import progress
 from sage_grpo_jax.training import metrics
+from sage_grpo_jax.training import workdir as workdir_lib
 
+OVERALL = "eval/reward/overall"
+DISTANCE = "eval/manifold_distance"
 ROWS = (
-    ("reward overall", "eval/reward/overall"),
+    ("reward overall", OVERALL),
     ("reward weighted", "eval/reward/weighted"),
     ("reward VQ", "eval/reward/vq"),
     ("reward MQ", "eval/reward/mq"),
     ("reward TA", "eval/reward/ta"),
-    ("manifold distance", "eval/manifold_distance"),
+    ("manifold distance", DISTANCE),
 )
 WINDOW = 9  # steps that the curves average over
 PHASES = ("rollout", "decode", "reward", "update", "eval")
+UNKNOWN = "–"  # in tables: not measured, or without a single valid reward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,45 +38,103 @@ class RunRecord:
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of a metric, where it was measured."""
-        rows = [row for row in self.rows if row.get(name) is not None]
+        rows = [row for row in self.rows if _is_number(row.get(name))]
         return np.array([row["step"] for row in rows]), np.array([row[name] for row in rows])
+
+    def evaluation(self, when: str) -> dict[str, float]:
+        """What the `first` or the `last` evaluation measured; empty where there was none."""
+        values = self.summary["eval"].get(when) or {}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def before_after(self, name: str) -> tuple[float, float] | None:
+        """A metric of the first and of the last evaluation; None unless both have it."""
+        first, last = self.evaluation("first").get(name), self.evaluation("last").get(name)
+        return None if first is None or last is None else (first, last)
+
+    def gain(self) -> float | None:
+        """Rise of the overall reward on the evaluation prompts."""
+        pair = self.before_after(OVERALL)
+        return None if pair is None else pair[1] - pair[0]
+
+    def distance_ratio(self) -> float | None:
+        """Relative change of the distance to the manifold."""
+        pair = self.before_after(DISTANCE)
+        return None if pair is None or pair[0] == 0 else pair[1] / pair[0] - 1
+
+    def gain_error(self) -> float:
+        """Standard error of the gain over the prompts, as if both evaluations were independent."""
+        name = f"{OVERALL}_standard_error"
+        return math.hypot(*(self.evaluation(when).get(name, 0.0) for when in ("first", "last")))
 
 
 def read_run(workdir: pathlib.Path) -> RunRecord:
     """Reads summary.json and metrics.jsonl.
 
     Raises:
-      ValueError: the run has not finished.
+      ValueError: the run has not finished, or a file of it is damaged; naming the file.
     """
     path = workdir / "summary.json"
     if not path.exists():
         raise ValueError(f"--runs: {workdir} has no summary.json; allowed: finished runs")
-    summary = json.loads(path.read_text())
-    return RunRecord(workdir, summary, metrics.read_metrics(workdir / metrics.METRICS_FILE))
+    summary = workdir_lib.read_object(path, "--runs")
+    _check_summary(summary, path)
+    try:
+        rows = metrics.read_metrics(workdir / metrics.METRICS_FILE)
+    except ValueError as error:
+        raise ValueError(f"--runs: {error}; allowed: the metrics of a run") from error
+    return RunRecord(workdir, summary, rows)
+
+
+def _check_summary(summary: dict[str, Any], path: pathlib.Path) -> None:
+    kinds = {"method": str, "seed": int, "steps": int, "eval": dict, "time": dict}
+    for name, kind in kinds.items():
+        if not isinstance(summary.get(name), kind):
+            found = f"is {summary[name]!r}" if name in summary else "is missing"
+            raise ValueError(f"--runs: {path}: {name} {found}; allowed: the summary of a run")
+    groups = {"time": summary["time"]}
+    groups |= {f"eval.{when}": summary["eval"].get(when) or {} for when in ("first", "last")}
+    for name, values in groups.items():
+        numbers = isinstance(values, dict) and all(
+            value is None or _is_number(value) for value in values.values()
+        )
+        if not numbers:
+            raise ValueError(f"--runs: {path}: {name} is {values!r}; allowed: numbers by name")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def mean_with_error(values: Sequence[float]) -> str:
+    """Mean and standard error; of a single value the value alone, of none that it is not known."""
+    if not values:
+        return UNKNOWN
+    if len(values) == 1:
+        return f"{values[0]:+.3f}"
+    return f"{np.mean(values):+.3f} ± {standard_error(values):.3f}"
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of at least two values."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
 def table(run: RunRecord) -> str:
     """Before, after, change and its standard errors; then seconds by phase. Plain text."""
-    first, last = run.summary["eval"]["first"], run.summary["eval"]["last"]
-    error = _pooled_error(first, last)
     lines = [f"{'held-out prompts':<20}{'before':>10}{'after':>10}{'change':>10}"]
     for label, name in ROWS:
-        if name in first and first[name] is not None and last[name] is not None:
-            change = last[name] - first[name]
-            lines.append(f"{label:<20}{first[name]:>10.4f}{last[name]:>10.4f}{change:>+10.4f}")
-    if error:
-        change = last["eval/reward/overall"] - first["eval/reward/overall"]
-        lines.append(f"overall reward: {change / error:+.1f} standard errors over the prompts")
+        if (pair := run.before_after(name)) is not None:
+            first, last = pair
+            lines.append(f"{label:<20}{first:>10.4f}{last:>10.4f}{last - first:>+10.4f}")
+    if len(lines) == 1:
+        lines = ["no evaluation before and after has a value"]
+    gain, error = run.gain(), run.gain_error()
+    if gain is not None and error:
+        lines.append(f"overall reward: {gain / error:+.1f} standard errors over the prompts")
     seconds = run.summary["time"]
-    phases = [f"{p} {progress.format_seconds(seconds.get(f'time/{p}', 0.0))}" for p in PHASES]
+    phases = [f"{p} {progress.format_seconds(seconds.get(f'time/{p}') or 0.0)}" for p in PHASES]
     lines.append(f"time by phase: {', '.join(phases)} ({run.summary['steps']} steps)")
     return "\n".join(lines)
-
-
-def _pooled_error(first: dict[str, float], last: dict[str, float]) -> float:
-    """Standard error of the difference of two evaluation means, as if independent."""
-    name = "eval/reward/overall_standard_error"
-    return math.hypot(first.get(name) or 0.0, last.get(name) or 0.0)
 
 
 def seeds_table(runs: Sequence[RunRecord]) -> str:
@@ -83,26 +144,28 @@ def seeds_table(runs: Sequence[RunRecord]) -> str:
         "| manifold before | after | change |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    changes, ratios = [], []
-    for run in runs:
-        first, last = run.summary["eval"]["first"], run.summary["eval"]["last"]
-        before, after = first["eval/reward/overall"], last["eval/reward/overall"]
-        near, far = first["eval/manifold_distance"], last["eval/manifold_distance"]
-        changes.append(after - before)
-        ratios.append(far / near - 1)
-        lines.append(
-            f"| {run.summary['seed']} | {before:.3f} | {after:.3f} | {after - before:+.3f} "
-            f"| {(after - before) / _pooled_error(first, last):+.1f} "
-            f"| {near:.4f} | {far:.4f} | {100 * ratios[-1]:+.1f} % |"
-        )
+    lines += [f"| {' | '.join(_seed_cells(run))} |" for run in runs]
+    gains = [gain for run in runs if (gain := run.gain()) is not None]
+    ratios = [ratio for run in runs if (ratio := run.distance_ratio()) is not None]
     if len(runs) > 1:
-        error = np.std(changes, ddof=1) / math.sqrt(len(runs))
-        lines.append(
-            f"| mean | | | {np.mean(changes):+.3f} ± {error:.3f} "
-            f"| {np.mean(changes) / error:+.1f} (over seeds) | | "
-            f"| {100 * np.mean(ratios):+.1f} % |"
-        )
+        error = standard_error(gains) if len(gains) > 1 else 0.0
+        in_errors = f"{np.mean(gains) / error:+.1f} (over seeds)" if error else UNKNOWN
+        distance = f"{100 * np.mean(ratios):+.1f} %" if ratios else UNKNOWN
+        lines.append(f"| mean | | | {mean_with_error(gains)} | {in_errors} | | | {distance} |")
     return "\n".join(lines)
+
+
+def _seed_cells(run: RunRecord) -> list[str]:
+    """The cells of one run in `seeds_table`."""
+    cells = [str(run.summary["seed"])]
+    gain, error = run.gain(), run.gain_error()
+    cells += [f"{value:.3f}" for value in run.before_after(OVERALL) or ()] or [UNKNOWN] * 2
+    cells.append(UNKNOWN if gain is None else f"{gain:+.3f}")
+    cells.append(f"{gain / error:+.1f}" if gain is not None and error else UNKNOWN)
+    cells += [f"{value:.4f}" for value in run.before_after(DISTANCE) or ()] or [UNKNOWN] * 2
+    ratio = run.distance_ratio()
+    cells.append(UNKNOWN if ratio is None else f"{100 * ratio:+.1f} %")
+    return cells
 
 
 def write_curve(runs: Sequence[RunRecord], path: pathlib.Path) -> None:
@@ -126,7 +189,8 @@ def write_curve(runs: Sequence[RunRecord], path: pathlib.Path) -> None:
     axes[0].set(title=f"overall reward ({smoothing})", xlabel="step", ylabel="VQ + MQ + TA")
     axes[1].set(title=f"reward by dimension, training prompts ({smoothing})", xlabel="step")
     for axis in axes:
-        axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -147,10 +211,16 @@ def moving_average(values: np.ndarray) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(values, window, axis=-1).mean(axis=-1)
 
 
-def write_before_after(run: RunRecord, out: pathlib.Path) -> None:
-    """`before_after.png` and `.gif`: the same prompts and noise, first and last evaluation."""
-    folder = run.workdir / "samples"
-    first, last = sorted(folder.glob("step_*.png"))[0], sorted(folder.glob("step_*.png"))[-1]
+def write_before_after(run: RunRecord, out: pathlib.Path) -> bool:
+    """`before_after.png` and `.gif`: the same prompts and noise, first and last evaluation.
+
+    Returns:
+      Whether the run has samples; without any, nothing is written.
+    """
+    found = sorted((run.workdir / "samples").glob("step_*.png"))
+    if not found:
+        return False
+    first, last = found[0], found[-1]
     titles = ("before", f"after {run.summary['steps']} steps")
     pictures = [Image.open(p).convert("RGB") for p in (first, last)]
     _side_by_side(pictures, titles).save(out / "before_after.png")
@@ -158,7 +228,8 @@ def write_before_after(run: RunRecord, out: pathlib.Path) -> None:
         [f.convert("RGB") for f in ImageSequence.Iterator(Image.open(p.with_suffix(".gif")))]
         for p in (first, last)
     ]
-    frames = [_side_by_side(pair, titles) for pair in zip(*clips, strict=True)]
+    # As many as both have: a GIF keeps no frame that is equal to the one before it.
+    frames = [_side_by_side(pair, titles) for pair in zip(*clips, strict=False)]
     frames[0].save(
         out / "before_after.gif",
         save_all=True,
@@ -166,6 +237,7 @@ def write_before_after(run: RunRecord, out: pathlib.Path) -> None:
         duration=Image.open(first.with_suffix(".gif")).info["duration"],
         loop=0,
     )
+    return True
 
 
 def _side_by_side(pictures: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:

@@ -61,7 +61,10 @@ def read_networks(config: config_lib.ModelConfig) -> Networks:
                 f"config.model.{field}: got {getattr(config, field)!r}; allowed: a folder with "
                 "config.json and safetensors, or asset:NAME"
             )
-        network = weights.load_config(path)
+        try:
+            network = weights.load_config(path)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"config.model.{field}: {error}") from error
         if not isinstance(network, kind):
             raise ValueError(
                 f"config.model.{field}: {path} holds a {type(network).__name__}; "

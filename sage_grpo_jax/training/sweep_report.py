@@ -15,9 +15,7 @@ import numpy as np
 
 from sage_grpo_jax.common import files
 from sage_grpo_jax.training import run_report, sweeps
-
-_GAIN = "eval/reward/overall"
-_DISTANCE = "eval/manifold_distance"
+from sage_grpo_jax.training import workdir as workdir_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,22 +26,23 @@ class SweepRun:
     overrides: dict[str, Any]
 
     @property
-    def gain(self) -> float:
-        """Rise of the overall reward on the evaluation prompts."""
-        found = self.record.summary["eval"]
-        return found["last"][_GAIN] - found["first"][_GAIN]
+    def gain(self) -> float | None:
+        """Rise of the overall reward on the evaluation prompts; None where it is not known."""
+        return self.record.gain()
 
 
 def read_sweep(workdir: pathlib.Path) -> tuple[list[SweepRun], int]:
     """(finished runs, number of points).
 
     Raises:
-      ValueError: no sweep there, or no run of it has finished.
+      ValueError: no sweep there, a damaged file, or no run of it has finished.
     """
     path = workdir / sweeps.SWEEP_FILE
     if not path.exists():
         raise ValueError(f"--runs: {workdir} has no {sweeps.SWEEP_FILE}; allowed: a sweep's folder")
-    points = json.loads(path.read_text())["points"]
+    points = workdir_lib.read_object(path, "--runs").get("points")
+    if not isinstance(points, list) or not all(map(_is_point, points)):
+        raise ValueError(f"--runs: {path} does not list the points of a sweep; allowed: run sweep")
     runs = [
         SweepRun(run_report.read_run(workdir / p["folder"]), p["overrides"])
         for p in points
@@ -54,18 +53,28 @@ def read_sweep(workdir: pathlib.Path) -> tuple[list[SweepRun], int]:
     return runs, len(points)
 
 
+def _is_point(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("folder"), str)
+        and isinstance(value.get("overrides"), dict)
+        and not any(isinstance(v, list | dict) for v in value["overrides"].values())
+    )
+
+
 def to_csv(runs: Sequence[SweepRun]) -> str:
     """One row a run: overrides, then first, last and change of every evaluation metric, seconds."""
     names = list(dict.fromkeys(name for run in runs for name in run.overrides))
-    measured = sorted(runs[0].record.summary["eval"]["last"])
+    measured = sorted({name for run in runs for name in run.record.evaluation("last")})
     out = io.StringIO()
     writer = csv.writer(out)
     columns = [f"{name} {when}" for name in measured for when in ("first", "last", "change")]
     writer.writerow([*names, "steps", *columns, "seconds"])
     for run in runs:
-        found, values = run.record.summary["eval"], []
+        before, after = run.record.evaluation("first"), run.record.evaluation("last")
+        values: list[float | None] = []
         for name in measured:
-            first, last = found["first"].get(name), found["last"].get(name)
+            first, last = before.get(name), after.get(name)
             known = first is not None and last is not None
             values += [first, last, last - first if known else None]
         settings = [run.overrides.get(name) for name in names]
@@ -89,25 +98,18 @@ def by_setting(runs: Sequence[SweepRun]) -> dict[tuple[Any, ...], list[SweepRun]
     return groups
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error; the error of a single value is NaN."""
-    if len(values) < 2:
-        return float(np.mean(values)), math.nan
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
-
-
 def table(runs: Sequence[SweepRun], points: int) -> str:
     """Markdown: every setting with its gain over the seeds, the best first."""
     names = varying(runs)
     rows = []
     for key, members in by_setting(runs).items():
-        gain, error = mean_and_error([run.gain for run in members])
-        found = [run.record.summary["eval"] for run in members]
-        ratios = [e["last"][_DISTANCE] / e["first"][_DISTANCE] - 1 for e in found
-                  if e["first"].get(_DISTANCE)]  # fmt: skip
-        distance = f"{100 * np.mean(ratios):+.1f} %" if ratios else "–"
-        rows.append((gain, [*map(str, key), f"{gain:+.3f} ± {error:.3f}", distance, len(members)]))
-    rows.sort(key=lambda row: -row[0])
+        gains = _gains(members)
+        ratios = [r for run in members if (r := run.record.distance_ratio()) is not None]
+        distance = f"{100 * np.mean(ratios):+.1f} %" if ratios else run_report.UNKNOWN
+        seeds = len(members) if len(gains) == len(members) else f"{len(gains)} of {len(members)}"
+        cells = [*map(str, key), run_report.mean_with_error(gains), distance, seeds]
+        rows.append((-np.mean(gains) if gains else math.inf, cells))
+    rows.sort(key=lambda row: row[0])
     lines = [
         f"{len(runs)} of {points} runs finished.",
         "",
@@ -118,10 +120,13 @@ def table(runs: Sequence[SweepRun], points: int) -> str:
     return "\n".join(lines)
 
 
-def write(workdir: pathlib.Path, out: pathlib.Path) -> str:
-    """Writes runs.csv, sweep.md, heat_map.png and curves.png; returns the table."""
-    runs, points = read_sweep(workdir)
-    out.mkdir(parents=True, exist_ok=True)
+def _gains(members: Sequence[SweepRun]) -> list[float]:
+    """Those that are known."""
+    return [run.gain for run in members if run.gain is not None]
+
+
+def write(runs: Sequence[SweepRun], points: int, out: pathlib.Path) -> str:
+    """Writes runs.csv, sweep.md, heat_map.png and curves.png of `read_sweep`; returns the table."""
     text = table(runs, points)
     files.write_atomically(out / "runs.csv", to_csv(runs).encode())
     files.write_atomically(out / "sweep.md", (text + "\n").encode())
@@ -151,11 +156,12 @@ def _write_heat_map(runs: Sequence[SweepRun], path: pathlib.Path) -> None:
     across = sorted({key[1:] for key in groups}, key=str)
     gains = np.full((len(down), len(across)), np.nan)
     for key, members in groups.items():
-        gains[down.index(key[:1]), across.index(key[1:])] = np.mean([run.gain for run in members])
+        if known := _gains(members):
+            gains[down.index(key[:1]), across.index(key[1:])] = np.mean(known)
     pyplot = _pyplot()
     size = (2.5 + 1.3 * len(across), 2 + 0.6 * len(down))
     figure, axis = pyplot.subplots(figsize=size, layout="constrained")
-    limit = np.nanmax(np.abs(gains)) or 1.0
+    limit = np.abs(gains[np.isfinite(gains)]).max(initial=0.0) or 1.0
     image = axis.imshow(gains, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
     for (i, j), gain in np.ndenumerate(gains):
         if np.isfinite(gain):
@@ -192,7 +198,8 @@ def _write_curves(runs: Sequence[SweepRun], path: pathlib.Path) -> None:
         title=f"overall reward, training prompts (mean of {run_report.WINDOW} steps)",
         xlabel="step",
     )
-    axis.legend(fontsize=7)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7)
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -22,7 +22,8 @@ from typing import Any
 import ml_collections
 
 from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import metrics
+from sage_grpo_jax.training import metrics, recipe
+from sage_grpo_jax.training import workdir as workdir_lib
 
 SWEEP_FILE = "sweep.json"
 SEED = "seed"
@@ -68,9 +69,12 @@ class Point:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """Of the finished run; None before."""
-        path = self.folder / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        """Of the run that has reached the last step of its config; None before.
+
+        Raises:
+          ValueError: summary.json cannot be read.
+        """
+        return workdir_lib.finished(self.config, self.folder)
 
     @property
     def status(self) -> str:
@@ -91,17 +95,50 @@ def read_points(path: str, config: ml_collections.ConfigDict, workdir: pathlib.P
     Raises:
       ValueError: no `sweep` in the file, no points, a point twice, or a bad value; naming it.
     """
-    module = load_module(path)
-    if not hasattr(module, "sweep"):
-        raise ValueError(f"--config: {path} has no function sweep(add)")
-    given: list[Overrides] = []
-    module.sweep(lambda overrides: given.append(dict(overrides)))
+    given = _call_sweep(path)
     if not given:
         raise ValueError(f"--config: sweep(add) of {path} adds no point")
     texts = [json.dumps(overrides, sort_keys=True) for overrides in given]
     if twice := {text for text in texts if texts.count(text) > 1}:
         raise ValueError(f"--config: sweep(add) of {path} adds a point twice: {min(twice)}")
     return [_make_point(i, overrides, config, workdir) for i, overrides in enumerate(given)]
+
+
+def _call_sweep(path: str) -> list[Overrides]:
+    """What `sweep(add)` of a file adds."""
+    given: list[Overrides] = []
+    try:
+        function = getattr(load_module(path), "sweep", None)
+        if callable(function):
+            function(lambda overrides: given.append(_plain(overrides, len(given))))
+    except Exception as error:  # a config file is code: it may raise anything
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"--config: sweep(add) of {path} failed: {kind}{error}") from error
+    if not callable(function):
+        raise ValueError(f"--config: {path} has no function sweep(add)")
+    return given
+
+
+def _plain(overrides: Any, index: int) -> Overrides:
+    """The overrides of a point with Python's own numbers, as a command line and JSON can hold."""
+    if not isinstance(overrides, Mapping) or not all(isinstance(name, str) for name in overrides):
+        raise ValueError(
+            f"point {index}: add got {overrides!r}; allowed: overrides by dotted name, as in "
+            "add({'rollout.eta': 0.5})"
+        )
+    plain = {name: _plain_value(value) for name, value in overrides.items()}
+    for name, value in plain.items():
+        if not isinstance(value, str | int | float | bool | None):
+            raise ValueError(
+                f"point {index}: {name} is {value!r}; allowed: a text, a number or a truth value"
+            )
+    return plain
+
+
+def _plain_value(value: Any) -> Any:
+    """NumPy's and JAX's scalars as Python's."""
+    is_scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    return value.item() if is_scalar else value
 
 
 def _make_point(
@@ -111,6 +148,7 @@ def _make_point(
     try:
         copy.update_from_flattened_dict(overrides)
         validated = config_lib.from_config_dict(copy)
+        recipe.trained_steps(validated)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"point {index} of the sweep, {overrides}: {error}") from error
     folder = workdir / "runs" / f"{index:03d}_{_slug(overrides)}"

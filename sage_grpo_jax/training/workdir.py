@@ -41,16 +41,19 @@ def claim(config: config_lib.Config, workdir: pathlib.Path) -> None:
     """Writes config.json into a `locked` folder, or checks that it belongs to the same run.
 
     A folder in which no step was ever recorded belongs to nobody: a mistake in the first config can
-    be corrected without another folder.
+    be corrected without another folder. Fields that are younger than the folder count as their
+    defaults, which leave a run as it was.
 
     Raises:
-      ValueError: naming the fields that differ; a config.json that cannot be read; a folder that
-        cannot be written.
+      ValueError: naming the fields that differ; a config.json or metrics.jsonl that cannot be read;
+        a folder that cannot be written.
     """
     path = workdir / CONFIG_FILE
     mine = flatten(dataclasses.asdict(config))
     with writable(workdir):
-        theirs = flatten(_read_object(path)) if path.exists() and _has_begun(workdir) else mine
+        _check_record(workdir)
+        theirs = flatten(read_object(path)) if path.exists() and _has_begun(workdir) else mine
+    theirs = flatten(dataclasses.asdict(config_lib.Config())) | theirs
     differing = [
         f"{name} ({theirs.get(name)!r} there, {mine.get(name)!r} here)"
         for name in sorted(mine.keys() | theirs.keys())
@@ -97,7 +100,7 @@ def check_encoder(encoder: embedding_cache.Encoder, what: str, workdir: pathlib.
     path = workdir / ENCODER_FILE
     if not path.exists():
         return
-    values = _read_object(path)
+    values = read_object(path)
     try:
         first = embedding_cache.Encoder.from_dict(values)
     except ValueError as error:
@@ -112,8 +115,8 @@ def check_encoder(encoder: embedding_cache.Encoder, what: str, workdir: pathlib.
 
 
 @contextlib.contextmanager
-def writable(workdir: pathlib.Path) -> Iterator[None]:
-    """Turns what the system says about a folder that cannot be used into one line about --workdir.
+def writable(folder: pathlib.Path, flag: str = "--workdir") -> Iterator[None]:
+    """Turns what the system says about a folder that cannot be used into one line about its flag.
 
     Raises:
       ValueError: instead of an OSError of the block.
@@ -122,10 +125,22 @@ def writable(workdir: pathlib.Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ValueError(
-            f"--workdir: {workdir} cannot be used: {error.strerror or error}"
+            f"{flag}: {folder} cannot be used: {error.strerror or error}"
             f"{f' ({error.filename})' if error.filename else ''}; allowed: a folder that can be "
             "written, on a disk with room"
         ) from error
+
+
+def make_folder(folder: pathlib.Path, flag: str) -> None:
+    """Makes a folder of results: one that cannot be written is refused before it is needed.
+
+    Raises:
+      ValueError: naming the flag.
+    """
+    with writable(folder, flag):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 @contextlib.contextmanager
@@ -173,7 +188,7 @@ def finished(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]
     path = workdir / SUMMARY_FILE
     if not path.exists():
         return None
-    summary = _read_object(path)
+    summary = read_object(path)
     if not isinstance(summary.get("steps"), int):
         raise ValueError(f"--workdir: {path} has no steps; allowed: remove it to write it again")
     return summary if summary["steps"] >= config.num_steps else None
@@ -226,13 +241,32 @@ def _has_begun(workdir: pathlib.Path) -> bool:
     )
 
 
-def _read_object(path: pathlib.Path) -> dict[str, Any]:
+def _check_record(workdir: pathlib.Path) -> None:
+    """That the run's metrics and checkpoints can be gone on with, before anything is loaded."""
+    checkpoints = workdir / "checkpoints"
+    if checkpoints.exists() and not checkpoints.is_dir():
+        raise ValueError(f"--workdir: {checkpoints} is a file; allowed: a folder, or nothing yet")
     try:
-        value = json.loads(path.read_text())
+        metrics.read_metrics(workdir / metrics.METRICS_FILE)
     except ValueError as error:
         raise ValueError(
-            f"--workdir: {path} is damaged ({error}); allowed: put it right, or another folder"
+            f"--workdir: {error}; allowed: rows of a run, or another folder"
+        ) from error
+
+
+def read_object(path: pathlib.Path, flag: str = "--workdir") -> dict[str, Any]:
+    """The JSON object in a file that a run wrote.
+
+    Raises:
+      ValueError: naming flag and file.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{flag}: {path} is damaged ({error}); allowed: put it right, or another folder"
         ) from error
     if not isinstance(value, dict):
-        raise ValueError(f"--workdir: {path} holds {value!r}; allowed: a JSON object")
+        shown = f"a {type(value).__name__}"
+        raise ValueError(f"{flag}: {path} holds {shown}; allowed: a JSON object")
     return value

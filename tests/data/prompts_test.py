@@ -84,12 +84,23 @@ def test_images_are_relative_to_the_file(tmp_path):
         ("p.jsonl", '{"prompt": "a", "image": " "}\n', r"line 1: the image is empty"),
         ("p.csv", 'prompt,image\na,"x\ty"\n', r"line 2: the image has the control character"),
         ("p.jsonl", '{"prompt": "a \\ud800 cat"}\n', r"line 1: .*control character"),
+        ("p.jsonl", '{"prompt": "a"}\n' + "[" * 100_000, r"line 2: bad JSON: .*recursion"),
+        (
+            "p.jsonl",
+            f'{{"prompt": "a", "id": {"9" * 5000}}}\n',
+            r"line 1: bad JSON: .*5000 digits$",
+        ),
     ],
 )
 def test_faults_are_named(tmp_path, name, content, message):
     path = write(tmp_path, name, content)
     with pytest.raises(ValueError, match=message):
         read_prompts(path)
+
+
+def test_no_file_is_named():
+    with pytest.raises(ValueError, match=r"^no file is named; allowed: a \.txt, "):
+        read_prompts("")
 
 
 def test_missing_file(tmp_path):

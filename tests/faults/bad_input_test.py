@@ -54,6 +54,7 @@ PROMPT_FILES = {
     "blank line.txt": (b"a red disk\n\na blue disk\n", "line 2: the prompt is empty"),
     "control.txt": (b"a red disk\na \x07 disk\n", r"line 2: .* control character '\\x07'"),
     "latin.txt": (b"a red disk\nune \xe9toile\n", "line 2: byte 0xe9 is not UTF-8"),
+    "deep.jsonl": (b'{"prompt": "a"}\n' + b"[" * 100_000, "line 2: bad JSON: .*recursion"),
     "broken.jsonl": (b'{"prompt": "a"}\n{"prompt": \n', "line 2: bad JSON"),
     "list.jsonl": (b"[1]\n", "line 1: list; each line must be a JSON object"),
     "twice.jsonl": (
@@ -78,6 +79,7 @@ def test_prompt_files(refused, tmp_path, name):
 
 
 def test_prompts_that_are_not_there(refused, tmp_path):
+    assert "no file is named; allowed: a .txt" in refused({"data.train_prompts": ""})
     assert "nowhere.txt" in refused({"data.eval_prompts": str(tmp_path / "nowhere.txt")})
     assert "allowed: a prompts file" in refused({"data.train_prompts": "moving_shapes:test"})
     assert "at most the" in refused({"eval.num_prompts": 10**6})
@@ -194,6 +196,19 @@ def test_a_run_goes_on_with_its_own_encoder_only(refused, runs, tmp_path):
     assert json.loads((folder / workdir.ENCODER_FILE).read_text())["name"] == QWEN.name
 
 
+def test_a_field_that_is_younger_than_the_workdir(make_config, tmp_path):
+    """It counts as its default, and is refused with another value."""
+    workdir.claim(make_config(), tmp_path)
+    path = tmp_path / workdir.CONFIG_FILE
+    stored = json.loads(path.read_text())
+    del stored["trust_region"]["kl_time_weight"]
+    path.write_text(json.dumps(stored))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(ValueError, match=r"kl_time_weight \('uniform' there, 'equalized' here\)"):
+        workdir.claim(make_config({"trust_region.kl_time_weight": "equalized"}), tmp_path)
+    workdir.claim(make_config(), tmp_path)
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"name": ""}', '{"name": "a", "models": 3}'])
 def test_a_damaged_memory_of_the_encoder_is_named(make_config, tmp_path, text):
     workdir.claim_encoder(make_config(), QWEN, tmp_path)
@@ -203,6 +218,31 @@ def test_a_damaged_memory_of_the_encoder_is_named(make_config, tmp_path, text):
     with pytest.raises(ValueError, match=rf"^--workdir: {path} ") as error:
         workdir.claim_encoder(make_config(), QWEN, tmp_path)
     assert "allowed: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("metrics.jsonl", "garbage\n", "metrics.jsonl, line 1: not a row of metrics "),
+        ("metrics.jsonl", '{"step": 0}\n[]\n', "metrics.jsonl, line 2: not a row of metrics "),
+        ("metrics.jsonl", "[" * 100_000 + "\n", "metrics.jsonl, line 1: not a row of metrics "),
+        ("config.json", "[" * 100_000, "config.json is damaged "),
+        ("checkpoints", "", "checkpoints is a file; "),
+    ],
+)
+def test_a_workdir_that_no_run_can_go_on_with(runs, tmp_path, name, text, expected):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n')
+    (folder / "config.json").write_text("{}")
+    (folder / name).write_text(text)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match=rf"^--workdir: {folder}/{expected}") as error:
+        runs.train(folder)
+    assert "allowed: " in str(error.value)
+    assert "\n" not in str(error.value)
+    (folder / ".lock").unlink()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def _read_safetensors(path: pathlib.Path) -> tuple[dict, bytes]:

@@ -94,7 +94,7 @@ def test_unknown_backends_fail_with_the_reason(backend, words, tmp_path):
     log.write_text("an older run\n")
     with pytest.raises(RuntimeError, match=words) as error:
         spawn_server(backend, env={"PYTHONPATH": HERE}, log_path=log)
-    assert "ended before it served (exit code 1)" in str(error.value)
+    assert "ended before it served (exit code 2)" in str(error.value)
     assert "an older run" not in str(error.value)
     assert log.read_text().startswith("an older run\n")
 

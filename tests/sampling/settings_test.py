@@ -48,6 +48,9 @@ def test_tiling_is_automatic_above_one_tile():
         ({"shift": float("nan")}, "--shift: got nan"),
         ({"guidance": float("inf")}, "--guidance: got inf; allowed: at least 0"),
         ({"sampler": "cps", "eta": 1.5}, "--eta: got 1.5; allowed: 0 to 1.0"),
+        ({"eta": 3.0}, "--eta: got 3.0; allowed: 0 to 2.0"),  # ode, which does not use it
+        ({"eta": -1.0}, "--eta: got -1.0"),
+        ({"eta": float("nan")}, "--eta: got nan"),
         ({"height": 0}, "--height: got 0; allowed: at least 1"),
         ({"format": "avi"}, "--format: got 'avi'; allowed: mp4, gif, both"),
     ],
@@ -82,6 +85,8 @@ def test_tiles_that_the_vae_cannot_make_are_refused():
 
 def test_seeds():
     assert settings_lib.parse_seeds(["3", " 0"]) == [3, 0]
-    for bad in (["a"], ["-1"], [], ["1", "1"], [str(2**32)], [""]):
+    assert settings_lib.parse_seeds(["0" * 20 + "7", str(2**32 - 1)]) == [7, 2**32 - 1]
+    bad_seeds = (["a"], ["-1"], [], ["1", "1"], [str(2**32)], [""], ["²"], ["٣"], ["9" * 5000])
+    for bad in bad_seeds:
         with pytest.raises(ValueError, match="--seeds: got"):
             settings_lib.parse_seeds(bad)

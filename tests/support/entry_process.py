@@ -1,0 +1,104 @@
+"""Runs many commands whole, one after another: a process that has imported them forks for each.
+
+Importing takes seconds, a mistake in the flags milliseconds. As a script it reads a JSON list of
+[entry, flags...] and writes a JSON list of results.
+"""
+
+import json
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ENTRIES = (
+    "convert",
+    "encode_prompts",
+    "evaluate",
+    "pretrain",
+    "report",
+    "sample",
+    "schedule",
+    "serve_rewards",
+    "sweep",
+    "train",
+)
+LIMIT_SECONDS = 60
+# Only what no entry defines flags in.
+_HEAVY = (
+    "sage_grpo_jax.rewards.server",
+    "sage_grpo_jax.sampling.run",
+    "sage_grpo_jax.training.loop",
+    "sage_grpo_jax.training.pretraining",
+    "sage_grpo_jax.training.sweep_report",
+    "sage_grpo_jax.weights.conversion",
+)
+
+
+class Result(NamedTuple):
+    """How a command ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+def run_all(commands: list[list[str]], folder: pathlib.Path) -> list[Result]:
+    """The results of the commands, `[entry, flag, ...]` each, run in `folder`."""
+    done = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=folder,
+    )
+    return [Result(*values) for values in json.loads(done.stdout)]
+
+
+def _run(entry: str, *flags: str) -> Result:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if child == 0:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            _become(entry, flags)
+        _, status = os.waitpid(child, 0)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode())
+    return Result(os.waitstatus_to_exitcode(status), *texts)
+
+
+def _become(entry: str, flags: tuple[str, ...]) -> None:
+    """Never returns."""
+    import signal
+    import traceback
+
+    signal.alarm(LIMIT_SECONDS)  # a mistake that is not refused may train for minutes
+    sys.argv = [entry, *flags]
+    status = 0
+    try:
+        runpy.run_module(f"sage_grpo_jax.{entry}", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        status = end.code or 0
+        if not isinstance(status, int):
+            print(status, file=sys.stderr)
+            status = 1
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    import importlib
+
+    for name in _HEAVY:
+        importlib.import_module(name)
+    print(json.dumps([_run(*command) for command in json.load(sys.stdin)]))
