@@ -30,7 +30,9 @@ def _run(*flags: str) -> subprocess.CompletedProcess:
             marks=pytest.mark.slow,
         ),
         pytest.param([CONFIG, "--nonsense=1"], "error: Unknown", marks=pytest.mark.slow),
-        pytest.param(["--config=nowhere.py"], "error: Conf", marks=pytest.mark.slow),
+        pytest.param(
+            ["--config=nowhere.py"], "error: --config: No such file", marks=pytest.mark.slow
+        ),
         pytest.param([], "error: --config: missing", marks=pytest.mark.slow),
         pytest.param(
             [CONFIG, "--config.rollout.eta=-1"],
