@@ -65,8 +65,9 @@ def evaluate(config: config_lib.Config, source: str | None, out: pathlib.Path) -
             base=setup.load_base(networks, config, mesh),
         )
         result = evaluation.evaluate(learner, trained, prompts.evaluation)
-    evaluation.save_samples(result, out, "evaluation", config)
-    metrics.write_json(out / "metrics.json", result.metrics)
+    if jax.process_index() == 0:
+        evaluation.save_samples(result, out, "evaluation", config)
+        metrics.write_json(out / "metrics.json", result.metrics)
     return result.metrics
 
 
