@@ -3,10 +3,10 @@
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
+import cluster
 import numpy as np
 import pytest
 
@@ -37,9 +37,7 @@ print(json.dumps([made, again, written]))
 
 def _run(count: int, prompts: pathlib.Path, out: pathlib.Path) -> list[list]:
     """What each of `count` processes printed."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = cluster.free_port()
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     processes = [
         subprocess.Popen(

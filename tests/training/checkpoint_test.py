@@ -4,10 +4,10 @@ import json
 import os
 import pathlib
 import resource
-import socket
 import subprocess
 import sys
 
+import cluster
 import grain
 import jax
 import jax.numpy as jnp
@@ -242,9 +242,7 @@ else:
 
 def _two_processes(workdir, task: str) -> list[str]:
     """What each of them printed."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = cluster.free_port()
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     processes = [
         subprocess.Popen(

@@ -2,9 +2,9 @@
 
 import pathlib
 import signal
-import socket
 import subprocess
 
+import cluster
 import numpy as np
 import pytest
 import trainer_process
@@ -30,13 +30,13 @@ def start_two(
     workdir: pathlib.Path, overrides: dict[str, object], *more: str
 ) -> list[subprocess.Popen]:
     """Starts the command in two processes with one device each, on one workdir."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        cluster = {"JAX_COORDINATOR_ADDRESS": f"localhost:{probe.getsockname()[1]}"}
-    cluster["JAX_NUM_PROCESSES"] = "2"
+    together = {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{cluster.free_port()}",
+        "JAX_NUM_PROCESSES": "2",
+    }
     return [
         trainer_process.start(
-            workdir, overrides, *more, suffix=f".{i}.log", **cluster, JAX_PROCESS_ID=str(i)
+            workdir, overrides, *more, suffix=f".{i}.log", **together, JAX_PROCESS_ID=str(i)
         )
         for i in range(2)
     ]
