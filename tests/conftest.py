@@ -31,7 +31,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # The longest first, so that no worker is left alone with them at the end.
-LONGEST = ("learner_test", "loop_test", "pretraining_test", "tpu_compile_test", "vae_test")
+LONGEST = (
+    "learner_test",
+    "several_devices_test",
+    "loop_test",
+    "pretraining_test",
+    "tpu_compile_test",
+    "vae_test",
+    "entries_test",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
