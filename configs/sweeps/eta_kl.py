@@ -2,7 +2,7 @@
 
     python -m sage_grpo_jax.sweep --config=configs/sweeps/eta_kl.py --workdir=runs/eta_kl --plan
 
-On the moving shapes, 45 runs of about 6 minutes on two CPU cores. A smaller one:
+On the moving shapes, 45 runs of about 5 minutes on two CPU cores. A smaller one:
 --config.num_steps=20 --config.eval.num_prompts=32.
 """
 
