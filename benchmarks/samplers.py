@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sage_grpo_jax.flow import excess, schedules, sde
+from sage_grpo_jax.flow import excess, injected_noise, schedules
 
 KINDS = ("ode", "precise", "flow", "dance", "cps")
 STEPS = (10, 20, 40, 80, 160, 640, 2560)
@@ -48,7 +48,7 @@ def matched(kind: str, steps: int) -> float:
     """The eta at which a kind injects the variance of `precise` at ETA."""
     if kind == "ode":
         return 0.0
-    return sde.matched_eta(kind, schedules.host_schedule(steps, SHIFT), "precise", ETA)
+    return injected_noise.matched_eta(kind, schedules.host_schedule(steps, SHIFT), "precise", ETA)
 
 
 def print_point_mass(eta_of) -> None:

@@ -19,6 +19,7 @@ from sage_grpo_jax.training import (
     checkpoint,
     command_line,
     evaluation,
+    input_checks,
     loop,
     metrics,
     scoring,
@@ -41,13 +42,14 @@ def evaluate(config: config_lib.Config, source: str | None, out: pathlib.Path) -
 
     Raises:
       ValueError: bad input, before anything is loaded.
-      loop.StorageError, RewardServiceError: see `loop.open_prompts` and `scoring.open_scorer`.
+      loop.StorageError: see `input_checks.open_prompts`.
+      RewardServiceError: see `scoring.open_scorer`.
     """
-    networks, mesh = loop.check_input(config)
+    networks, mesh = input_checks.check(config)
     workdir_lib.make_folder(out, "--out")
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        prompts = loop.open_prompts(config, out, networks)
+        prompts = input_checks.open_prompts(config, out, networks)
         if source is None:
             trained = setup.fresh_state(networks, config, mesh).params
         else:

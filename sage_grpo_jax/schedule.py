@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from sage_grpo_jax.flow import excess, sde
+from sage_grpo_jax.flow import excess, injected_noise
 from sage_grpo_jax.grpo import equalizer
 from sage_grpo_jax.training import command_line
 from sage_grpo_jax.training import config as config_lib
@@ -45,7 +45,7 @@ def describe(config: config_lib.Config) -> dict[str, object]:
     scale = equalizer.gradient_scale(
         rollout.sde, schedule, rollout.eta, log_prob=config.loss.log_prob
     )
-    places = sde.window_places(trained, rollout.window, positions)
+    places = injected_noise.window_places(trained, rollout.window, positions)
     coverage = places.mean(axis=0)
     gradient = coverage * weights * scale
     stds = excess.point_mass(rollout.sde, schedule, rollout.eta, trained).stds

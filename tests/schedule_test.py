@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from sage_grpo_jax.flow import excess, schedules, sde
+from sage_grpo_jax.flow import excess, injected_noise, schedules, sde
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import recipe as recipe_lib
 
@@ -95,8 +95,8 @@ def test_matches_that_need_too_large_an_eta_are_refused():
     )
     # The eta that is named gives just as much noise.
     schedule = schedules.host_schedule(10, 3.0)
-    assert sde.injected_variance("dance", schedule, 4.709) == pytest.approx(
-        sde.injected_variance("flow", schedule, 2.0), rel=1e-3
+    assert injected_noise.injected_variance("dance", schedule, 4.709) == pytest.approx(
+        injected_noise.injected_variance("flow", schedule, 2.0), rel=1e-3
     )
     with pytest.raises(ValueError, match=r"config.rollout.eta_match: kind='cps' injects .* most"):
         recipe(sde="cps", match=("flow", 2.0))

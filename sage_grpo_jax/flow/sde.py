@@ -31,7 +31,6 @@ from sage_grpo_jax.flow.schedules import Schedule
 KINDS = ("precise", "flow", "dance", "cps", "ode")
 LOG_PROBS = ("gaussian", "squared")
 LAST_STEPS = ("deterministic", "stochastic")
-WINDOWS = ("all", "first_k", "random_k")
 REDUCTIONS = ("mean", "sum")
 
 # `precise` never looks closer than this to σ = 1, where its variance integral diverges. The value
@@ -150,7 +149,7 @@ def log_prob(
     Flow-CPS. The elements [B, ...] of a sample are averaged (or summed), as all GRPO code does.
     """
     chex.assert_equal_shape([next_sample, mean])
-    _check_choice("log_prob", log_prob, LOG_PROBS)
+    check_choice("log_prob", log_prob, LOG_PROBS)
     dtype = _float_dtype(next_sample, mean)
     std = _per_sample(jnp.asarray(std, dtype), mean.ndim)
     noisy, safe_std = std > 0, jnp.where(std > 0, std, 1.0)
@@ -185,7 +184,7 @@ def log_ratio(
         reduction: over the elements of a sample, `mean` or `sum`.
     """
     chex.assert_equal_shape([noise, mean_new, mean_old])
-    _check_choice("log_prob", log_prob, LOG_PROBS)
+    check_choice("log_prob", log_prob, LOG_PROBS)
     dtype = _float_dtype(mean_new, mean_old)
     std = _per_sample(jnp.asarray(std, dtype), mean_new.ndim)
     noise = jnp.asarray(noise, dtype)
@@ -208,7 +207,7 @@ def standardized_difference(mean: jax.Array, mean_ref: jax.Array, std: Any) -> j
 
 def reduce_elements(values: jax.Array, reduction: str = "mean") -> jax.Array:
     """Reduces [B, ...] to [B] by `mean` or `sum` over all axes but the first."""
-    _check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("reduction", reduction, REDUCTIONS)
     axes = tuple(range(1, values.ndim))
     return values.mean(axes) if reduction == "mean" else values.sum(axes)
 
@@ -221,88 +220,13 @@ def stochastic_steps(
     A deterministic last step gives clean samples: whatever it would inject stays in the video.
     The schedule must be concrete; computed on the host.
     """
-    _check_choice("last_step", last_step, LAST_STEPS)
+    check_choice("last_step", last_step, LAST_STEPS)
     sigmas = np.asarray(schedule.sigmas, np.float64)
     _, std = step_coefficients(kind, sigmas[:-1], sigmas[1:], float(eta), xp=np)
     noisy = std > 0
     if last_step == "deterministic":
         noisy[-1] = False
     return noisy
-
-
-def window_places(stochastic: np.ndarray, window: str = "all", size: int = 0) -> np.ndarray:
-    """Returns bool[places, T]: the steps that inject noise, for every place of the window.
-
-    Args:
-        stochastic: bool[T], the steps that can inject noise; a window counts these only.
-        window: `all`; `first_k`, the first `size` of them; `random_k`, `size` of them in a row,
-            each place as likely as the others. One place but for `random_k`.
-        size: of the window, ≥ 1; more steps than there are is all of them. Not read for `all`.
-    """
-    _check_choice("window", window, WINDOWS)
-    count = int(np.sum(stochastic))
-    size = count if window == "all" else min(size, count)
-    starts = np.arange(count - size + 1 if window == "random_k" else 1)[:, None]
-    rank = np.cumsum(stochastic) - 1
-    return np.asarray(stochastic, bool) & (rank >= starts) & (rank < starts + size)
-
-
-def injected_variance(
-    kind: str,
-    schedule: Schedule,
-    eta: float,
-    last_step: str = "deterministic",
-    window: str = "all",
-    window_size: int = 0,
-) -> float:
-    """Returns the sum of std² over the steps that inject noise, in float64, on the host.
-
-    With a `random_k` window it is the mean over the places of the window; see `window_places`.
-    """
-    sigmas = np.asarray(schedule.sigmas, np.float64)
-    _, std = step_coefficients(kind, sigmas[:-1], sigmas[1:], float(eta), xp=np)
-    stochastic = stochastic_steps(kind, schedule, eta, last_step)
-    coverage = window_places(stochastic, window, window_size).mean(axis=0)
-    return float(np.sum(coverage * std**2))
-
-
-def matched_eta(
-    kind: str,
-    schedule: Schedule,
-    other_kind: str,
-    other_eta: float,
-    last_step: str = "deterministic",
-    window: str = "all",
-    window_size: int = 0,
-) -> float:
-    """Returns the η at which `kind` injects as much variance as `other_kind` does at `other_eta`.
-
-    η means different things for different kinds and step counts; this makes them comparable. The
-    variance grows with η², and with sin²(η·π/2) for `cps`. Each kind is taken over its own
-    stochastic steps in the window.
-
-    Raises:
-        ValueError: no η gives that much noise, or one of the kinds has no stochastic step.
-    """
-    rest = (last_step, window, window_size)
-    highest = injected_variance(kind, schedule, 1.0, *rest)
-    wanted = injected_variance(other_kind, schedule, other_eta, *rest)
-    for name, eta, variance in ((kind, 1.0, highest), (other_kind, other_eta, wanted)):
-        if variance == 0.0:
-            raise ValueError(
-                f"kind={name!r} with eta={eta} has no stochastic step in {len(schedule.timesteps)} "
-                f"steps with last_step={last_step!r}, so there is no noise to match; allowed: "
-                "another kind, or more steps"
-            )
-    share = wanted / highest
-    if kind != "cps":
-        return math.sqrt(share)
-    if share > 1:
-        raise ValueError(
-            f"kind='cps' injects a variance of at most {highest:.3g} over the schedule; "
-            f"kind={other_kind!r} with eta={other_eta} injects {wanted:.3g}"
-        )
-    return 2.0 / math.pi * math.asin(math.sqrt(share))
 
 
 def require_stochastic(stochastic: np.ndarray, kind: str, eta: float) -> None:
@@ -317,7 +241,7 @@ def require_stochastic(stochastic: np.ndarray, kind: str, eta: float) -> None:
 
 def check_kind_and_eta(kind: str, eta: Any) -> None:
     """Raises ValueError for an unknown kind, or for a plain number eta out of range."""
-    _check_choice("kind", kind, KINDS)
+    check_choice("kind", kind, KINDS)
     if not isinstance(eta, (numbers.Real, np.ndarray)):
         return
     highest = 1.0 if kind == "cps" else math.inf
@@ -391,6 +315,6 @@ def _float_dtype(*values: Any) -> Any:
     return jnp.float64 if wide else jnp.float32
 
 
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")

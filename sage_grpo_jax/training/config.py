@@ -12,7 +12,7 @@ from typing import Any
 
 import ml_collections
 
-from sage_grpo_jax.flow import schedules, sde
+from sage_grpo_jax.flow import injected_noise, schedules, sde
 from sage_grpo_jax.grpo import trust_region as trust_region_lib
 from sage_grpo_jax.models import lora as lora_lib
 from sage_grpo_jax.training import config_checks
@@ -274,14 +274,10 @@ def _with_matched_eta(config: Config) -> Config:
     if not match.kind:
         return config
     schedule = schedules.host_schedule(rollout.num_steps, rollout.shift)
-    if not sde.stochastic_steps(rollout.sde, schedule, 1.0, rollout.last_step).any():
-        raise ValueError(
-            f"config.rollout: num_steps={rollout.num_steps}, sde={rollout.sde!r}, "
-            f"last_step={rollout.last_step!r} leaves no stochastic step to train; allowed: more "
-            "steps, or last_step=stochastic"
-        )
+    stochastic = sde.stochastic_steps(rollout.sde, schedule, 1.0, rollout.last_step)
+    config_checks.require_stochastic(rollout, stochastic)
     try:
-        eta = sde.matched_eta(
+        eta = injected_noise.matched_eta(
             rollout.sde,
             schedule,
             match.kind,

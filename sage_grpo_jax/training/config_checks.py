@@ -9,29 +9,33 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sage_grpo_jax.data import moving_shapes_spec as spec
+from sage_grpo_jax.flow import guidance, injected_noise, sde
+from sage_grpo_jax.grpo import equalizer, loss
+from sage_grpo_jax.models import attention
 from sage_grpo_jax.rewards.backends import BACKENDS
 from sage_grpo_jax.training.methods import METHODS
 
 if TYPE_CHECKING:
     from sage_grpo_jax.training.config import Config, RewardsConfig, RolloutConfig
 
-SDE_KINDS = ("precise", "flow", "dance", "cps", "ode")
 _CHOICES = {
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.matmul_precision": ("highest", "high", "default"),
-    "model.attention": ("auto", "splash", "cudnn", "xla"),
+    "model.attention": attention.IMPLEMENTATIONS,
     "model.vae_tiling": ("off", "official", "diffusers"),
     "data.text_encoder": ("words", "cache"),
-    "rollout.sde": SDE_KINDS,
+    "rollout.sde": sde.KINDS,
     "rollout.eta_match.kind": ("", "precise", "flow", "dance", "cps"),
-    "rollout.window": ("all", "first_k", "random_k"),
-    "rollout.guidance_mode": ("batch", "sequential"),
-    "rollout.last_step": ("deterministic", "stochastic"),
-    "loss.objective": ("ppo", "reinforce"),
-    "loss.median": ("lower", "mean"),
-    "loss.log_prob": ("gaussian", "squared"),
-    "loss.log_prob_reduction": ("mean", "sum"),
+    "rollout.window": injected_noise.WINDOWS,
+    "rollout.guidance_mode": guidance.MODES,
+    "rollout.last_step": sde.LAST_STEPS,
+    "loss.objective": loss.OBJECTIVES,
+    "loss.median": equalizer.MEDIANS,
+    "loss.log_prob": sde.LOG_PROBS,
+    "loss.log_prob_reduction": sde.REDUCTIONS,
     "loss.step_reduction": ("mean", "sum"),
     "loss.ratio_action": ("stop", "replay", "log"),
     "optimizer.name": ("adamw", "muon"),
@@ -195,6 +199,20 @@ def _validate_together(config: Config) -> None:
             f"moving-shapes world, {world}, or False"
         )
     _validate_rewards(config.rewards)
+
+
+def require_stochastic(rollout: RolloutConfig, stochastic: np.ndarray) -> None:
+    """Refuses a schedule without a step that injects noise; `stochastic` is bool [T].
+
+    Raises:
+      ValueError: with what could be changed.
+    """
+    if not stochastic.any():
+        raise ValueError(
+            f"config.rollout: num_steps={rollout.num_steps}, sde={rollout.sde!r}, "
+            f"last_step={rollout.last_step!r} leaves no stochastic step to train; allowed: more "
+            "steps, or last_step=stochastic"
+        )
 
 
 def validate_matched_eta(rollout: RolloutConfig, eta: float) -> None:

@@ -2,28 +2,21 @@
 
 import contextlib
 import copy
-import dataclasses
 import math
 import pathlib
 import signal
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 
-from sage_grpo_jax.models import attention
 from sage_grpo_jax.parallel import hosts
-from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.training import checkpoint, evaluation, metrics, setup
+from sage_grpo_jax.training import checkpoint, evaluation, input_checks, metrics, setup
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import learner as learner_lib
-from sage_grpo_jax.training import recipe as recipe_lib
 from sage_grpo_jax.training import workdir as workdir_lib
 from sage_grpo_jax.training.scoring import open_scorer
-from sage_grpo_jax.weights import store
 
 StorageError = checkpoint.StorageError
 
@@ -89,7 +82,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any] | 
       StorageError: a full or broken disk; the last complete checkpoint is untouched.
       RewardServiceError: the reward service did not come up.
     """
-    networks, mesh = check_input(config)
+    networks, mesh = input_checks.check(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdir_lib.locked(workdir))
         workdir_lib.claim(config, workdir)
@@ -98,7 +91,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any] | 
         workdir_lib.describe_policy(config, networks, workdir)
         workdir_lib.remove_leftovers(workdir)
         stack.enter_context(jax.set_mesh(mesh))
-        prompts = open_prompts(config, workdir, networks)
+        prompts = input_checks.open_prompts(config, workdir, networks)
         workdir_lib.claim_encoder(config, prompts.encoder, workdir)
         scorer = stack.enter_context(open_scorer(config, workdir))
         # Before this a signal ends the process at once: there is nothing to save.
@@ -106,105 +99,6 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any] | 
         run = _Run(config, workdir, networks, mesh, scorer, interrupt, prompts)
         stack.callback(run.close)
         return run.train()
-
-
-def check_input(config: config_lib.Config) -> tuple[setup.Networks, jax.sharding.Mesh]:
-    """All that can be checked before weights are loaded, but for the prompts.
-
-    Raises:
-      ValueError: naming the field: networks, clip, mesh, attention or weights that do not fit.
-    """
-    networks = setup.read_networks(config.model)
-    recipe_lib.make_recipe(config, networks.transformer, networks.vae)
-    mesh = _make_mesh(config)
-    recipe_lib.check_mesh(config, mesh)
-    _check_attention(networks, mesh)
-    check_weights(networks)
-    return networks, mesh
-
-
-def _make_mesh(config: config_lib.Config) -> jax.sharding.Mesh:
-    try:
-        return mesh_lib.make_mesh(**dataclasses.asdict(config.mesh))
-    except ValueError as error:
-        raise ValueError(f"config.{error}") from error
-
-
-def _check_attention(networks: setup.Networks, mesh: jax.sharding.Mesh) -> None:
-    network = networks.transformer
-    platform = mesh.devices.flat[0].platform
-    head_size, dtype = network.attention_head_dim, jnp.dtype(network.dtype)
-    try:
-        attention.check(network.attention, platform, head_size, dtype)
-    except ValueError as error:
-        raise ValueError(f"config.model.{error}") from error
-
-
-def open_prompts(
-    config: config_lib.Config, workdir: pathlib.Path, networks: setup.Networks
-) -> setup.Prompts:
-    """`setup.open_prompts` of a run.
-
-    Raises:
-      ValueError: see there.
-      StorageError: embeddings in the workdir that could not be written or read.
-    """
-    try:
-        return setup.open_prompts(config, workdir, networks)
-    except RecursionError as error:  # a RuntimeError, but no trouble of a disk
-        raise ValueError(
-            f"config.data: values in a file are nested too deeply ({error})"
-        ) from error
-    except (OSError, RuntimeError) as error:  # array_record raises RuntimeError
-        raise checkpoint.storage_error("the embeddings", workdir, error) from error
-
-
-def check_weights(networks: setup.Networks) -> None:
-    """Reads the headers of both networks' weights, not their values.
-
-    Raises:
-      ValueError: naming the field, for files that cannot be read, and tensors that are missing,
-        unexpected or misshapen.
-    """
-    for field, path, network in (
-        ("transformer", networks.transformer_path, networks.transformer),
-        ("vae", networks.vae_path, networks.vae),
-    ):
-        with _loading(field):
-            store.open_source(path, network)
-
-
-@jax.jit
-def _finite_leaves(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.isfinite(x).all() for x in leaves]
-
-
-@contextlib.contextmanager
-def _loading(field: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ValueError(f"config.model.{field}: {error}") from error
-
-
-def require_finite(params: Any) -> None:
-    """Refuses parameters that hold NaN or infinity.
-
-    Raises:
-      ValueError: naming the parameters.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    good = jax.device_get(_finite_leaves([x for _, x in leaves]))
-    bad = [
-        "/".join(str(key.key) for key in path)
-        for (path, _), ok in zip(leaves, good, strict=True)
-        if not ok
-    ]
-    if bad:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise ValueError(
-            f"{', '.join(bad[:5])}{more} hold NaN or infinity; allowed: finite weights"
-        )
 
 
 class _Run:
@@ -218,12 +112,12 @@ class _Run:
         self.checkpoints = checkpoint.Checkpoints(
             workdir, config.checkpoint.every, config.checkpoint.keep
         )
-        with _loading("vae"):
+        with input_checks.loading("vae"):
             vae_params = setup.load_vae(networks, mesh)
-            require_finite(vae_params)
-        with _loading("transformer"):
+            input_checks.require_finite(vae_params)
+        with input_checks.loading("transformer"):
             base = setup.load_base(networks, config, mesh)
-            require_finite(base)
+            input_checks.require_finite(base)
         self.learner = learner_lib.Learner(
             setup.build_programs(networks, config, mesh),
             vae_params,
@@ -239,9 +133,9 @@ class _Run:
         # What one process sees, all have: a shared file system may show it later to some.
         self.is_new = not hosts.agree(self.checkpoints.latest_step is not None)
         if self.is_new:
-            with _loading("transformer"):
+            with input_checks.loading("transformer"):
                 self.state = setup.fresh_state(networks, config, mesh)
-                require_finite(self.state.params)
+                input_checks.require_finite(self.state.params)
         else:
             self._restore(setup.make_abstract_state(networks, config, mesh))
         self.first_step = int(self.state.step)

@@ -5,11 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 
-from sage_grpo_jax.flow import schedules, sde
+from sage_grpo_jax.flow import injected_noise, schedules, sde
 from sage_grpo_jax.grpo import equalizer
 from sage_grpo_jax.models import hunyuan_video, vae
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import config as config_lib
+from sage_grpo_jax.training import config_checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +89,7 @@ def trained_steps(config: config_lib.Config) -> tuple[schedules.Schedule, np.nda
     rollout = config.rollout
     schedule = schedules.make_schedule(rollout.num_steps, rollout.shift)
     trained = sde.stochastic_steps(rollout.sde, schedule, rollout.eta, last_step=rollout.last_step)
-    if not trained.any():
-        raise ValueError(
-            f"config.rollout: num_steps={rollout.num_steps}, sde={rollout.sde!r}, "
-            f"last_step={rollout.last_step!r} leaves no stochastic step to train; allowed: more "
-            "steps, or last_step=stochastic"
-        )
+    config_checks.require_stochastic(rollout, trained)
     count = int(trained.sum())
     if rollout.window_size > count:
         raise ValueError(
@@ -102,7 +98,7 @@ def trained_steps(config: config_lib.Config) -> tuple[schedules.Schedule, np.nda
         )
     positions = rollout.window_size or count
     if rollout.window == "first_k":
-        trained[np.flatnonzero(trained)[positions:]] = False
+        (trained,) = injected_noise.window_places(trained, "first_k", positions)
     return schedule, trained, positions
 
 

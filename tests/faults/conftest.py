@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.training import loop, metrics, setup
+from sage_grpo_jax.training import input_checks, loop, metrics, setup
 
 TESTS = pathlib.Path(__file__).parents[1]
 
@@ -112,7 +112,7 @@ def runs(make_config, monkeypatch) -> Runs:
     """Whole runs on one device."""
     made = Runs(make_config)
     mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    monkeypatch.setattr(loop, "_make_mesh", lambda config: mesh)
+    monkeypatch.setattr(input_checks, "make_mesh", lambda config: mesh)
     monkeypatch.setattr(setup, "build_programs", _cached_programs)
 
     @contextlib.contextmanager
@@ -142,3 +142,23 @@ def straight(runs, tmp_path_factory) -> Result:
         runs.train(workdir)
         _STRAIGHT["result"] = runs.result(workdir)
     return _STRAIGHT["result"]
+
+
+@pytest.fixture
+def refused(runs, tmp_path, monkeypatch):
+    """refused(overrides) -> the message of a run that ends before anything expensive."""
+
+    def never(*args, **kwargs):
+        raise AssertionError("something expensive was done before the input was checked")
+
+    for name in ("load_vae", "load_transformer", "fresh_state", "build_programs"):
+        monkeypatch.setattr(setup, name, never)
+    monkeypatch.setattr(loop, "open_scorer", never)
+
+    def attempt(overrides):
+        with pytest.raises(ValueError, match=r"^config\.") as error:
+            runs.train(tmp_path / "run", **overrides)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return attempt
