@@ -4,11 +4,7 @@ import logging
 import re
 
 import jax
-import pytest
-
-from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.training import learner as learner_lib
-from sage_grpo_jax.training import setup
+import learners
 
 PROGRAMS = ("rollout", "decode", "update")
 
@@ -46,27 +42,12 @@ class Compilations(logging.Handler):
         return names
 
 
-@pytest.fixture
-def one_device():
-    mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        yield mesh
-
-
 def test_programs_compile_once_and_none_after_the_first_step(
     make_config, local_scorer, one_device, tmp_path
 ):
     config = make_config({"loss.updates_per_rollout": 2})
-    networks = setup.read_networks(config.model)
-    prompts = setup.open_prompts(config, tmp_path, networks)
-    learner = learner_lib.Learner(
-        setup.build_programs(networks, config, one_device),
-        setup.load_vae(networks, one_device),
-        prompts.negative,
-        local_scorer(),
-        one_device,
-    )
-    state, batches = setup.fresh_state(networks, config, one_device), iter(prompts)
+    learner, state, prompts = learners.make(config, local_scorer(), one_device, tmp_path)
+    batches = iter(prompts)
     with Compilations() as compiled:
         state, _ = learner.step(state, next(batches))
         first = compiled.take()

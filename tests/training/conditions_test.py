@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import learners
 import numpy as np
 import pytest
 
@@ -14,7 +15,6 @@ from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.training import conditions, setup
-from sage_grpo_jax.training import learner as learner_lib
 
 DIM, BYT5_DIM, IMAGE_DIM = 8, 6, 5
 QUOTED = frozenset({1, 2})
@@ -70,18 +70,10 @@ def test_a_step_of_image_to_video(make_config, networks, local_scorer, tmp_path)
     config = make_config(overrides(networks, make_cache(tmp_path / "cache")))
     mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        parts = setup.read_networks(config.model)
-        prompts = setup.open_prompts(config, tmp_path, parts)
-        learner = learner_lib.Learner(
-            setup.build_programs(parts, config, mesh),
-            setup.load_vae(parts, mesh),
-            prompts.negative,
-            local_scorer(),
-            mesh,
-        )
+        learner, state, prompts = learners.make(config, local_scorer(), mesh, tmp_path)
         batch = next(iter(prompts))
         condition = learner.condition(batch)
-        _, metrics = learner.step(setup.fresh_state(parts, config, mesh), batch)
+        _, metrics = learner.step(state, batch)
     assert metrics["update/applied"] == 1
     assert metrics["ratio/max_deviation"] <= 1e-6
 

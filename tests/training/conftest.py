@@ -10,6 +10,7 @@ import pytest
 
 from sage_grpo_jax import weights
 from sage_grpo_jax.models import hunyuan_video, vae
+from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.rewards import types
 from sage_grpo_jax.rewards.backends import moving_shapes
 from sage_grpo_jax.training import config as config_lib
@@ -129,3 +130,11 @@ class LocalScorer:
 def local_scorer() -> type[LocalScorer]:
     """The class, so that tests can ask for failures."""
     return LocalScorer
+
+
+@pytest.fixture
+def one_device():
+    """A mesh of one device, set for the test."""
+    mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        yield mesh

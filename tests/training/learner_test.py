@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import learners
 import numpy as np
 import pytest
 
@@ -41,7 +42,7 @@ NO_KL = {"trust_region.kind": "none"}
 _PROGRAMS: dict[tuple, programs_lib.Programs] = {}
 
 
-def compiled(config, networks, mesh) -> programs_lib.Programs:
+def compiled(networks, config, mesh) -> programs_lib.Programs:
     """The programs of a config, compiled once for all tests."""
     loss = dataclasses.replace(
         config.loss, ratio_tolerance=0.0, ratio_action="stop", updates_per_rollout=1
@@ -54,25 +55,7 @@ def compiled(config, networks, mesh) -> programs_lib.Programs:
 
 
 def make_trainer(config, scorer, mesh, tmp_path) -> Trainer:
-    networks = setup.read_networks(config.model)
-    prompts = setup.open_prompts(config, tmp_path, networks)
-    learner = learner_lib.Learner(
-        compiled(config, networks, mesh),
-        setup.load_vae(networks, mesh),
-        prompts.negative,
-        scorer,
-        mesh,
-        base=setup.load_base(networks, config, mesh),
-    )
-    return Trainer(learner, setup.fresh_state(networks, config, mesh), prompts)
-
-
-@pytest.fixture
-def one_device():
-    """A mesh of one device, set for the test."""
-    mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        yield mesh
+    return Trainer(*learners.make(config, scorer, mesh, tmp_path, compiled))
 
 
 def test_first_step_starts_at_ratio_one_and_no_divergence(

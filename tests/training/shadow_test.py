@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import learners
 import numpy as np
 import pytest
 
@@ -44,17 +45,7 @@ def make_case(make_config, local_scorer, tmp_path):
 
     def make(overrides=None, mesh=one) -> Case:
         config = make_config({"debug.shadow": True, **(overrides or {})})
-        networks = setup.read_networks(config.model)
-        prompts = setup.open_prompts(config, tmp_path, networks)
-        learner = learner_lib.Learner(
-            setup.build_programs(networks, config, mesh),
-            setup.load_vae(networks, mesh),
-            prompts.negative,
-            local_scorer(),
-            mesh,
-            base=setup.load_base(networks, config, mesh),
-        )
-        return Case(learner, setup.fresh_state(networks, config, mesh), prompts)
+        return Case(*learners.make(config, local_scorer(), mesh, tmp_path))
 
     with jax.set_mesh(one):
         yield make
