@@ -2,7 +2,8 @@
 
     python -m sage_grpo_jax.evaluate --config=configs/moving_shapes.py --checkpoint=runs/a --out=e
 
-Writes metrics.json and samples/ into --out. Without --checkpoint the recipe's own weights are used.
+Writes metrics.json and samples/ into --out. Without --checkpoint the recipe's own weights are used;
+--split=test takes the prompts that results are reported on.
 """
 
 import contextlib
@@ -34,10 +35,15 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 flags.mark_flag_as_required(_CONFIG)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run; its newest checkpoint.")
+_SPLIT = flags.DEFINE_enum(
+    "split", "eval", ["eval", "test"], "config.data.eval_prompts or config.data.test_prompts."
+)
 _OUT = flags.DEFINE_string("out", None, "Folder of the results.", required=True)
 
 
-def evaluate(config: config_lib.Config, source: str | None, out: pathlib.Path) -> dict[str, float]:
+def evaluate(
+    config: config_lib.Config, source: str | None, out: pathlib.Path, split: str = "eval"
+) -> dict[str, float]:
     """The metrics of an evaluation; see the module.
 
     Raises:
@@ -45,6 +51,8 @@ def evaluate(config: config_lib.Config, source: str | None, out: pathlib.Path) -
       loop.StorageError: see `input_checks.open_prompts`.
       RewardServiceError: see `scoring.open_scorer`.
     """
+    if split == "test" and not config.data.test_prompts:
+        raise ValueError("--split: got test, but config.data.test_prompts is ''; allowed: eval")
     networks, mesh = input_checks.check(config)
     workdir_lib.make_folder(out, "--out")
     with contextlib.ExitStack() as stack:
@@ -66,7 +74,8 @@ def evaluate(config: config_lib.Config, source: str | None, out: pathlib.Path) -
             mesh,
             base=setup.load_base(networks, config, mesh),
         )
-        result = evaluation.evaluate(learner, trained, prompts.evaluation)
+        chosen = prompts.evaluation if split == "eval" else prompts.test
+        result = evaluation.evaluate(learner, trained, chosen, split)
     if jax.process_index() == 0:
         evaluation.save_samples(result, out, "evaluation", config)
         metrics.write_json(out / "metrics.json", result.metrics)
@@ -84,7 +93,7 @@ def main() -> None:
     """Prints the metrics as JSON."""
     config = config_lib.from_config_dict(_CONFIG.value)
     command_line.start_jax(config)
-    found = evaluate(config, _CHECKPOINT.value, pathlib.Path(_OUT.value))
+    found = evaluate(config, _CHECKPOINT.value, pathlib.Path(_OUT.value), _SPLIT.value)
     print(json.dumps(found, indent=2))
 
 

@@ -49,9 +49,10 @@ class DataConfig:
     """The prompts: embeddings from `encode_prompts`, or text for the small world's encoder."""
 
     # cache:FOLDER of encode_prompts; with text_encoder=words also FILE.{txt,csv,jsonl}, or
-    # moving_shapes:train | moving_shapes:held_out
+    # moving_shapes:SPLIT with train | validation | test | held_out (the last two) | all
     train_prompts: str = ""
-    eval_prompts: str = ""
+    eval_prompts: str = ""  # choices are made on these: while a run trains, and between runs
+    test_prompts: str = ""  # what is reported: sampled before and after, never in between; "": none
     text_encoder: str = "words"  # words: the small world's word embeddings; cache: encoded before
     max_text_tokens: int = 16  # static length; 0: the smallest bucket that holds every prompt
 
@@ -184,11 +185,13 @@ class EvalConfig:
 
     every: int = 50  # 0: only at the start and at the end
     num_prompts: int = 32
-    samples_per_prompt: int = 1
+    num_test_prompts: int = 0  # of data.test_prompts; 0: all of them
+    samples_per_prompt: int = 1  # from 2 on the diversity within a prompt is measured
     num_steps: int = 20
     seed: int = 12345
     manifold_distance: bool = False  # only the moving-shapes world knows its manifold
-    sheet_prompts: int = 8  # clips in the contact sheet and the animation
+    shape_identity: bool = False  # how often its captioned shape is seen: of that world too
+    sheet_prompts: int = 8  # the first prompts, one clip of each, in contact sheet and animation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,6 +86,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "lora.learning_rate": (0, None),
     "eval.every": (0, None),
     "eval.num_prompts": (1, None),
+    "eval.num_test_prompts": (0, None),
     "eval.samples_per_prompt": (1, None),
     "eval.num_steps": (1, 1000),
     "eval.seed": (0, 2**32 - 1),
@@ -193,11 +194,12 @@ def _validate_together(config: Config) -> None:
         )
     clip = (config.video.frames, config.video.height, config.video.width)
     world = (spec.NUM_FRAMES, spec.HEIGHT, spec.WIDTH)
-    if config.eval.manifold_distance and clip != world:
-        raise ValueError(
-            f"config.eval.manifold_distance: got True with clips of {clip}; allowed: clips of the "
-            f"moving-shapes world, {world}, or False"
-        )
+    for name in ("manifold_distance", "shape_identity"):
+        if getattr(config.eval, name) and clip != world:
+            raise ValueError(
+                f"config.eval.{name}: got True with clips of {clip}; allowed: clips of the "
+                f"moving-shapes world, {world}, or False"
+            )
     _validate_rewards(config.rewards)
 
 

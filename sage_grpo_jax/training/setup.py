@@ -236,17 +236,14 @@ def read_prompts(source: str, field: str) -> list[prompts_lib.Prompt]:
             return prompts_lib.read_prompts(source)
         except (OSError, ValueError) as error:
             raise ValueError(f"config.data.{field}: {error}") from error
-    splits = {
-        "train": moving_shapes_spec.train_captions,
-        "held_out": moving_shapes_spec.held_out_captions,
-    }
     split = source.removeprefix(WORLD)
-    if split not in splits:
+    if split not in moving_shapes_spec.SPLITS:
         raise ValueError(
             f"config.data.{field}: got {source!r}; allowed: a prompts file, "
-            + ", ".join(WORLD + name for name in splits)
+            + ", ".join(WORLD + name for name in moving_shapes_spec.SPLITS)
         )
-    return [prompts_lib.Prompt(text.replace(" ", "_"), text) for text in splits[split]()]
+    captions = moving_shapes_spec.split_captions(split)
+    return [prompts_lib.Prompt(text.replace(" ", "_"), text) for text in captions]
 
 
 def open_cache(
@@ -312,6 +309,7 @@ class Prompts:
     fingerprint: str  # of the training prompts: the iterator's position fits these only
     encoder: embedding_cache.Encoder  # of all embeddings
     evaluation: conditions.PromptBatch
+    test: conditions.PromptBatch | None  # None: the recipe has no test prompts
     negative: conditions.PromptBatch
 
     def __iter__(self) -> Iterator[conditions.PromptBatch]:
@@ -326,21 +324,20 @@ def open_prompts(config: config_lib.Config, workdir: pathlib.Path, networks: Net
         different encoders.
     """
     train = open_cache(config, "train_prompts", workdir, networks)
-    evaluation = open_cache(config, "eval_prompts", workdir, networks)
-    if differing := evaluation.encoder.differences(train.encoder):
-        raise ValueError(
-            f"config.data.eval_prompts: {config.data.eval_prompts} comes from another encoder than "
-            f"config.data.train_prompts: {differing}; allowed: embeddings of the same encoder"
-        )
-    if config.eval.num_prompts > len(evaluation):
-        raise ValueError(
-            f"config.eval.num_prompts: got {config.eval.num_prompts}; allowed: at most the "
-            f"{len(evaluation)} prompts of {config.data.eval_prompts}"
-        )
-    shapes = _static_shapes(config, networks, train, evaluation)
-    fixed = embedding_cache.make_prompt_iterator(
-        evaluation, config.eval.num_prompts, config.eval.seed, repeat=False, **shapes
-    )
+    fixed = {
+        field: open_cache(config, field, workdir, networks)
+        for field in ("eval_prompts", "test_prompts")
+        if getattr(config.data, field) or field == "eval_prompts"
+    }
+    counts = {"eval_prompts": config.eval.num_prompts}
+    for field, cache in fixed.items():
+        counts.setdefault(field, config.eval.num_test_prompts or len(cache))
+        _check_fixed(config, field, cache, counts[field], train)
+    shapes = _static_shapes(config, networks, train, *fixed.values())
+    batches = {
+        field: _fixed_batch(cache, counts[field], config.eval, shapes)
+        for field, cache in fixed.items()
+    }
     negative = embedding_cache.pad_entries([train.negative], shapes["length"])
     logging.info("%d training prompts, %d evaluation prompts", len(train), config.eval.num_prompts)
     return Prompts(
@@ -349,9 +346,45 @@ def open_prompts(config: config_lib.Config, workdir: pathlib.Path, networks: Net
         ),
         fingerprint=train.fingerprint,
         encoder=train.encoder,
-        evaluation=next(conditions.batches(fixed)).repeat(config.eval.samples_per_prompt),
+        evaluation=batches["eval_prompts"],
+        test=batches.get("test_prompts"),
         negative=next(conditions.batches(iter([negative]))),
     )
+
+
+def _check_fixed(
+    config: config_lib.Config,
+    field: str,
+    cache: embedding_cache.EmbeddingCache,
+    count: int,
+    train: embedding_cache.EmbeddingCache,
+) -> None:
+    """Refuses evaluation or test prompts of another encoder, or too few of them."""
+    source = getattr(config.data, field)
+    if differing := cache.encoder.differences(train.encoder):
+        raise ValueError(
+            f"config.data.{field}: {source} comes from another encoder than "
+            f"config.data.train_prompts: {differing}; allowed: embeddings of the same encoder"
+        )
+    if count > len(cache):
+        number = {"eval_prompts": "num_prompts", "test_prompts": "num_test_prompts"}[field]
+        raise ValueError(
+            f"config.eval.{number}: got {count}; allowed: at most the {len(cache)} prompts of "
+            f"{source}"
+        )
+
+
+def _fixed_batch(
+    cache: embedding_cache.EmbeddingCache,
+    count: int,
+    settings: config_lib.EvalConfig,
+    shapes: dict[str, int | None],
+) -> conditions.PromptBatch:
+    """`count` prompts, the same in every run, each `samples_per_prompt` times in a row."""
+    chosen = embedding_cache.make_prompt_iterator(
+        cache, count, settings.seed, repeat=False, **shapes
+    )
+    return next(conditions.batches(chosen)).repeat(settings.samples_per_prompt)
 
 
 def _static_shapes(

@@ -56,6 +56,7 @@ TERMS = {
     "unsteadiness": Term("MQ", 0.5, 0.02),
     "colour": Term("TA", 1.0, 0.03),
     "shape": Term("TA", 1.0, 0.01),
+    "identity": Term("TA", 1.0, 0.05),
     "direction": Term("TA", 1.0, 0.02),
     "size": Term("TA", 0.5, 0.1),
     "background": Term("TA", 0.5, 0.03),
@@ -74,6 +75,8 @@ _X = (np.arange(spec.WIDTH) + 0.5).astype(np.float32)
 _Y = (np.arange(spec.HEIGHT) + 0.5).astype(np.float32)
 # Spread (root mean square distance from the centroid) above which a mask is no single shape.
 _WIDEST_SPREAD = 5.0
+# By so much the share of a frame has to differ from one half for odds of e to 1.
+_SHARE_SCALE = 0.1
 # Speed, in pixels a frame, under which a direction means little.
 _STILL = 0.05
 
@@ -274,11 +277,13 @@ def _captioned_speed(words: spec.Words, fps: float) -> float:
 
 def _alignment_errors(track: Track, words: spec.Words) -> dict[str, float]:
     direction = spec.DIRECTION_XY[words.direction]
+    misfit, identity = _shape_errors(track, words.shape)
     cosine = track.velocity @ direction / np.hypot(np.linalg.norm(track.velocity), _STILL)
     wanted_area = _AREAS[words.shape, words.size]
     return {
         "colour": _distance(track.colour, spec.COLOUR_RGB[words.colour] / 255),
-        "shape": _shape_error(track, words.shape),
+        "shape": misfit,
+        "identity": identity,
         "direction": (1 - cosine) / 2,
         "size": abs(np.log((track.area.mean() + 1) / (wanted_area + 1))),
         "background": _distance(track.ground, spec.BACKGROUND_RGB[words.background] / 255),
@@ -290,21 +295,30 @@ def _distance(colour: np.ndarray, wanted: np.ndarray) -> float:
     return np.sqrt(np.mean((colour - wanted) ** 2))
 
 
-def _shape_error(track: Track, wanted: int) -> float:
-    """How badly the mask correlates with the captioned silhouette, absolute and against the others.
+def _shape_errors(track: Track, wanted: int) -> tuple[float, float]:
+    """How badly the frames fit the captioned silhouette, and how unlikely it is that they show it.
 
-    The silhouettes have the mean area of the mask and follow its centroid. 0.01 keeps the ratio
-    finite; the result lies between 0 and about 3.
+    The silhouettes have the area of each frame's mask and stand at its centroid; the misfit of a
+    frame is 1 - correlation. A frame reads as the captioned shape where its misfit is below those
+    of the others: with the share of the captioned one in the sum of it and of the best other,
+    0 to 1, one half is a frame that could be either, and a logistic function of the distance from
+    there is its probability. The identity error is the mean of -log(probability) over all frames:
+    a clip is right when every frame is, so each one that is not costs, the first as much as any.
     """
     x = _X - track.centroid[:, 0, None, None].astype(np.float32)
     y = _Y[:, None] - track.centroid[:, 1, None, None].astype(np.float32)
-    radii = np.sqrt(np.maximum(track.area.mean(), 4) / _UNIT_AREA).astype(np.float32)
     energy = np.einsum("fhw,fhw->f", track.mask, track.mask)
-    errors = []
-    for shape, radius in enumerate(radii):
-        silhouette = np.clip(0.5 - spec.signed_distances(radius, x, y)[shape], 0, 1)
+    misfits = []
+    for shape, unit_area in enumerate(_UNIT_AREA):
+        radius = np.sqrt(np.maximum(track.area, 4) / unit_area).astype(np.float32)
+        distances = spec.signed_distances(radius[:, None, None], x, y)[shape]
+        silhouette = np.clip(0.5 - distances, 0, 1)
         overlap = np.einsum("fhw,fhw->f", track.mask, silhouette)
         size = np.einsum("fhw,fhw->f", silhouette, silhouette)
-        errors.append(np.mean(1 - overlap / np.sqrt(energy * size + 1e-6)))
-    other = min(error for shape, error in enumerate(errors) if shape != wanted)
-    return errors[wanted] * np.sqrt((errors[wanted] + 0.01) / (other + 0.01))
+        misfits.append(1 - overlap / np.sqrt(energy * size + 1e-6))
+    own = misfits.pop(wanted)
+    other = np.minimum(*misfits)
+    # The offset keeps a frame that fits both about as well from being decided by the last digits.
+    share = (own + 0.003) / (own + other + 0.006)
+    unlikely = np.logaddexp(0, (share - 0.5) / _SHARE_SCALE)
+    return float(np.mean(own)), float(np.mean(unlikely))
