@@ -37,6 +37,7 @@ REDUCTIONS = ("mean", "sum")
 # another clamp is asked for.
 CLAMP = 3e-3
 HIGHEST_CLAMP = 0.5
+CLAMPED = ("precise", "flow")  # the kinds whose variance diverges there
 
 # A smaller std counts as 0: it is lost in the rounding of any sample it is added to, and dividing
 # by it overflows.

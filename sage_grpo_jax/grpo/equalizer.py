@@ -75,14 +75,6 @@ def equalizer_weights(
     return _on_device(weights)
 
 
-def uniform_weights(
-    kind: str, schedule: Schedule, eta: float, trained: np.ndarray, *, clamp: float = 0.0
-) -> jax.Array:
-    """Returns the weights without an equalizer, f32[T]: 1 for trained steps with noise, else 0."""
-    scale = gradient_scale(kind, schedule, eta, clamp=clamp)
-    return _on_device((_as_mask(trained, scale) & (scale > 0)).astype(np.float64))
-
-
 def _as_mask(trained: np.ndarray, scale: np.ndarray) -> np.ndarray:
     trained = np.asarray(trained, bool)
     if trained.shape != scale.shape:

@@ -9,8 +9,7 @@ so that it sees the update that is really applied. It leaves updates as they are
 
   * anchor: the initial parameters (fixed kinds), or those of every N-th update (moving kinds);
   * previous: the parameters before the last update, so that the penalty damps the motion;
-  * the weight: constant where the anchor is fixed; for the other kinds warmed up linearly
-    (SAGE-GRPO Eq. 41), then steered by the mean of the last KLs.
+  * the weight, warmed up linearly (SAGE-GRPO Eq. 41), then steered by the mean of the last KLs.
 
 Call it once per applied update, with the KL of the whole batch on all devices. An update that is
 skipped must keep the old optimizer state as a whole: counts count applied updates.
@@ -46,9 +45,7 @@ class TrustRegionConfig:
             fixed_stepwise.
         anchor_every: N, in applied updates.
         anchor_weight, previous_weight: beta of each reference within the KL.
-        fixed_weight: the weight of the kinds with a fixed anchor, for the whole run: the distance
-            to the initial parameters is what is learned, and feedback that aims at any value of it
-            would forbid to learn more. The fields below are not read for them.
+        fixed_weight: the weight that `with_fixed_weight` gives the kinds with a fixed anchor.
         initial_weight, final_weight, warmup_steps: linear warm-up of the weight, in updates (a
             fraction of one is possible).
         min_weight, max_weight: the range that feedback keeps the weight in.
@@ -147,6 +144,19 @@ class TrustRegionConfig:
     def _require(self, name: str, condition: bool, allowed: str) -> None:
         if not condition:
             raise ValueError(f"trust region: {name}={getattr(self, name)!r}: must be {allowed}")
+
+    def with_fixed_weight(self) -> TrustRegionConfig:
+        """Returns the settings in which a fixed anchor has the weight `fixed_weight` all along.
+
+        The distance to the initial parameters is what is learned: feedback that aims at a value of
+        it would forbid to learn more. Kinds without a fixed anchor stay as they are.
+        """
+        if self.kind not in _FIXED_KINDS:
+            return self
+        weight = self.fixed_weight
+        return dataclasses.replace(
+            self, initial_weight=weight, final_weight=weight, warmup_steps=0.0, feedback="none"
+        )
 
     @property
     def target(self) -> float:
@@ -299,7 +309,7 @@ def _next_anchor(
 def _next_weight(
     config: TrustRegionConfig, weight: jax.Array, history: jax.Array, count: jax.Array
 ) -> jax.Array:
-    if config.kind in _FIXED_KINDS or config.kind == "none" or config.feedback == "none":
+    if config.kind == "none" or config.feedback == "none":
         return _warmup_weight(config, count)
     # The history starts as zeros: the sum over it is the sum over its filled part.
     mean_kl = history.sum() / jnp.minimum(count, config.history)
@@ -315,8 +325,6 @@ def _next_weight(
 def _warmup_weight(config: TrustRegionConfig, count: jax.Array) -> jax.Array:
     if config.kind == "none":
         return jnp.zeros([], jnp.float32)
-    if config.kind in _FIXED_KINDS:
-        return jnp.asarray(config.fixed_weight, jnp.float32)
     progress = 1.0 if config.warmup_steps == 0 else jnp.minimum(count / config.warmup_steps, 1.0)
     change = config.final_weight - config.initial_weight
     return jnp.asarray(config.initial_weight + change * progress, jnp.float32)
