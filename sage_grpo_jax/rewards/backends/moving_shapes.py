@@ -1,6 +1,6 @@
 """VQ, MQ and TA of moving-shapes clips, measured on pixels.
 
-Thirteen errors are measured (`measure`); each is 0 for a perfect clip. A reward is a weighted sum of
+Thirteen errors are measured (`measure`), each 0 for a perfect clip. A reward is a weighted sum of
 -log(error + floor) over its errors (`TERMS`): every improvement raises it down to the floor, which
 is about the error of a good generator, and no input makes it infinite.
 
