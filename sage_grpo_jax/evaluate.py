@@ -14,6 +14,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from sage_grpo_jax.common import folders
 from sage_grpo_jax.rewards import types as reward_types
 from sage_grpo_jax.training import (
     checkpoint,
@@ -35,6 +36,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 flags.mark_flag_as_required(_CONFIG)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run; its newest checkpoint.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the results.", required=True)
+_NAMES = ("metrics.json", "samples/evaluation.png", "samples/evaluation.gif")
 
 
 def evaluate(config: config_lib.Config, source: str | None, out: pathlib.Path) -> dict[str, float]:
@@ -46,7 +48,7 @@ def evaluate(config: config_lib.Config, source: str | None, out: pathlib.Path) -
       RewardServiceError: see `scoring.open_scorer`.
     """
     networks, mesh = input_checks.check(config)
-    workdir_lib.make_folder(out, "--out")
+    workdir_lib.make_folder(out, "--out", _NAMES, "an evaluation")
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         prompts = input_checks.open_prompts(config, out, networks)
@@ -70,6 +72,7 @@ def evaluate(config: config_lib.Config, source: str | None, out: pathlib.Path) -
     if jax.process_index() == 0:
         evaluation.save_samples(result, out, "evaluation", config)
         metrics.write_json(out / "metrics.json", result.metrics)
+        folders.settle(out, _NAMES)
     return result.metrics
 
 

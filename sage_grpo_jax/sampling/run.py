@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sage_grpo_jax.common import folders
 from sage_grpo_jax.common import progress as progress_lib
 from sage_grpo_jax.data import embedding_cache, media
 from sage_grpo_jax.parallel import mesh as mesh_lib
@@ -81,6 +82,8 @@ def sample(
     described = dataclasses.asdict(settings) | policy.describe(networks, request.source)
     records = outputs.Records(request.out, described)
     left = _unfinished(plan, records, settings.suffixes)
+    names = _names(left, settings.suffixes)
+    workdir_lib.make_folder(request.out, "--out", names, "samples", lambda: bool(records))
     if left:
         size = request.batch_size or _default_batch_size(len(left), config, mesh)
         numerics = Numerics(config.model.matmul_precision, _decode_batch(size, config, mesh))
@@ -99,7 +102,14 @@ def sample(
             _sample_all(sampler, batches, left, records, settings, request.out)
     if jax.process_index() == 0:
         outputs.write_sheet(request.out, plan, settings.suffixes[0])
+        folders.settle(request.out, names)
     return len(left)
+
+
+def _names(left: Sequence[outputs.Sample], suffixes: Sequence[str]) -> list[str]:
+    """The files that will be written."""
+    clips = [f"{sample.name}.{suffix}" for sample in left for suffix in suffixes]
+    return [*clips, *([outputs.RECORDS] if left else []), outputs.SHEET]
 
 
 def _sample_all(

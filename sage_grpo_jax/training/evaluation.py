@@ -86,7 +86,7 @@ def _metrics(config, scores: learner_lib.Scores, videos: np.ndarray) -> dict[str
 
 
 def save_samples(result: Evaluation, workdir: pathlib.Path, name: str, config) -> bytes:
-    """Writes `samples/NAME.png`, `.gif` and `.npz`; returns the GIF."""
+    """Writes `samples/NAME.png` and `.gif`; returns the GIF."""
     count = min(config.eval.sheet_prompts, len(result.videos))
     folder = workdir / "samples"
     folder.mkdir(parents=True, exist_ok=True)

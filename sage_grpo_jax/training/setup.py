@@ -341,7 +341,7 @@ def open_prompts(config: config_lib.Config, workdir: pathlib.Path, networks: Net
     fixed = embedding_cache.make_prompt_iterator(
         evaluation, config.eval.num_prompts, config.eval.seed, repeat=False, **shapes
     )
-    negative = embedding_cache.pad_entries([train.negative], shapes["length"])
+    negative = embedding_cache.pad_entries([train.negative], **shapes)
     logging.info("%d training prompts, %d evaluation prompts", len(train), config.eval.num_prompts)
     return Prompts(
         train=embedding_cache.make_prompt_iterator(
