@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from jax.experimental import multihost_utils
 
 from sage_grpo_jax.common import folders
 from sage_grpo_jax.common import progress as progress_lib
-from sage_grpo_jax.data import embedding_cache, media
+from sage_grpo_jax.data import captions, embedding_cache, media
+from sage_grpo_jax.data import moving_shapes_spec as spec
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.sampling import outputs, policy
@@ -78,6 +80,7 @@ def sample(
     prompts = [
         (entry["id"], entry["prompt"]) for entry in map(cache.__getitem__, range(len(cache)))
     ]
+    _note_incomplete(config, request, [text for _, text in prompts])
     plan = outputs.plan(prompts, request.seeds)
     described = dataclasses.asdict(settings) | policy.describe(networks, request.source)
     records = outputs.Records(request.out, described)
@@ -220,6 +223,18 @@ def _open_prompts(
         )
     except ValueError as error:
         raise ValueError(str(error).replace("config.data.eval_prompts", "--prompts")) from error
+
+
+def _note_incomplete(config: config_lib.Config, request: Request, texts: Sequence[str]) -> None:
+    """Says which prompts are less than the captions that the small model was trained on."""
+    if config.data.text_encoder != "words" or jax.process_index():
+        return
+    if found := captions.incomplete(texts):
+        print(
+            f"note: --prompts: {len(found)} of {len(texts)} prompts are no whole captions, such as "
+            f"{found[0]!r}; the small model knows those like {spec.example_caption()!r}",
+            file=sys.stderr,
+        )
 
 
 def _check_batch_size(size: int | None, mesh: jax.sharding.Mesh) -> None:
