@@ -81,7 +81,7 @@ class EmbeddingCache:
     byt5, one that quotes nothing has byt5 of length 0.
 
     Attributes:
-      dim, byt5_dim: widths; byt5_dim is None where no prompt quotes text.
+      dim, byt5_dim: widths; byt5_dim is None where no prompt, nor the negative one, quotes text.
       max_length, byt5_max_length: tokens of the longest.
       image_shape: (N, D3), and image_latents_shape: (1, h, w, C); None for text-to-video.
 
@@ -124,7 +124,7 @@ class EmbeddingCache:
 
     @property
     def negative(self) -> Entry:
-        """The entry of the negative prompt: text only, but for byt5 of length 0."""
+        """The entry of the negative prompt: text, and byt5 where any prompt has it."""
         return self._entry(self.manifest["negative"])
 
     def _entry(self, index: int) -> Entry:

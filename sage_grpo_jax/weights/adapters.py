@@ -17,13 +17,13 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from sage_grpo_jax.common import folders
 from sage_grpo_jax.common.byte_progress import Progress
 from sage_grpo_jax.models import lora as lora_lib
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.models.lora import LoraConfig
 from sage_grpo_jax.weights import (
     configs,
-    files,
     orbax_io,
     safetensors_io,
     store,
@@ -54,21 +54,25 @@ def save_adapters(
     lora: LoraConfig,
     config: HunyuanVideoConfig,
     format: str = "peft",
+    *,
+    overwrite: bool = False,
 ) -> None:
-    """Writes adapters as a folder; replaces an existing one, and appears whole or not at all.
+    """Writes adapters as a folder, which appears whole or not at all.
 
     Args:
       adapters: the tree of `models.lora`.
       path: the folder. Its diffusers form is what `load_lora_adapter(path, prefix="transformer",
-        use_safetensors=True)` and the pipelines' `load_lora_weights(path)` read, with alpha.
+        use_safetensors=True)` of diffusers' transformer reads, with alpha.
       lora: their rank, alpha and targets.
       config: of the model that they belong to.
       format: "peft" (diffusers' form) or "orbax" (ours: config.json, lora.json, params/).
+      overwrite: an existing folder is replaced, if it was written by us and is unchanged.
 
     Raises:
-      ValueError: unknown format; adapters that do not fit lora and config.
+      ValueError: unknown format; adapters that do not fit lora and config; a folder that may not
+        be replaced.
     """
-    write(path, TreeSource(adapters), lora, config, format, overwrite=True)
+    write(path, TreeSource(adapters), lora, config, format, overwrite=overwrite)
 
 
 def load_adapters(
@@ -107,7 +111,7 @@ def write(
         raise ValueError(f"format={format!r}: must be one of {FORMATS}")
     dtype, progress = np.dtype(dtype), progress or Progress(0, None)
     store.check_tree(source, adapter_shapes(config, lora), pathlib.Path(LORA_FILE))
-    with files.new_folder(path, overwrite) as folder:
+    with folders.new_folder(path, f"adapters, {format}", overwrite=overwrite) as folder:
         if format == "orbax":
             (folder / configs.CONFIG_FILE).write_text(config.to_json())
             (folder / LORA_FILE).write_text(_to_json(lora))

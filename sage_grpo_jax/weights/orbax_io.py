@@ -27,6 +27,7 @@ import tensorstore
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
+from sage_grpo_jax.common import files
 from sage_grpo_jax.common.byte_progress import Progress
 from sage_grpo_jax.weights.key_table import Path, Shape
 from sage_grpo_jax.weights.sources import Index, Source, cast, is_stacked, pieces
@@ -59,7 +60,7 @@ def write(folder: pathlib.Path, source: Source, dtype: np.dtype, progress: Progr
       dtype: of the checkpoint.
       progress: is told of the bytes.
     """
-    dtype, path = np.dtype(dtype), (folder / PARAMS).absolute()
+    dtype, path = np.dtype(dtype), files.real_path(folder) / PARAMS
     _write_stub(path, source.shapes, dtype)
     layouts = {name: _layout(name, shape, dtype) for name, shape in source.shapes.items()}
     for name, shape in source.shapes.items():
@@ -156,14 +157,15 @@ def load_on(folder: pathlib.Path, shardings: Any, dtype: np.dtype) -> dict[str, 
       shardings: tree of shardings like the parameters.
       dtype: of the parameters.
     """
+    path = files.real_path(folder / PARAMS)
     with _without_false_alarm():
-        stored = ocp.metadata(folder / PARAMS).metadata
+        stored = ocp.metadata(path).metadata
         abstract = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place),
             stored,
             shardings,
         )
-        return ocp.load(folder / PARAMS, abstract)
+        return ocp.load(path, abstract)
 
 
 @contextlib.contextmanager
@@ -197,7 +199,7 @@ class OrbaxSource(Source):
         Raises:
           ValueError: no orbax checkpoint, or nothing of these names in it.
         """
-        path = pathlib.Path(path).absolute()
+        path = files.real_path(path)
         self._folder = path / (inside[0] if inside else _TREE)
         self._inside = inside[1:]
         self._drivers = _drivers(self._folder)
@@ -257,7 +259,8 @@ def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
     Raises:
       ValueError: there is none.
     """
-    with ocp.training.Checkpointer(folder.absolute()) as checkpointer:
+    folder = files.real_path(folder)
+    with ocp.training.Checkpointer(folder) as checkpointer:
         latest = checkpointer.latest
     if latest is None:
         raise ValueError(f"{folder}: no complete checkpoint")

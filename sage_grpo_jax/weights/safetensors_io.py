@@ -228,12 +228,9 @@ class Writer:
         data = np.ascontiguousarray(values, self._dtype)
         if data.shape[1:] != place.shape[1:]:
             raise ValueError(f"tensor {name}: {data.shape} does not fit {place.shape}")
-        left = memoryview(data.reshape(-1).view(np.uint8))
         offset = place.offset + first_row * self._bytes(place.shape[1:])
-        self._missing[name] -= len(left)
-        while len(left):
-            count = os.pwrite(place.descriptor, left[: 1 << 30], offset)
-            left, offset = left[count:], offset + count
+        self._missing[name] -= data.nbytes
+        _write_all(place.descriptor, memoryview(data.reshape(-1).view(np.uint8)), offset)
         return data.nbytes
 
     def _start(self, path: pathlib.Path, shapes: dict, metadata: Mapping[str, str]) -> None:
@@ -250,7 +247,7 @@ class Writer:
         text += b" " * (-len(text) % 8)  # data starts aligned
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self._descriptors.append(descriptor)
-        os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        _write_all(descriptor, memoryview(len(text).to_bytes(8, "little") + text), 0)
         os.ftruncate(descriptor, 8 + len(text) + offset)
         for name, shape in shapes.items():
             start = 8 + len(text) + header[name]["data_offsets"][0]
@@ -258,6 +255,13 @@ class Writer:
 
     def _bytes(self, shape: tuple[int, ...]) -> int:
         return int(np.prod(shape, dtype=np.int64)) * self._dtype.itemsize
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """A disk that fills takes a part of a write, and tells only the next one."""
+    while len(data):
+        count = os.pwrite(descriptor, data[: 1 << 30], offset)
+        data, offset = data[count:], offset + count
 
 
 def _split(sizes: Mapping[str, int], limit: int | None) -> list[dict[str, int]]:

@@ -61,18 +61,28 @@ def save(
     *,
     config: Config,
     dtype: jnp.dtype = jnp.float32,
+    overwrite: bool = False,
 ) -> None:
-    """Writes a model folder in one of `writing.FORMATS`; replaces an existing one.
+    """Writes a model folder in one of `writing.FORMATS`.
 
     The folder appears whole: it is written under a temporary name and renamed. A model without
     ByT5 mapper or vision projection gives a folder without those tensors, which diffusers does not
     read.
 
+    Args:
+      params: the parameters.
+      path: the folder; a symbolic link is followed.
+      format: one of `writing.FORMATS`.
+      config: of the model.
+      dtype: of the written weights.
+      overwrite: an existing folder is replaced, if it was written by us and is unchanged.
+
     Raises:
-      ValueError: unknown format; parameters that do not fit the config; `path` is a file.
+      ValueError: unknown format; parameters that do not fit the config; `path` is a file, or a
+        folder that may not be replaced.
     """
     source = TreeSource(params)
-    writing.write_model(path, config, source, format, dtype=dtype, overwrite=True)
+    writing.write_model(path, config, source, format, dtype=dtype, overwrite=overwrite)
 
 
 def open_source(
