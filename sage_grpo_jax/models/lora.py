@@ -142,6 +142,28 @@ def init_adapters(params: Any, lora: LoraConfig, key: jax.Array) -> dict[str, An
     return traverse_util.unflatten_dict(adapters)
 
 
+def start_from(fresh: Any, given: Any, ratio: float) -> Any:
+    """Adapters to go on training from: those given, and fresh ones where nothing is given.
+
+    The product is that of the given ones: B is zero wherever A is fresh.
+
+    Args:
+      fresh: of `init_adapters`: the tree to be trained.
+      given: a tree of some of its layers, of the same or a lower rank; a layer that is all zero
+        counts as not given.
+      ratio: the scale of the given adapters, divided by that of the trained ones.
+    """
+    flat, found = traverse_util.flatten_dict(fresh), traverse_util.flatten_dict(given)
+    for path in [path[:-1] for path in found if path[-1] == "down"]:
+        down, up = found[(*path, "down")], found[(*path, "up")]
+        rank, new = down.shape[-1], flat[(*path, "down")]
+        is_given = jnp.any(down != 0, axis=(-2, -1), keepdims=True)
+        filled = jnp.concatenate([down, new[..., rank:]], axis=-1)
+        flat[(*path, "down")] = jnp.where(is_given, filled, new)
+        flat[(*path, "up")] = flat[(*path, "up")].at[..., :rank, :].set(ratio * up)
+    return traverse_util.unflatten_dict(flat)
+
+
 def partition_names(lora: LoraConfig) -> dict[str, Any]:
     """Logical axis names of the adapters: a tree like them."""
     return traverse_util.unflatten_dict(

@@ -163,6 +163,11 @@ def _validate_together(config: Config) -> None:
         _ = config.lora.adapters
     except ValueError as error:
         raise ValueError(f"config.{error}") from error
+    if config.lora.init and not config.lora.rank:
+        raise ValueError(
+            f"config.lora.init: got {config.lora.init!r} with lora.rank=0; allowed: adapters for a "
+            "run that trains adapters"
+        )
     matched = bool(rollout.eta_match.kind)  # eta is not read
     if rollout.sde == "ode" or (rollout.eta == 0 and not matched):
         raise ValueError(

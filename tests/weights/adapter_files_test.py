@@ -32,7 +32,7 @@ CASES = {
         "mlp/in, mlp/out, blocks/text/query, blocks/text/key, blocks/text/value, blocks/text/proj",
     ),
     "image_stream": (
-        {"target_modules": r"transformer_blocks\.\d+\.(attn\.to_.|attn\.to_out\.0|ff\.net\..*)"},
+        {"target_modules": r"transformer_blocks.\d+.(attn.to_.|attn.to_out.0|ff.net.(0.proj|2))"},
         "blocks/text/query, blocks/text/key, blocks/text/value, blocks/text/proj, "
         "blocks/text/mlp/in, blocks/text/mlp/out",
     ),
