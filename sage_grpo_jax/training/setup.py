@@ -20,7 +20,7 @@ from sage_grpo_jax.models import hunyuan_video, lora, vae
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.text_encoders import qwen
 from sage_grpo_jax.training import checkpoint as checkpoint_lib
-from sage_grpo_jax.training import conditions, optimizers
+from sage_grpo_jax.training import conditions, optimizers, starting_adapters
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import programs as programs_lib
 from sage_grpo_jax.training import recipe as recipe_lib
@@ -103,7 +103,7 @@ def make_abstract_state(
 def fresh_state(
     networks: Networks, config: config_lib.Config, mesh: jax.sharding.Mesh
 ) -> state_lib.LearnerState:
-    """The state at step 0: loaded weights or fresh adapters, empty optimizer, trust region."""
+    """The state at step 0: loaded weights or adapters, empty optimizer, trust region."""
     tx, averages = optimizers.make_optimizer(config), config.averages
     shardings = state_lib.shardings_of(make_abstract_state(networks, config, mesh))
     adapters = config.lora.adapters
@@ -113,11 +113,13 @@ def fresh_state(
         )
         return init(load_transformer(networks, mesh))
     shapes = abstract_params(networks.transformer)
+    given, ratio = starting_adapters.load(config.lora, networks.transformer, mesh)
 
-    def init_adapters(key):
-        return state_lib.init_state(tx, lora.init_adapters(shapes, adapters, key), averages)
+    def init_adapters(key, given):
+        fresh = lora.init_adapters(shapes, adapters, key)
+        return state_lib.init_state(tx, lora.start_from(fresh, given, ratio), averages)
 
-    return jax.jit(init_adapters, out_shardings=shardings)(noise.adapter_key(config.seed))
+    return jax.jit(init_adapters, out_shardings=shardings)(noise.adapter_key(config.seed), given)
 
 
 def load_policy(

@@ -90,12 +90,14 @@ class _Opened:
       source: of parameters or adapters.
       lora: of the adapters, or None.
       base: what the source says its base weights are.
+      note: for whoever converts it; "": none.
     """
 
     config: Config
     source: Source
     lora: LoraConfig | None = None
     base: str | None = None
+    note: str = ""
 
 
 def convert(job: Job, stream: TextIO | None = None) -> str:
@@ -115,9 +117,14 @@ def convert(job: Job, stream: TextIO | None = None) -> str:
     opened = _open(job)
     if job.dst_format == "peft" and opened.lora is None:
         raise ValueError("dst_format='peft': the source holds a whole model, no adapters")
+    if opened.note and stream is not None:
+        stream.write(f"note: {opened.note}\n")
+    # Before a merge: it is told of which of the two NaN comes.
+    source = FiniteSource(opened.source, _blamed(job, opened))
     if opened.lora is not None and not _keeps_adapters(job):
-        opened = _merge(job, opened)
-    source, dtype = FiniteSource(opened.source), writing.DTYPES[job.dtype]
+        opened = _merge(job, dataclasses.replace(opened, source=source))
+        source = FiniteSource(opened.source, f"base with adapters {job.src}")
+    dtype = writing.DTYPES[job.dtype]
     total = writing.total_bytes(source, dtype)
     folders.check_space(job.dst, total, "dst")
     progress = Progress(total, stream)
@@ -142,11 +149,15 @@ def convert(job: Job, stream: TextIO | None = None) -> str:
     return f"{what}, {job.dst_format}, {job.dtype}, {total / 1e9:.3g} GB"
 
 
+def _blamed(job: Job, opened: _Opened) -> str:
+    """What is named where a source holds NaN."""
+    return f"{'src' if opened.lora is None else 'adapters'} {job.src}"
+
+
 def _open(job: Job) -> _Opened:
     if job.src_format == "peft":
         config = _adapted_config(job)
-        source, lora = adapters.open_adapters(job.src, config)
-        return _Opened(config, source, lora)
+        return _open_adapters(job.src, config)
     if job.src_format == "orbax":
         return _open_run(job) if job.run_step is not None else _open_orbax(job)
     return _Opened(*_open_tensors(job.src, job.src_format, job.src_key, job.config_json))
@@ -173,9 +184,14 @@ def _open_tensors(
 def _open_orbax(job: Job) -> _Opened:
     config = configs.load_config(job.config_json or job.src)
     if (job.src / adapters.LORA_FILE).is_file():
-        source, lora = adapters.open_adapters(job.src, _transformer(config, job.src))
-        return _Opened(config, source, lora)
+        return _open_adapters(job.src, _transformer(config, job.src))
     return _Opened(config, store.open_source(job.src, config, "orbax"))
+
+
+def _open_adapters(path: pathlib.Path, config: HunyuanVideoConfig) -> _Opened:
+    opened = adapters.open_adapters(path, config)
+    note = adapters.describe_untrained(path, opened) if opened.untrained else ""
+    return _Opened(config, opened.source, opened.lora, note=note)
 
 
 def _open_run(job: Job) -> _Opened:
@@ -240,6 +256,7 @@ def _merge(job: Job, opened: _Opened) -> _Opened:
         )
     path = job.base if job.base is not None else job.find_base(opened.base)
     config, base = _open_base(job, path)
+    base = FiniteSource(base, f"base {path}")
     return _Opened(config, MergedSource(base, opened.source, opened.lora.scale))
 
 

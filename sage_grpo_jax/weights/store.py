@@ -43,7 +43,7 @@ def load(
         params = orbax_io.load_on(path, shardings, np.dtype(dtype))
         _check_finite(params, path)
         return params
-    return to_devices(FiniteSource(source), shardings, dtype)
+    return to_devices(FiniteSource(source, path), shardings, dtype)
 
 
 def _check_finite(params: dict[str, Any], path: pathlib.Path) -> None:
@@ -112,8 +112,11 @@ def open_source(
     if format is None:
         kind = tables.recognise(shapes)
         format = "diffusers" if kind is None else kind[1]
-    facts.check_config(config, format, shapes, config_name)
-    return TensorSource(*tables.key_table(config, format), tensors)
+    try:
+        facts.check_config(config, format, shapes, config_name)
+        return TensorSource(*tables.key_table(config, format), tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _open_orbax(path: pathlib.Path, config: Config) -> Source:
