@@ -211,7 +211,8 @@ class _Run:
 
     def _evaluate(self, step: int) -> dict[str, float]:
         started = time.perf_counter()
-        result = evaluation.evaluate(self.learner, self.state.params, self.prompts.evaluation)
+        params = self.state.ema if self.config.eval.weights == "ema" else self.state.params
+        result = evaluation.evaluate(self.learner, params, self.prompts.evaluation)
         if self.writer is not None:
             gif = evaluation.save_samples(result, self.workdir, f"step_{step:06d}", self.config)
             frames = result.videos.shape[2:4]
