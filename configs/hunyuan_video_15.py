@@ -59,9 +59,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # One sample, with both branches of guidance, in flight on each of 16 devices. More devices
     # share a sample (mesh.context=4 on 64), fewer take more of it or a smaller micro_batch.
     config.loss.micro_batch = 16
-    # Rollout and update are compiled apart, and in bfloat16 they round apart: above this mismatch
-    # the old means are computed again by the update's own forward pass.
-    config.loss.update(ratio_tolerance=1e-3, ratio_action="replay")
     config.optimizer.update(learning_rate=1e-5, weight_decay=0.01)
 
     # A sidecar with the reward model, see serve_rewards.

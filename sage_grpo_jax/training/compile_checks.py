@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.training import config as config_lib
+from sage_grpo_jax.training import ratio, setup
 from sage_grpo_jax.training import recipe as recipe_lib
-from sage_grpo_jax.training import setup
 from sage_grpo_jax.training import update as update_lib
 
 
@@ -62,6 +62,7 @@ def lower_programs(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[s
     )
     frozen = update_lib.Frozen(condition(1, whole), setup.abstract_base(networks, config, mesh))
     scalar = shape((), jnp.float32, whole)
+    old = ratio.abstract_old_means(programs.recipe, mesh)
     arguments = {
         "rollout": (state.params, condition(batch, rows), frozen, keys, starts),
         "decode": (
@@ -69,7 +70,7 @@ def lower_programs(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[s
             shape((batch, *latent_shape), jnp.float32, rows),
             shape((), jnp.int32, whole),
         ),
-        "update": (state, update_batch, frozen, scalar),
+        "update": (state, update_batch, frozen, ratio.Tolerances(scalar, scalar), old),
     }
     with jax.set_mesh(mesh):
         return {
@@ -77,5 +78,5 @@ def lower_programs(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[s
             "decode": programs.decode.lower(
                 *arguments["decode"], size=recipe_lib.decode_batch(config, mesh)
             ),
-            "update": programs.update.plain.lower(*arguments["update"]),
+            "update": programs.update.lower(*arguments["update"]),
         }

@@ -136,10 +136,12 @@ class LossConfig:
     step_reduction: str = "mean"  # mean | sum, over the trained steps
     updates_per_rollout: int = 1
     micro_batch: int = 16  # samples in one forward and backward pass
-    # Largest |ratio - 1| before the first update of a rollout. Where elements are summed and the
-    # action is stop, times their number.
+    # Largest |ratio - 1| before the first update of a rollout; at most a tenth of clip_range.
     ratio_tolerance: float = 1e-6
-    ratio_action: str = "stop"  # stop | replay | log: what happens above it
+    # Largest distance of the rollout's means from the update's, root mean square over the elements
+    # of a sample, in standard deviations of the step; 0: by the precision of the model.
+    rollout_tolerance: float = 0.0
+    ratio_action: str = "stop"  # stop | log (and apply): what happens above one of them
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from sage_grpo_jax.rewards.backends import BACKENDS
 from sage_grpo_jax.training.methods import METHODS
 
 if TYPE_CHECKING:
-    from sage_grpo_jax.training.config import Config, RewardsConfig, RolloutConfig
+    from sage_grpo_jax.training.config import Config, LossConfig, RewardsConfig, RolloutConfig
 
 _CHOICES = {
     "model.compute_dtype": ("float32", "bfloat16"),
@@ -37,7 +37,7 @@ _CHOICES = {
     "loss.log_prob": sde.LOG_PROBS,
     "loss.log_prob_reduction": sde.REDUCTIONS,
     "loss.step_reduction": ("mean", "sum"),
-    "loss.ratio_action": ("stop", "replay", "log"),
+    "loss.ratio_action": ("stop", "log"),
     "optimizer.name": ("adamw", "muon"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "lora.base_dtype": ("auto", "float32", "bfloat16"),
@@ -74,6 +74,8 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "loss.updates_per_rollout": (1, None),
     "loss.micro_batch": (1, None),
     "loss.ratio_tolerance": (0, None),
+    # Other noise alone is √2 away.
+    "loss.rollout_tolerance": (0, 1),
     "optimizer.b1": (0, 1),
     "optimizer.b2": (0, 1),
     "optimizer.warmup_steps": (0, None),
@@ -182,6 +184,7 @@ def _validate_together(config: Config) -> None:
     for name in ("b1", "b2", "momentum"):
         if (value := getattr(config.optimizer, name)) == 1:
             raise ValueError(f"config.optimizer.{name}: got {value}; allowed: below 1")
+    _validate_ratio(config.loss)
     if config.batch_size % config.loss.micro_batch:
         raise ValueError(
             f"config.loss.micro_batch: got {config.loss.micro_batch}; allowed: a divisor of "
@@ -201,6 +204,15 @@ def _validate_together(config: Config) -> None:
                 f"moving-shapes world, {world}, or False"
             )
     _validate_rewards(config.rewards)
+
+
+def _validate_ratio(loss: LossConfig) -> None:
+    highest = loss.clip_range / 10
+    if loss.ratio_tolerance > highest * (1 + 1e-9):  # 1e-6 is more than 1e-5 / 10 by one bit
+        raise ValueError(
+            f"config.loss.ratio_tolerance: got {loss.ratio_tolerance:g}; allowed: at most a tenth "
+            f"of config.loss.clip_range = {loss.clip_range:g}, that is {highest:g}"
+        )
 
 
 def require_stochastic(rollout: RolloutConfig, stochastic: np.ndarray) -> None:

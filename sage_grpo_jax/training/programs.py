@@ -17,22 +17,10 @@ from sage_grpo_jax.flow import noise, schedules
 from sage_grpo_jax.flow import rollout as rollout_lib
 from sage_grpo_jax.models import frames
 from sage_grpo_jax.parallel import sharding
+from sage_grpo_jax.training import ratio as ratio_lib
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training import update as update_lib
 from sage_grpo_jax.training.recipe import Recipe
-
-
-@dataclasses.dataclass(frozen=True)
-class UpdatePrograms:
-    """The update, compiled for batches without and with replayed means."""
-
-    plain: Callable
-    with_means: Callable
-
-    def __call__(self, state, batch: update_lib.UpdateBatch, frozen, tolerance):
-        """See `update.make_update`."""
-        program = self.plain if batch.mean_old is None else self.with_means
-        return program(state, batch, frozen, tolerance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +32,8 @@ class Programs:
     sample: Callable
     decode: Callable
     finite: Callable
-    update: UpdatePrograms
-    replay: Callable
+    update: Callable
+    no_means: Callable  # () -> the old means before the first update of a rollout, or None
 
 
 def make_rollout(recipe: Recipe, *, kind: str, schedule: schedules.Schedule, stochastic):
@@ -122,20 +110,10 @@ def build(
     trajectory = rollout_lib.Trajectory(sharding.batch_sharding(mesh, 1), whole)
     placed = state_lib.shardings_of(state)
     frozen = update_lib.Frozen(whole, state_lib.shardings_of(base))
-    batch = update_lib.UpdateBatch(trajectory.latents, rows, rows, rows, rows, rows, None)
-    replayed = batch._replace(mean_old=trajectory.latents)
+    batch = update_lib.UpdateBatch(trajectory.latents, rows, rows, rows, rows, rows)
+    old = ratio_lib.abstract_old_means(recipe, mesh)
+    old_placed = state_lib.shardings_of(old)
     evaluation = schedules.make_schedule(recipe.config.eval.num_steps, recipe.config.rollout.shift)
-    update = update_lib.make_update(recipe, tx)
-
-    plain, with_means = (
-        jax.jit(
-            update,
-            donate_argnums=0,
-            in_shardings=(placed, layout, frozen, whole),
-            out_shardings=(placed, whole),
-        )
-        for layout in (batch, replayed)
-    )
 
     def jit_rollout(**kwargs):
         return jax.jit(
@@ -158,10 +136,16 @@ def build(
             out_shardings=rows,
         ),
         finite=jax.jit(frames.finite_samples, out_shardings=whole),
-        update=UpdatePrograms(plain, with_means),
-        replay=jax.jit(
-            update_lib.make_replay(recipe),
-            in_shardings=(placed.params, batch, frozen),
-            out_shardings=trajectory.latents,
+        # One program for all updates of a rollout: what the first one records, the later ones
+        # compare with means of the same rounding.
+        update=jax.jit(
+            update_lib.make_update(recipe, tx),
+            donate_argnums=(0, 4),
+            in_shardings=(placed, batch, frozen, whole, old_placed),
+            out_shardings=(placed, whole, old_placed),
+        ),
+        no_means=jax.jit(
+            lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), old),
+            out_shardings=old_placed,
         ),
     )

@@ -33,6 +33,7 @@ from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.training import float64
+from sage_grpo_jax.training import ratio as ratio_lib
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training import update as update_lib
 from sage_grpo_jax.training.recipe import Recipe
@@ -41,7 +42,7 @@ from sage_grpo_jax.training.recipe import Recipe
 class Sides(NamedTuple):
     """What both computations of a micro-batch give."""
 
-    log_ratio: Any  # [m]
+    log_ratio: Any  # [m], of the policy to the rollout
     loss: Any  # []
     gradient: Any  # tree of the trained parameters
 
@@ -80,7 +81,8 @@ class Shadow:
         """Deviations at the micro-batch whose turn it is; before the update, which donates `state`.
 
         Returns:
-          shadow/log_ratio: largest |difference| of the log-ratios.
+          shadow/log_ratio: largest |difference| of the log-ratios of policy and rollout; the
+            rollout's own rounding is in both.
           shadow/loss: |difference| of the losses over the mean |A|·S_t plus the KL penalty: the
             loss itself is a sum of terms that cancel.
           shadow/gradient: norm of the difference over the norm of the float64 gradient.
@@ -152,35 +154,21 @@ def _float32_side(recipe: Recipe, state, batch, frozen, position, piece) -> tupl
         )
 
     (total, _), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, micro, recipe)
-    log_ratio = _log_ratio_in_loss(recipe, state.params, micro, loss, normalizer)
+    draw = noise.step_noise(micro.keys, micro.step, recipe.latent_shape)
+    new = update_lib._transition(recipe, state.params, micro, frozen)
+    log_ratio = ratio_lib.rollout_log_ratio(recipe, draw, new.mean, micro.next_latents, new.std)
+    log_ratio = jnp.where(micro.valid, log_ratio, 0.0)
     inputs = _Inputs(
         trained=state.params,
         base=frozen.base,
         negative=frozen.negative,
         micro=micro._replace(keys=None),
-        noise=noise.step_noise(micro.keys, micro.step, recipe.latent_shape),
+        noise=draw,
         references=tuple(reference.params for reference in references),
         kl_weight=region.weight,
         normalizer=normalizer,
     )
     return Sides(log_ratio, total, gradient), inputs
-
-
-def _log_ratio_in_loss(recipe: Recipe, params, micro, loss, normalizer) -> jax.Array:
-    """The log-ratios [m] that the update's loss works with, without a second way to compute them.
-
-    The REINFORCE loss is -Σ A·S·log-ratio / normalizer: its derivative by the advantage of a sample
-    tells that sample's log-ratio.
-    """
-    config = recipe.config
-    reinforce = dataclasses.replace(config.loss, objective="reinforce")
-    linear = dataclasses.replace(recipe, config=dataclasses.replace(config, loss=reinforce))
-
-    def of_advantages(advantages):
-        return loss(params, micro._replace(advantages=advantages), linear)[0]
-
-    weights = jnp.asarray(recipe.weights)[micro.step] * update_lib._step_factor(recipe)
-    return -jax.grad(of_advantages)(micro.advantages) * normalizer / weights
 
 
 def _velocity_program(recipe: Recipe) -> Callable:
@@ -219,19 +207,22 @@ def _float64_side(recipe: Recipe, velocity: Callable, inputs: _Inputs) -> tuple[
             config.rollout.sde, v, micro.latents, sigma, sigma_next, config.rollout.eta
         )
 
+    def log_ratio_to(mean_old, mean, std):
+        sample = mean_old + std * inputs.noise
+        return plain_log_prob(config.loss, sample, mean, std) - plain_log_prob(
+            config.loss, sample, mean_old, std
+        )
+
     def loss(trained):
         mean, std = transition(trained)
-        mean_old = micro.mean_old
-        if mean_old is None:
-            mean_old = micro.next_latents - std * inputs.noise
-        log_ratio = plain_log_prob(config.loss, micro.next_latents, mean, std) - plain_log_prob(
-            config.loss, micro.next_latents, mean_old, std
-        )
+        # The first update of a rollout is taken to the policy itself, see `ratio`.
+        log_ratio = log_ratio_to(jax.lax.stop_gradient(mean), mean, std)
         per_sample = plain_policy_loss(config.loss, log_ratio, micro.advantages) * weights
         penalty = _plain_penalty(recipe, mean, std, log_ratio, inputs, transition)
         total = jnp.sum(masked * (per_sample + inputs.kl_weight * penalty)) / inputs.normalizer
         size = jnp.abs(micro.advantages) * weights + inputs.kl_weight * jnp.abs(penalty)
-        return total, (jnp.where(micro.valid, log_ratio, 0.0), jnp.sum(masked * size))
+        of_rollout = log_ratio_to(micro.next_latents - std * inputs.noise, mean, std)
+        return total, (jnp.where(micro.valid, of_rollout, 0.0), jnp.sum(masked * size))
 
     (total, (log_ratio, size)), gradient = jax.value_and_grad(loss, has_aux=True)(inputs.trained)
     return Sides(log_ratio, total, gradient), size / inputs.normalizer

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 
 from sage_grpo_jax.flow import guidance, noise, schedules, sde
-from sage_grpo_jax.flow import rollout as rollout_lib
 from sage_grpo_jax.grpo import kl, loss, trust_region
 from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.training import conditions
+from sage_grpo_jax.training import ratio as ratio_lib
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training.recipe import Recipe
 
@@ -28,8 +28,6 @@ class UpdateBatch(NamedTuple):
     advantages: jax.Array  # float32 [B]
     valid: jax.Array  # bool [B]: the reward arrived
     starts: jax.Array  # int32 [B]: where the window of trained steps starts
-    mean_old: jax.Array | None = None  # [K, B, ...]: replayed means of the K trained steps; None:
-    # from the noise
 
 
 class MicroBatch(NamedTuple):
@@ -42,7 +40,14 @@ class MicroBatch(NamedTuple):
     condition: hunyuan_video.Condition
     advantages: jax.Array  # [m]
     valid: jax.Array  # [m]
-    mean_old: jax.Array | None  # [m, ...]
+
+
+class MicroResult(NamedTuple):
+    """What a micro-batch gives besides its loss."""
+
+    metrics: dict[str, jax.Array]  # to be added up, see `loss.accumulate_metrics`
+    mismatch: ratio_lib.Mismatch  # to be added up with `jnp.maximum`
+    mean_old: jax.Array  # [m, ...]
 
 
 class Frozen(NamedTuple):
@@ -134,7 +139,6 @@ def _micro_batch(
         condition=jax.tree.map(take, batch.condition),
         advantages=take(batch.advantages),
         valid=valid,
-        mean_old=None if batch.mean_old is None else clean(take(batch.mean_old[position])),
     )
 
 
@@ -155,24 +159,29 @@ def _transition(recipe: Recipe, params: Any, micro: MicroBatch, frozen: Frozen) 
     )
 
 
-def _micro_loss(params, micro: MicroBatch, frozen, references, kl_weight, normalizer, recipe):
-    """Policy loss and KL of one micro-batch, both divided by the fixed `normalizer`."""
+def _micro_loss(
+    params,
+    micro: MicroBatch,
+    frozen,
+    references,
+    kl_weight,
+    normalizer,
+    recipe,
+    recorded=None,
+    known=None,
+):
+    """Policy loss and KL of one micro-batch, both divided by the fixed `normalizer`.
+
+    `recorded` and `known`: see `ratio.old_mean`. Returns (loss, MicroResult).
+    """
     new = _transition(recipe, params, micro, frozen)
-    if micro.mean_old is None:
-        draw = noise.step_noise(micro.keys, micro.step, recipe.latent_shape)
-        mean_old = rollout_lib.behaviour_mean(micro.next_latents, draw, new.std)
-    else:
-        mean_old = micro.mean_old
-        draw = (micro.next_latents - mean_old) / new.std
-    config = recipe.config.loss
-    log_ratio = sde.log_ratio(
-        draw,
-        new.mean,
-        mean_old,
-        new.std,
-        log_prob=config.log_prob,
-        reduction=config.log_prob_reduction,
+    draw = noise.step_noise(micro.keys, micro.step, recipe.latent_shape)
+    mean_old = ratio_lib.old_mean(new.mean, recorded, known)
+    log_ratio = ratio_lib.log_ratio(recipe, draw, new.mean, mean_old, new.std)
+    mismatch = ratio_lib.mismatch(
+        recipe, micro.step, micro.valid, draw, mean_old, micro.next_latents, new.std
     )
+    config = recipe.config.loss
     weights = jnp.asarray(recipe.weights)[micro.step]
     policy_loss, metrics = loss.policy_loss(
         log_ratio[:, None],
@@ -190,7 +199,7 @@ def _micro_loss(params, micro: MicroBatch, frozen, references, kl_weight, normal
         penalty += beta * divergence
     total = policy_loss + kl_weight * penalty
     metrics |= {"loss/policy": policy_loss, "loss/total": total, "kl/total": penalty}
-    return total, jax.lax.stop_gradient(metrics)
+    return total, jax.lax.stop_gradient(MicroResult(metrics, mismatch, mean_old))
 
 
 def _step_factor(recipe: Recipe) -> float:
@@ -210,33 +219,56 @@ def _divergences(recipe, new: sde.Transition, log_ratio, references, micro: Micr
         yield "previous", -log_ratio, region.previous_weight
 
 
-def _gradients(recipe: Recipe, state: state_lib.LearnerState, batch: UpdateBatch, frozen):
-    """Gradient and metrics of the whole rollout, accumulated over (step, sample) micro-batches."""
+def _gradients(
+    recipe: Recipe,
+    state: state_lib.LearnerState,
+    batch: UpdateBatch,
+    frozen: Frozen,
+    old: ratio_lib.OldMeans | None,
+):
+    """Gradient of the whole rollout, accumulated over (step, sample) micro-batches.
+
+    Returns (gradient, metrics, weight of the KL, the old means for the next update or None).
+    """
     config = recipe.config
     region = trust_region.find_state(state.opt_state)
     references = trust_region.references(region, config.trust_region)
     pieces = config.batch_size // config.loss.micro_batch
     normalizer = jnp.maximum(jnp.sum(batch.valid) * recipe.positions, 1).astype(jnp.float32)
 
-    def loss_fn(params, micro):
-        return _micro_loss(params, micro, frozen, references, region.weight, normalizer, recipe)
+    def loss_fn(params, micro, recorded):
+        known = None if old is None else old.known
+        fixed = (frozen, references, region.weight, normalizer, recipe, recorded, known)
+        return _micro_loss(params, micro, *fixed)
 
-    def body(totals, index):
-        micro = _micro_batch(recipe, batch, index[0], index[1])
-        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, micro)
-        grads = jax.tree.map(jnp.add, totals[0], grads)
-        return (grads, loss.accumulate_metrics(totals[1], metrics)), None
+    def body(totals, inputs):
+        (position, piece), recorded = inputs
+        micro = _micro_batch(recipe, batch, position, piece)
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        (_, result), grads = gradient(state.params, micro, recorded)
+        totals = (
+            jax.tree.map(jnp.add, totals[0], grads),
+            loss.accumulate_metrics(totals[1], result.metrics),
+            jax.tree.map(jnp.maximum, totals[2], result.mismatch),
+        )
+        return totals, None if old is None else result.mean_old
 
-    index = np.indices((recipe.positions, pieces)).reshape(2, -1).T
-    first = jnp.zeros((), jnp.int32)
-    micro = jax.eval_shape(lambda: _micro_batch(recipe, batch, first, first))
-    shapes = jax.eval_shape(lambda m: loss_fn(state.params, m)[1], micro)
+    index = jnp.asarray(np.indices((recipe.positions, pieces)).reshape(2, -1), jnp.int32)
+    inputs = (tuple(index), None if old is None else old.means)
+    first = jax.tree.map(lambda x: x[0], inputs)
+    shapes = jax.eval_shape(
+        lambda params: loss_fn(params, _micro_batch(recipe, batch, *first[0]), first[1])[1].metrics,
+        state.params,
+    )
     init = (
         jax.tree.map(jnp.zeros_like, state.params),
         {k: jnp.full(s.shape, 0.0, s.dtype) for k, s in shapes.items()},
+        ratio_lib.no_mismatch(recipe),
     )
-    (grads, metrics), _ = jax.lax.scan(body, init, jnp.asarray(index, jnp.int32))
-    return grads, metrics, region.weight
+    (grads, metrics, mismatch), means = jax.lax.scan(body, init, inputs)
+    metrics |= ratio_lib.mismatch_metrics(mismatch)
+    recorded = None if old is None else ratio_lib.OldMeans(means, jnp.ones((), bool))
+    return grads, metrics, region.weight, recorded
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -245,14 +277,18 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 def make_update(recipe: Recipe, tx: optax.GradientTransformationExtraArgs):
-    """(state, batch, frozen, tolerance) -> (state, metrics).
+    """(state, batch, frozen, tolerances, old) -> (state, metrics, old).
 
-    The update is applied only if loss, gradient and new parameters are finite and no ratio is
-    further than `tolerance` from 1; otherwise the state comes back unchanged (`update/applied` 0).
+    The update is applied only if loss, gradient and new parameters are finite, and the first one of
+    a rollout only if it starts at ratio 1 and the rollout was that of its parameters (`tolerances`,
+    see `ratio.Tolerances`); otherwise the state comes back unchanged (`update/applied` 0).
+
+    `old` is `ratio.OldMeans`, not known yet for the first update of a rollout and handed from one
+    to the next, or None with one update a rollout.
     """
 
-    def update(state, batch, frozen, tolerance):
-        grads, metrics, kl_weight = _gradients(recipe, state, batch, frozen)
+    def update(state, batch, frozen, tolerances, old):
+        grads, metrics, kl_weight, recorded = _gradients(recipe, state, batch, frozen, old)
         # Targets and bounds of the trust region are KLs per element, whatever is in the loss.
         per_element = {
             name: metrics[f"kl/{name}"] / recipe.summed_elements
@@ -273,8 +309,11 @@ def make_update(recipe: Recipe, tx: optax.GradientTransformationExtraArgs):
             "update/finite_loss": jnp.isfinite(metrics["loss/total"]),
             "update/finite_gradient": all_finite(grads),
             "update/finite_params": all_finite(new.params),
-            "update/ratio_in_tolerance": metrics["ratio/max_deviation"] <= tolerance,
+            "update/ratio_in_tolerance": (metrics["ratio/max_deviation"] <= tolerances.ratio)
+            & (metrics["ratio/rollout_shift"] <= tolerances.shift),
         }
+        if old is not None:  # the later updates of a rollout are meant to move the ratio
+            checks["update/ratio_in_tolerance"] |= old.known
         applied = jnp.all(jnp.stack(list(checks.values())))
         state = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, state)
         norm = optax.tree.norm(grads)
@@ -287,30 +326,6 @@ def make_update(recipe: Recipe, tx: optax.GradientTransformationExtraArgs):
             "update/applied": applied,
             **checks,
         }
-        return state, metrics
+        return state, metrics, recorded
 
     return update
-
-
-def make_replay(recipe: Recipe):
-    """(params, batch, frozen) -> transition means [K, B, ...] by the update's own forward pass.
-
-    Where low precision makes the update program disagree with the rollout, its means replace those
-    of the rollout, so that the ratio starts at 1.
-    """
-    size = recipe.config.loss.micro_batch
-
-    def replay(params, batch, frozen):
-        pieces = jnp.arange(recipe.config.batch_size // size)
-
-        def at_position(position):
-            def piece_mean(piece):
-                micro = _micro_batch(recipe, batch, position, piece)
-                return _transition(recipe, params, micro, frozen).mean
-
-            means = jnp.moveaxis(jax.lax.map(piece_mean, pieces), 0, 1)
-            return means.reshape(batch.latents.shape[1:])
-
-        return jax.lax.map(at_position, jnp.arange(recipe.positions))
-
-    return replay

@@ -40,7 +40,7 @@ _build_programs = setup.build_programs
 def _cached_programs(networks, config, mesh):
     """The real programs; configs that differ only in what the host looks at share them."""
     plain = type(config)()
-    loss = dataclasses.replace(config.loss, ratio_tolerance=0.0, ratio_action="stop")
+    loss = dataclasses.replace(config.loss, ratio_tolerance=0.0, rollout_tolerance=0.0)
     key = dataclasses.replace(
         config,
         num_steps=1,
