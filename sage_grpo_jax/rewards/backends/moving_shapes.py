@@ -1,6 +1,6 @@
 """VQ, MQ and TA of moving-shapes clips, measured on pixels.
 
-Eleven errors are measured (`measure`); each is 0 for a perfect clip. A reward is a weighted sum of
+Twelve errors are measured (`measure`); each is 0 for a perfect clip. A reward is a weighted sum of
 -log(error + floor) over its errors (`TERMS`): every improvement raises it down to the floor, which
 is about the error of a good generator, and no input makes it infinite.
 
@@ -11,21 +11,22 @@ is about the error of a good generator, and no input makes it infinite.
 - MQ: `velocity` (fitted velocity of the centroid against the captioned one, pixels a frame),
   `jitter` (deviation of the centroid from uniform motion, pixels), `unsteadiness` (relative change
   of area and spread over the frames).
-- TA: `colour` (mean colour of the object against the captioned one), `shape` (correlation with the
-  captioned silhouette, absolute and against the best other one), `direction` (angle between fitted
-  and captioned velocity), `size` (log ratio of the areas), `background` (grey against captioned).
+- TA: `colour` (mean colour of the object against the captioned one), `shape` (1 - correlation with
+  the captioned silhouette), `identity` (how unlikely it is that every single frame shows the
+  captioned shape rather than another one), `direction` (angle between fitted and captioned
+  velocity), `size` (log ratio of the areas), `background` (grey against captioned).
 
 Known exploits, all of which the manifold distance sees:
 
 - VQ sees one frame at a time and no outline: any blob, any number of blobs of about the right total
   area, with crisp one-pixel edges and exact colours is perfect.
 - MQ sees only mass, centroid and spread of what differs from the background: a shape that turns or
-  morphs, or two close shapes moving together, is steady motion. A shape that fades in place while
+  morphs is steady motion (TA notices), as are two close shapes moving together. A shape that fades in place while
   its copy ahead appears moves its centroid too. Blur is not seen at all (it even helps a little).
 - TA sees the mean colour (half red, half blue is nearer to purple than either; only VQ and the mask
   notice), the average correlation (no details) and the fitted displacement (any path).
-- `shape` is partly relative: a caricature that resembles the other silhouettes even less than the
-  captioned one does can gain a little.
+- `identity` is relative: a caricature that resembles the other silhouettes even less than the
+  captioned one does gains a little (and loses in `shape`).
 """
 
 import hashlib
@@ -38,7 +39,7 @@ import numpy as np
 from sage_grpo_jax.data import moving_shapes_spec as spec
 from sage_grpo_jax.rewards.backends.base import Backend, Limits, Score
 
-VERSION = 1  # To be raised with every change of a score that the tables below do not show.
+VERSION = 2  # To be raised with every change of a score that the tables below do not show.
 
 
 class Term(NamedTuple):
