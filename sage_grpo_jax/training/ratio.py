@@ -25,7 +25,7 @@ from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training.recipe import Recipe
 
 # Of `loss.rollout_tolerance`, where it is 0. Measured: docs/precision.md.
-FULL_PRECISION_TOLERANCE = 0.01
+FULL_PRECISION_TOLERANCE = 1e-3
 LOW_PRECISION_TOLERANCE = 0.5
 
 

@@ -71,6 +71,9 @@ def test_typing_a_wrong_field_fails(recipe):
         ("loss.micro_batch", 7, "divisor"),
         ("rollout.decode_batch", 5, "divisor"),
         ("loss.clip_range", 0.0, "greater than 0"),
+        ("loss.ratio_tolerance", 1.1e-05, "at most a tenth of config.loss.clip_range = 0.0001"),
+        ("loss.rollout_tolerance", 1.5, "0 to 1"),
+        ("loss.ratio_action", "replay", "stop, log"),
         ("optimizer.name", "sgd", "adamw"),
         ("optimizer.learning_rate", float("inf"), "finite"),
         ("rewards.spawn", False, "HOST:PORT"),
@@ -98,6 +101,12 @@ def test_a_bad_value_is_refused_with_its_field(recipe, path, value, allowed):
         config_lib.from_config_dict(config)
     assert path.split(".")[-1] in str(error.value)
     assert str(value) in str(error.value)
+
+
+def test_a_tenth_of_the_clip_range_is_allowed(recipe):
+    config = recipe.get_config()
+    config.loss.update(ratio_tolerance=1e-6, clip_range=1e-5)
+    assert config_lib.from_config_dict(config).loss.ratio_tolerance == 1e-6
 
 
 def test_wrong_type_and_unknown_fields_are_refused():

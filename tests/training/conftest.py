@@ -79,8 +79,9 @@ def tiny_overrides(tiny_networks: pathlib.Path) -> dict[str, object]:
         "data.test_prompts": "moving_shapes:test",
         "rollout.num_steps": 4,
         "rollout.shift": 3.0,
-        "rollout.prompts_per_step": 4,
-        "rollout.group_size": 4,
+        # P ≠ G: a program that swaps the two must fail.
+        "rollout.prompts_per_step": 2,
+        "rollout.group_size": 8,
         "rollout.decode_batch": 8,
         "loss.micro_batch": 8,
         "optimizer.learning_rate": 1e-3,

@@ -1,7 +1,5 @@
 """One training step: the ratio gate, masks, skips, meshes."""
 
-import dataclasses
-
 import jax
 import learners
 import numpy as np
@@ -10,57 +8,14 @@ import pytest
 from sage_grpo_jax.grpo import trust_region
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import learner as learner_lib
-from sage_grpo_jax.training import programs as programs_lib
 from sage_grpo_jax.training import ratio, recipe, setup
-from sage_grpo_jax.training import update as update_lib
-
-
-@dataclasses.dataclass
-class Trainer:
-    """A learner with its state and prompts."""
-
-    learner: learner_lib.Learner
-    state: object
-    prompts: setup.Prompts
-
-    def steps(self, count: int) -> list[dict[str, float]]:
-        """Takes `count` steps."""
-        batches, metrics = iter(self.prompts), []
-        for _ in range(count):
-            self.state, values = self.learner.step(self.state, next(batches))
-            metrics.append(values)
-        return metrics
-
-    def params(self):
-        """The parameters as numpy."""
-        return jax.tree.map(np.asarray, self.state.params)
-
 
 # Where the trust region has no part in what is tested: compiles in half the time.
 NO_KL = {"trust_region.kind": "none"}
-# Compiled programs by config and devices; what only the host looks at does not compile anew.
-_PROGRAMS: dict[tuple, programs_lib.Programs] = {}
 
 
-def compiled(networks, config, mesh) -> programs_lib.Programs:
-    """The programs of a config, compiled once for all tests."""
-    several = min(config.loss.updates_per_rollout, 2)
-    loss = dataclasses.replace(
-        config.loss,
-        ratio_tolerance=0.0,
-        rollout_tolerance=0.0,
-        ratio_action="stop",
-        updates_per_rollout=several,
-    )
-    key = (dataclasses.replace(config, loss=loss), mesh)
-    if key not in _PROGRAMS:
-        _PROGRAMS[key] = setup.build_programs(networks, config, mesh)
-    recipe = dataclasses.replace(_PROGRAMS[key].recipe, config=config)
-    return dataclasses.replace(_PROGRAMS[key], recipe=recipe)
-
-
-def make_trainer(config, scorer, mesh, tmp_path) -> Trainer:
-    return Trainer(*learners.make(config, scorer, mesh, tmp_path, compiled))
+def make_trainer(config, scorer, mesh, tmp_path) -> learners.Trainer:
+    return learners.make(config, scorer, mesh, tmp_path, learners.compiled)
 
 
 def test_first_step_starts_at_ratio_one_and_no_divergence(
@@ -113,24 +68,10 @@ def test_mesh_draws_the_same_noise(make_config, local_scorer, one_device, tmp_pa
     mesh = mesh_lib.make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
         other = make_trainer(config, local_scorer(), mesh, tmp_path)
-        samples = batch.repeat(config.rollout.group_size)
         rows = other.learner.sample_keys(batch, 3)
         assert (np.asarray(jax.random.key_data(rows)) == keys).all()
-        condition = other.learner.condition(samples)
-        sharded = other.learner.programs.rollout(
-            other.state.params,
-            condition,
-            other.learner.frozen,
-            rows,
-            other.learner.window_starts(batch, 3),
-        )
-    alone = trainer.learner.programs.rollout(
-        trainer.state.params,
-        trainer.learner.condition(samples),
-        trainer.learner.frozen,
-        trainer.learner.sample_keys(batch, 3),
-        trainer.learner.window_starts(batch, 3),
-    )
+        sharded = other.rollout(batch, step=3)
+    alone = trainer.rollout(batch, step=3)
     ours, theirs = np.asarray(alone.latents), np.asarray(sharded.latents)
     # The initial noise is bit for bit the same, the videos within float32 rounding.
     np.testing.assert_array_equal(ours[0], theirs[0])
@@ -152,18 +93,12 @@ def test_a_failed_sample_has_no_influence(make_config, local_scorer, one_device,
     config = make_config()
     trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
     learner, batch = trainer.learner, next(iter(trainer.prompts))
-    samples = batch.repeat(4)
-    keys, condition = learner.sample_keys(batch, 0), learner.condition(samples)
-    starts = learner.window_starts(batch, 0)
-    trajectory = learner.programs.rollout(
-        trainer.state.params, condition, learner.frozen, keys, starts
-    )
-    advantages = np.random.default_rng(0).standard_normal(16).astype(np.float32)
+    trajectory = trainer.rollout(batch)
     valid = np.ones(16, bool)
     valid[3] = False
 
     def norm(latents):
-        update = update_lib.UpdateBatch(latents, keys, condition, advantages, valid, starts)
+        update = trainer.update_batch(batch, latents, valid=valid)
         state = setup.fresh_state(setup.read_networks(config.model), config, one_device)
         limits = ratio.tolerances(config)
         _, metrics, _ = learner.programs.update(state, update, learner.frozen, limits, None)
@@ -292,21 +227,9 @@ def test_adapters_train_and_leave_the_base_alone(make_config, local_scorer, one_
     before, batch = trainer.params(), next(iter(trainer.prompts))
     # Fresh adapters are the base: bit for bit in the model (tests/models/lora_test.py), within the
     # rounding of two programs in a rollout.
-    samples = batch.repeat(config.rollout.group_size)
-    keys = trainer.learner.sample_keys(batch, 0)
-    condition = trainer.learner.condition(samples)
-    starts = trainer.learner.window_starts(batch, 0)
-    ours = trainer.learner.programs.rollout(
-        trainer.state.params, condition, trainer.learner.frozen, keys, starts
-    )
-    theirs = full.learner.programs.rollout(
-        full.state.params, condition, full.learner.frozen, keys, starts
-    )
-    np.testing.assert_allclose(ours.latents, theirs.latents, atol=1e-5)
-    nothing = jax.tree.map(jax.numpy.zeros_like, trainer.state.params)
-    without = trainer.learner.programs.rollout(
-        nothing, condition, trainer.learner.frozen, keys, starts
-    )
+    ours = trainer.rollout(batch)
+    np.testing.assert_allclose(ours.latents, full.rollout(batch).latents, atol=1e-5)
+    without = trainer.rollout(batch, jax.tree.map(jax.numpy.zeros_like, trainer.state.params))
     np.testing.assert_array_equal(ours.latents, without.latents)
 
     first, second = trainer.steps(2)
@@ -341,16 +264,13 @@ def test_random_windows_and_shared_initial_noise(make_config, local_scorer, one_
     learner, batch = trainer.learner, next(iter(trainer.prompts))
     starts = np.asarray(learner.window_starts(batch, 0))
     assert learner.recipe.window_places == 2
-    trajectory = learner.programs.rollout(
-        trainer.state.params, learner.condition(batch.repeat(4)), learner.frozen,
-        learner.sample_keys(batch, 0), starts,
-    )  # fmt: skip
+    trajectory, group = trainer.rollout(batch), config.rollout.group_size
     latents, stds = np.asarray(trajectory.latents), np.asarray(trajectory.stds)
     for b in range(16):
         np.testing.assert_array_equal(np.flatnonzero(stds[:, b]), starts[b] + np.arange(2))
-        np.testing.assert_array_equal(latents[0, b], latents[0, b - b % 4])
+        np.testing.assert_array_equal(latents[0, b], latents[0, b - b % group])
     # Within a group the samples part where their window starts, and not before.
-    for b in range(1, 16, 4):
+    for b in range(1, 16, group):
         start = starts[b]
         np.testing.assert_array_equal(latents[start, b], latents[start, b - 1])
         assert (latents[start + 1, b] != latents[start + 1, b - 1]).any()

@@ -1,6 +1,5 @@
 """The float64 shadow: wide arithmetic, tiny deviations on a healthy run, faults noticed."""
 
-import dataclasses
 import functools
 
 import jax
@@ -12,40 +11,25 @@ import pytest
 from sage_grpo_jax.flow import schedules, sde
 from sage_grpo_jax.grpo import loss, trust_region
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.training import learner as learner_lib
-from sage_grpo_jax.training import setup, shadow
+from sage_grpo_jax.training import shadow
 from sage_grpo_jax.training import update as update_lib
 
 
-@dataclasses.dataclass
-class Case:
-    """A learner with its state and prompts, and one rollout as the update would see it."""
-
-    learner: learner_lib.Learner
-    state: object
-    prompts: setup.Prompts
-
-    def batch(self) -> update_lib.UpdateBatch:
-        learner, prompts = self.learner, next(iter(self.prompts))
-        keys, starts = learner.sample_keys(prompts, 0), learner.window_starts(prompts, 0)
-        condition = learner.condition(prompts.repeat(learner.config.rollout.group_size))
-        latents = learner.programs.rollout(
-            self.state.params, condition, learner.frozen, keys, starts
-        ).latents
-        rng = np.random.default_rng(0)
-        advantages = rng.standard_normal(keys.shape[0]).astype(np.float32)
-        valid = rng.random(keys.shape[0]) < 0.8
-        return update_lib.UpdateBatch(latents, keys, condition, advantages, valid, starts)
+def some_batch(case: learners.Trainer) -> update_lib.UpdateBatch:
+    """One rollout as the update would see it, a fifth of it without a reward."""
+    prompts = next(iter(case.prompts))
+    valid = np.random.default_rng(0).random(case.learner.config.batch_size) < 0.8
+    return case.update_batch(prompts, case.rollout(prompts).latents, valid=valid)
 
 
 @pytest.fixture
 def make_case(make_config, local_scorer, tmp_path):
-    """make_case(overrides) -> Case on one device (or a mesh), with the shadow on."""
+    """make_case(overrides) -> trainer on one device (or a mesh), with the shadow on."""
     one = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
-    def make(overrides=None, mesh=one) -> Case:
+    def make(overrides=None, mesh=one) -> learners.Trainer:
         config = make_config({"debug.shadow": True, **(overrides or {})})
-        return Case(*learners.make(config, local_scorer(), mesh, tmp_path))
+        return learners.make(config, local_scorer(), mesh, tmp_path)
 
     with jax.set_mesh(one):
         yield make
@@ -74,7 +58,7 @@ def assert_tiny(metrics):
 
 def test_the_transformer_hardly_deviates(make_case):
     case = make_case({"trust_region.kind": "none"})
-    assert_tiny(case.learner._shadow(case.state, case.batch(), case.learner.frozen))
+    assert_tiny(case.learner._shadow(case.state, some_batch(case), case.learner.frozen))
 
 
 def test_a_healthy_run_hardly_deviates(make_case, small_network):
@@ -91,7 +75,7 @@ def test_a_mesh_of_eight_devices(make_case, small_network):
     mesh = mesh_lib.make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
         case = make_case({"trust_region.kind": "none"}, mesh)
-        assert_tiny(case.learner._shadow(case.state, case.batch(), case.learner.frozen))
+        assert_tiny(case.learner._shadow(case.state, some_batch(case), case.learner.frozen))
 
 
 def test_the_shadow_is_off_by_default(make_case):
@@ -110,7 +94,7 @@ def biased_ratio(log_ratio, noise, mean_new, mean_old, std, **kwargs):
 
 def test_a_wrong_loss_is_noticed(make_case, small_network, monkeypatch):
     case = make_case({"trust_region.kind": "none"})
-    batch, checker = case.batch(), case.learner._shadow
+    batch, checker = some_batch(case), case.learner._shadow
 
     def check():
         checker._float32 = jax.jit(functools.partial(shadow._float32_side, checker._recipe))
@@ -151,7 +135,7 @@ def test_the_other_settings_agree_too(make_case, small_network):
             "trust_region.kl_time_weight": "equalized",
         }
     )
-    batch = case.batch()
+    batch = some_batch(case)
 
     def is_region(node):
         return isinstance(node, trust_region.TrustRegionState)
