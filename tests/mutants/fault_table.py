@@ -19,6 +19,8 @@ from collections.abc import Iterable
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDER = pathlib.Path(__file__).resolve().parent / "faults"
+DOCUMENT = ROOT / "docs" / "testing.md"
+_MARK = "<!-- bash launch/mutants.sh --table writes the rest. -->\n"
 _FIELDS = {"name", "file", "old", "new", "tests", "equivalent"}
 
 
@@ -110,6 +112,17 @@ def check(fault: Fault, root: pathlib.Path = ROOT) -> None:
         defined = re.search(rf"^def {re.escape(function)}\(", (root / file).read_text(), re.M)
         if function and not defined:
             raise TableError(f"{fault.name}: {file} has no {function}")
+
+
+def documented(text: str, faults: Iterable[Fault]) -> str:
+    """A document with the table after its mark.
+
+    Raises:
+      TableError: there is no mark.
+    """
+    if text.count(_MARK) != 1:
+        raise TableError(f"{DOCUMENT.name}: must hold once the line {_MARK.strip()}")
+    return f"{text.partition(_MARK)[0]}{_MARK}\n{markdown(faults)}"
 
 
 def markdown(faults: Iterable[Fault]) -> str:

@@ -30,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         for fault in faults:
             fault_table.check(fault)
         if options.table:
-            print(fault_table.markdown(faults), end="")
+            text = fault_table.DOCUMENT.read_text()
+            fault_table.DOCUMENT.write_text(fault_table.documented(text, fault_table.read()))
             return 0
         if options.list:
             for fault in faults:
