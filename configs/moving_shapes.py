@@ -2,8 +2,8 @@
 
     python -m sage_grpo_jax.train --config=configs/moving_shapes.py:method=sage --workdir=runs/a
 
-Argument: method = sage | sage_official | sage_paper | flow_grpo | dance_grpo | cps. The networks
-are those of HunyuanVideo-1.5 at a small width, pretrained by configs/moving_shapes_pretrain.py.
+Argument: method = a preset of docs/methods.md, sage by default. The networks are those of
+HunyuanVideo-1.5 at a small width, pretrained by configs/moving_shapes_pretrain.py.
 """
 
 import ml_collections

@@ -3,7 +3,8 @@
     python -m sage_grpo_jax.evaluate --config=configs/moving_shapes.py --checkpoint=runs/a --out=e
 
 Writes metrics.json and samples/ into --out. Without --checkpoint the recipe's own weights are used;
---split=test takes the prompts that results are reported on.
+--split=test takes the prompts that results are reported on, --ema the moving average of the run's
+parameters.
 """
 
 import contextlib
@@ -38,11 +39,16 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run; its new
 _SPLIT = flags.DEFINE_enum(
     "split", "eval", ["eval", "test"], "config.data.eval_prompts or config.data.test_prompts."
 )
+_EMA = flags.DEFINE_bool("ema", False, "The moving average of the run (config.ema.decay).")
 _OUT = flags.DEFINE_string("out", None, "Folder of the results.", required=True)
 
 
 def evaluate(
-    config: config_lib.Config, source: str | None, out: pathlib.Path, split: str = "eval"
+    config: config_lib.Config,
+    source: str | None,
+    out: pathlib.Path,
+    split: str = "eval",
+    ema: bool = False,
 ) -> dict[str, float]:
     """The metrics of an evaluation; see the module.
 
@@ -53,6 +59,8 @@ def evaluate(
     """
     if split == "test" and not config.data.test_prompts:
         raise ValueError("--split: got test, but config.data.test_prompts is ''; allowed: eval")
+    if ema and source is None:
+        raise ValueError("--ema: without --checkpoint there is no average; allowed: both")
     networks, mesh = input_checks.check(config)
     workdir_lib.make_folder(out, "--out")
     with contextlib.ExitStack() as stack:
@@ -64,7 +72,7 @@ def evaluate(
             what = f"config.data.eval_prompts: {config.data.eval_prompts}"
             workdir_lib.check_encoder(prompts.encoder, what, pathlib.Path(source))
             abstract = setup.make_abstract_state(networks, config, mesh)
-            trained = _restore(source, abstract.params)
+            trained = _restore(source, abstract.params, ema)
         scorer = stack.enter_context(scoring.open_scorer(config, out))
         learner = learner_lib.Learner(
             setup.build_programs(networks, config, mesh),
@@ -82,9 +90,9 @@ def evaluate(
     return result.metrics
 
 
-def _restore(source: str, abstract: Any) -> Any:
+def _restore(source: str, abstract: Any, ema: bool) -> Any:
     try:
-        return checkpoint.restore_params(source, abstract)
+        return checkpoint.restore_params(source, abstract, ema)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"--checkpoint: {error}") from error
 
@@ -93,7 +101,8 @@ def main() -> None:
     """Prints the metrics as JSON."""
     config = config_lib.from_config_dict(_CONFIG.value)
     command_line.start_jax(config)
-    found = evaluate(config, _CHECKPOINT.value, pathlib.Path(_OUT.value), _SPLIT.value)
+    out = pathlib.Path(_OUT.value)
+    found = evaluate(config, _CHECKPOINT.value, out, _SPLIT.value, _EMA.value)
     print(json.dumps(found, indent=2))
 
 

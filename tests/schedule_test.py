@@ -10,7 +10,7 @@ import pytest
 
 from sage_grpo_jax.flow import excess, injected_noise, schedules, sde
 from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import recipe as recipe_lib
+from sage_grpo_jax.training import step_plan
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -53,12 +53,16 @@ def recipe(**rollout) -> config_lib.Config:
 
 def injected_variance(config: config_lib.Config) -> float:
     """Over every place of the window, with all steps in it where the recipe trains them."""
-    schedule, trained, positions = recipe_lib.trained_steps(config)
-    sigmas = np.asarray(schedule.sigmas, np.float64)
-    rollout = config.rollout
+    plan, rollout = step_plan.plan_steps(config), config.rollout
+    sigmas = np.asarray(plan.schedule.sigmas, np.float64)
     std = sde.step_coefficients(rollout.sde, sigmas[:-1], sigmas[1:], rollout.eta, xp=np).std
-    steps = np.flatnonzero(trained)
-    places = [steps[s : s + positions] for s in range(len(steps) - positions + 1)]
+    # Up to the last step, where that injects noise.
+    steps = np.flatnonzero(std)[: None if rollout.last_step == "stochastic" else -1]
+    if rollout.last_step == "deterministic" and std[-1] == 0:
+        steps = np.flatnonzero(std)
+    positions = rollout.window_size or len(steps)
+    count = len(steps) - positions + 1 if rollout.window == "random_k" else 1
+    places = [steps[s : s + positions] for s in range(count)]
     return float(np.mean([np.sum(std[place] ** 2) for place in places]))
 
 

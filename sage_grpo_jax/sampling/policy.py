@@ -27,11 +27,13 @@ class Source:
       weights: folder of a transformer, in place of `config.model.transformer`.
       checkpoint: workdir of a run; its newest checkpoint.
       adapters: folder of LoRA adapters for the weights.
+      ema: of the run, the moving average of its parameters.
     """
 
     weights: str | None = None
     checkpoint: str | None = None
     adapters: str | None = None
+    ema: bool = False
 
 
 def adapt_config(config: config_lib.Config, source: Source) -> config_lib.Config:
@@ -49,6 +51,8 @@ def adapt_config(config: config_lib.Config, source: Source) -> config_lib.Config
             f"--checkpoint={source.checkpoint} and --adapters={source.adapters}: both given; "
             "allowed: one of them (a run with adapters keeps them in its checkpoints)"
         )
+    if source.ema and not source.checkpoint:
+        raise ValueError("--ema: without --checkpoint there is no average; allowed: both")
     if source.weights:
         config = _replace(config, "model", transformer=source.weights)
     if source.checkpoint is None:
@@ -88,7 +92,8 @@ def load(
       ValueError, FileNotFoundError: files that are missing or do not fit.
     """
     if source.checkpoint is not None:
-        params, adapters = setup.load_policy(networks, config, mesh, source.checkpoint)
+        where = source.checkpoint
+        params, adapters = setup.load_policy(networks, config, mesh, where, source.ema)
         scale = 1.0 if adapters is None else config.lora.adapters.scale
         return Policy(params, adapters, scale)
     dtype = jnp.dtype(networks.transformer.dtype)
@@ -118,6 +123,7 @@ def describe(networks: setup.Networks, source: Source) -> dict[str, Any]:
         folder = pathlib.Path(source.checkpoint).absolute()
         steps = [p.name for p in (folder / checkpoint_lib.FOLDER).iterdir() if p.name.isdigit()]
         found |= {"checkpoint": str(folder), "step": max(map(int, steps), default=None)}
+        found |= {"ema": True} if source.ema else {}
     if source.adapters is not None:
         found["adapters"] = str(pathlib.Path(source.adapters).absolute())
     return found

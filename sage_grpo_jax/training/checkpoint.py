@@ -25,6 +25,7 @@ from sage_grpo_jax.parallel import hosts
 from sage_grpo_jax.training import checksums
 
 FOLDER = "checkpoints"
+EMA = "ema"  # name of the moving average in the state
 DAMAGED = "damaged"  # where unusable checkpoints go, beside FOLDER
 # In the record, as JSON: one string is one file, whatever the number of arrays. Another way to sum
 # will need another name: checkpoints with checksums of an unknown kind count as without.
@@ -294,12 +295,13 @@ def _one_line(error: Exception, length: int = 300) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-def restore_params(path: str | pathlib.Path, abstract_params: Any) -> Any:
+def restore_params(path: str | pathlib.Path, abstract_params: Any, ema: bool = False) -> Any:
     """Only the parameters of a run's newest checkpoint.
 
     Args:
       path: the workdir of a run, or its `checkpoints` folder.
       abstract_params: ShapeDtypeStructs with shardings.
+      ema: their moving average instead.
 
     Raises:
       FileNotFoundError: no complete checkpoint there.
@@ -315,11 +317,22 @@ def restore_params(path: str | pathlib.Path, abstract_params: Any) -> Any:
     if latest is None:
         raise FileNotFoundError(f"{folder}: no complete checkpoint")
     folder = folder.absolute() / str(latest.step)
-    wanted = {"state": {"params": abstract_params}, "record": None}
+    name = EMA if ema else "params"
+    if ema and EMA not in ocp.checkpointables_metadata(folder).metadata["state"]:
+        raise ValueError(no_average(path))
+    wanted = {"state": {name: abstract_params}, "record": None}
     content, reason = _load(folder, wanted, partial=True)
     if content is None:
         raise ValueError(
             f"{folder}: the checkpoint is damaged, or of another model ({reason}). Allowed: a "
             "whole one; where this folder is moved away, the one before it is taken"
         )
-    return content["state"]["params"]
+    return content["state"][name]
+
+
+def no_average(path: str | pathlib.Path) -> str:
+    """The message for a run whose checkpoints hold no moving average."""
+    return (
+        f"{path}: the run keeps no moving average of its parameters; allowed: the parameters "
+        "themselves, or a run with config.ema.decay above 0"
+    )

@@ -16,7 +16,7 @@ from sage_grpo_jax.grpo import advantage
 from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.parallel import hosts, sharding
 from sage_grpo_jax.rewards import types as reward_types
-from sage_grpo_jax.training import conditions, optimizers, shadow
+from sage_grpo_jax.training import conditions, micro_losses, optimizers, shadow, step_plan
 from sage_grpo_jax.training import programs as programs_lib
 from sage_grpo_jax.training import ratio as ratio_lib
 from sage_grpo_jax.training import recipe as recipe_lib
@@ -104,7 +104,8 @@ class Learner:
         self._mesh = mesh
         self._check_interrupt = check_interrupt
         self._rows = sharding.batch_sharding(mesh)
-        self.frozen = update_lib.Frozen(self.condition(negative, sharding.replicated(mesh)), base)
+        whole = sharding.replicated(mesh)
+        self.frozen = micro_losses.Frozen(self.condition(negative, whole), base)
         self._shadow = shadow.Shadow(self.recipe) if self.config.debug.shadow else None
 
     def step(
@@ -128,7 +129,8 @@ class Learner:
         starts = self.window_starts(batch, int(state.step))
         condition = self.condition(samples)
         with timer("rollout"):
-            trajectory = self.programs.rollout(state.params, condition, self.frozen, keys, starts)
+            policy = state.sampled
+            trajectory = self.programs.rollout(policy, condition, self.frozen, keys, starts)
             jax.block_until_ready(trajectory)
         self._check_interrupt()
         scores = self.score(trajectory.latents[-1], samples, f"step{int(state.step)}", timer)
@@ -179,18 +181,15 @@ class Learner:
 
     def window_starts(self, batch: PromptBatch, step: int) -> jax.Array:
         """Where the window of trained steps starts, int32 [P·G]; the same within a group."""
-        group, places = self.config.rollout.group_size, self.recipe.window_places
         hashes = np.array([noise.prompt_hash(i) for i in batch.ids], np.uint32)
-        slots = np.arange(len(batch.ids), dtype=np.uint32)
-        starts = noise.window_starts(self.config.seed, step, slots, hashes, places)
-        return hosts.to_global(np.repeat(starts, group), self._rows)
+        starts = step_plan.window_starts(self.recipe.plan, self.config, step, hashes)
+        return hosts.to_global(np.repeat(starts, self.config.rollout.group_size), self._rows)
 
     def sample(self, params: Any, batch: PromptBatch, keys: jax.Array) -> jax.Array:
         """Clean latents of the evaluation sampler (ODE); float32 [B, t, h, w, C]."""
         condition = self.condition(batch)
         keys = hosts.to_global(keys, self._rows)
-        starts = hosts.to_global(np.zeros(len(batch.ids), np.int32), self._rows)
-        return self.programs.sample(params, condition, self.frozen, keys, starts).latents[-1]
+        return self.programs.sample(params, condition, self.frozen, keys)
 
     def score(
         self, latents: jax.Array, samples: PromptBatch, name: str, timer: PhaseTimer
@@ -277,15 +276,17 @@ class Learner:
         config = self.config
         shape = (-1, config.rollout.group_size)
         weighted = scores.weighted(dataclasses.asdict(config.rewards.weights))
+        grouped = jnp.asarray(weighted.reshape(shape)), jnp.asarray(scores.valid.reshape(shape))
         advantages = advantage.group_advantages(
-            jnp.asarray(weighted.reshape(shape)),
-            jnp.asarray(scores.valid.reshape(shape)),
+            *grouped,
             config.advantage.epsilon,
             config.advantage.clip,
             std_floor=config.advantage.std_floor,
+            std=config.advantage.std,
         )
         advantages = np.asarray(advantages).reshape(-1)
         metrics = reward_metrics(scores, dataclasses.asdict(config.rewards.weights))
+        metrics["reward/group_std"] = float(advantage.group_std(*grouped))
         metrics["advantage/nonzero_fraction"] = float(np.mean(advantages != 0))
         return advantages, metrics
 
@@ -315,7 +316,7 @@ class Learner:
             state, values, old = self.programs.update(state, batch, self.frozen, limits, old)
             # With several updates the metrics of the last one tell how far the policy has gone.
             metrics = self._floats(values)
-            if index == 0:
+            if index == 0 and not self.recipe.is_forward:
                 ratio_lib.check(self.config, metrics)
             for name in ("loss", "gradient", "params"):
                 if not metrics[f"update/finite_{name}"]:

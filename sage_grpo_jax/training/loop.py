@@ -218,7 +218,8 @@ class _Run:
         return {**found, "time/eval": time.perf_counter() - started}
 
     def _evaluate_split(self, step: int, split: str, prompts) -> dict[str, float]:
-        result = evaluation.evaluate(self.learner, self.state.params, prompts, split)
+        params = self.state.ema if self.config.eval.weights == "ema" else self.state.params
+        result = evaluation.evaluate(self.learner, params, prompts, split)
         if self.writer is not None:
             name = f"{'' if split == 'eval' else 'test_'}step_{step:06d}"
             gif = evaluation.save_samples(result, self.workdir, name, self.config)

@@ -77,6 +77,17 @@ class VaeStageConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SharpenStageConfig(VaeStageConfig):
+    """The decoder on denoised latents: noise levels are uniform from 0 to `max_sigma`."""
+
+    max_sigma: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(0 < self.max_sigma < 1, self, "max_sigma", "0 < value < 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentsStageConfig:
     """How many training clips are encoded once, and how many at a time."""
 
@@ -104,6 +115,17 @@ class FlowStageConfig(StageConfig):
         _require(self.shift > 0, self, "shift", "a number above 0")
         _require(self.sigma_std > 0, self, "sigma_std", "a number above 0")
         _require(0 <= self.caption_drop < 1, self, "caption_drop", "0 <= value < 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillStageConfig(FlowStageConfig):
+    """Guidance distillation; `guidance` 1 changes nothing."""
+
+    guidance: float = 2.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.guidance >= 1, self, "guidance", "at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,6 +162,8 @@ class PretrainConfig:
     decoder: VaeStageConfig
     latents: LatentsStageConfig
     flow: FlowStageConfig
+    distill: DistillStageConfig
+    sharpen: SharpenStageConfig
     report: ReportConfig
 
     def __post_init__(self):
@@ -154,6 +178,8 @@ _SECTIONS = {
     "decoder": VaeStageConfig,
     "latents": LatentsStageConfig,
     "flow": FlowStageConfig,
+    "distill": DistillStageConfig,
+    "sharpen": SharpenStageConfig,
     "report": ReportConfig,
 }
 

@@ -36,8 +36,15 @@ class NumericsError(RuntimeError):
 class OldMeans(NamedTuple):
     """The means that the first update of a rollout records for the later ones."""
 
-    means: jax.Array  # float32 [N, m, ...]: N micro-batches of m samples, in the order of the scan
-    known: jax.Array  # bool []: False before the first update, whatever `means` holds
+    # float32 [N, m, ...]: N micro-batches of m samples, in the order of the scan. Before the first
+    # update it holds nothing; None where the loss has no ratio.
+    means: jax.Array | None
+    turn: jax.Array  # int32 []: updates that were made on the rollout
+
+    @property
+    def known(self) -> jax.Array:
+        """Whether there was a first update; bool []."""
+        return self.turn > 0
 
 
 class Mismatch(NamedTuple):
@@ -135,6 +142,17 @@ def mismatch_metrics(found: Mismatch) -> dict[str, jax.Array]:
     }
 
 
+def in_tolerance(
+    metrics: Mapping[str, jax.Array], tolerances: Tolerances, old: OldMeans | None
+) -> jax.Array:
+    """Whether an update may be applied, by the gate; bool []."""
+    found = (metrics["ratio/max_deviation"] <= tolerances.ratio) & (
+        metrics["ratio/rollout_shift"] <= tolerances.shift
+    )
+    # The later updates of a rollout are meant to move the ratio.
+    return found if old is None else found | old.known
+
+
 def abstract_old_means(recipe: Recipe, mesh: jax.sharding.Mesh) -> OldMeans | None:
     """`OldMeans` as shapes with shardings; None with one update a rollout, which needs none."""
     config = recipe.config
@@ -142,11 +160,9 @@ def abstract_old_means(recipe: Recipe, mesh: jax.sharding.Mesh) -> OldMeans | No
         return None
     count = recipe.positions * (config.batch_size // config.loss.micro_batch)
     shape = (count, config.loss.micro_batch, *recipe.latent_shape)
-    rows, whole = sharding.batch_sharding(mesh, 1), sharding.replicated(mesh)
-    return OldMeans(
-        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows),
-        jax.ShapeDtypeStruct((), bool, sharding=whole),
-    )
+    means = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(mesh, 1))
+    turn = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+    return OldMeans(None if recipe.is_forward else means, turn)
 
 
 # The gate, on the host

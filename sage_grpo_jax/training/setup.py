@@ -166,23 +166,26 @@ def make_abstract_state(
         names = hunyuan_video.partition_names(networks.transformer)
     else:
         shapes, names = lora.abstract_adapters(shapes, adapters), lora.partition_names(adapters)
-    return state_lib.abstract_state(optimizers.make_optimizer(config), shapes, names, mesh)
+    tx = optimizers.make_optimizer(config)
+    return state_lib.abstract_state(tx, shapes, names, mesh, config.averages)
 
 
 def fresh_state(
     networks: Networks, config: config_lib.Config, mesh: jax.sharding.Mesh
 ) -> state_lib.LearnerState:
     """The state at step 0: loaded weights or fresh adapters, empty optimizer, trust region."""
-    tx = optimizers.make_optimizer(config)
+    tx, averages = optimizers.make_optimizer(config), config.averages
     shardings = state_lib.shardings_of(make_abstract_state(networks, config, mesh))
     adapters = config.lora.adapters
     if adapters is None:
-        init = jax.jit(lambda params: state_lib.init_state(tx, params), out_shardings=shardings)
+        init = jax.jit(
+            lambda params: state_lib.init_state(tx, params, averages), out_shardings=shardings
+        )
         return init(load_transformer(networks, mesh))
     shapes = abstract_params(networks.transformer)
 
     def init_adapters(key):
-        return state_lib.init_state(tx, lora.init_adapters(shapes, adapters, key))
+        return state_lib.init_state(tx, lora.init_adapters(shapes, adapters, key), averages)
 
     return jax.jit(init_adapters, out_shardings=shardings)(noise.adapter_key(config.seed))
 
@@ -192,6 +195,7 @@ def load_policy(
     config: config_lib.Config,
     mesh: jax.sharding.Mesh,
     checkpoint: str | pathlib.Path | None = None,
+    ema: bool = False,
 ) -> tuple[Any, Any]:
     """The policy of a run, or of a recipe that has not started.
 
@@ -200,18 +204,20 @@ def load_policy(
       config: of the run; its `lora` decides what a checkpoint holds.
       mesh: the device mesh.
       checkpoint: workdir of a run, for its newest checkpoint; None for the recipe's own weights.
+      ema: whether the moving average of the run is wanted; not read without a checkpoint.
 
     Returns:
       (weights, adapters): what `hunyuan_video.velocity` takes; adapters None where there are none.
 
     Raises:
       FileNotFoundError: no complete checkpoint there.
+      ValueError: a damaged one, or a run without a moving average.
     """
     base = load_base(networks, config, mesh)
     if checkpoint is None:
         return (load_transformer(networks, mesh) if base is None else base), None
     abstract = make_abstract_state(networks, config, mesh)
-    trained = checkpoint_lib.restore_params(checkpoint, abstract.params)
+    trained = checkpoint_lib.restore_params(checkpoint, abstract.params, ema=ema)
     return (trained, None) if base is None else (base, trained)
 
 

@@ -28,11 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sage_grpo_jax.flow import noise, sde
-from sage_grpo_jax.grpo import trust_region
 from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.parallel import sharding
-from sage_grpo_jax.training import float64
+from sage_grpo_jax.training import float64, micro_losses
 from sage_grpo_jax.training import ratio as ratio_lib
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training import update as update_lib
@@ -76,7 +75,7 @@ class Shadow:
         self,
         state: state_lib.LearnerState,
         batch: update_lib.UpdateBatch,
-        frozen: update_lib.Frozen,
+        frozen: micro_losses.Frozen,
     ) -> dict[str, float]:
         """Deviations at the micro-batch whose turn it is; before the update, which donates `state`.
 
@@ -134,7 +133,7 @@ class _Inputs(NamedTuple):
     trained: Any
     base: Any  # with LoRA the frozen weights, else None
     negative: hunyuan_video.Condition
-    micro: update_lib.MicroBatch  # keys dropped
+    micro: micro_losses.MicroBatch  # keys dropped
     noise: jax.Array  # [m, ...], as drawn in the rollout
     references: tuple[Any, ...]  # parameters
     kl_weight: jax.Array
@@ -143,19 +142,13 @@ class _Inputs(NamedTuple):
 
 def _float32_side(recipe: Recipe, state, batch, frozen, position, piece) -> tuple[Sides, _Inputs]:
     """The update's own loss, gradient and log-ratio at one micro-batch, and its inputs."""
-    region = trust_region.find_state(state.opt_state)
-    references = trust_region.references(region, recipe.config.trust_region)
-    normalizer = jnp.maximum(jnp.sum(batch.valid) * recipe.positions, 1).astype(jnp.float32)
-    micro = update_lib._micro_batch(recipe, batch, position, piece)
+    given = update_lib.loss_inputs(recipe, state, frozen, jnp.sum(batch.valid))
+    micro = update_lib.take_micro_batch(recipe, batch, position, piece)
 
-    def loss(params, micro, recipe):
-        return update_lib._micro_loss(
-            params, micro, frozen, references, region.weight, normalizer, recipe
-        )
-
-    (total, _), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, micro, recipe)
+    loss = functools.partial(micro_losses.policy_micro_loss, recipe=recipe)
+    (total, _), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, micro, given)
     draw = noise.step_noise(micro.keys, micro.step, recipe.latent_shape)
-    new = update_lib._transition(recipe, state.params, micro, frozen)
+    new = micro_losses.transition(recipe, state.params, micro, frozen)
     log_ratio = ratio_lib.rollout_log_ratio(recipe, draw, new.mean, micro.next_latents, new.std)
     log_ratio = jnp.where(micro.valid, log_ratio, 0.0)
     inputs = _Inputs(
@@ -164,9 +157,9 @@ def _float32_side(recipe: Recipe, state, batch, frozen, position, piece) -> tupl
         negative=frozen.negative,
         micro=micro._replace(keys=None),
         noise=draw,
-        references=tuple(reference.params for reference in references),
-        kl_weight=region.weight,
-        normalizer=normalizer,
+        references=tuple(reference.params for reference in given.references),
+        kl_weight=given.kl_weight,
+        normalizer=given.normalizer,
     )
     return Sides(log_ratio, total, gradient), inputs
 
@@ -180,8 +173,10 @@ def _velocity_program(recipe: Recipe) -> Callable:
     recipe = dataclasses.replace(recipe, transformer=transformer)
 
     def velocity(trained, base, negative, condition, latents, timestep):
-        frozen = update_lib.Frozen(negative, base)
-        return update_lib.velocity_fn(recipe, trained, condition, frozen)(latents, timestep)
+        frozen = micro_losses.Frozen(negative, base)
+        gradient = recipe.config.loss.guidance_gradient
+        policy = micro_losses.velocity_fn(recipe, trained, condition, frozen, gradient=gradient)
+        return policy(latents, timestep)
 
     return velocity
 
@@ -203,9 +198,8 @@ def _float64_side(recipe: Recipe, velocity: Callable, inputs: _Inputs) -> tuple[
         v = velocity(
             trained, inputs.base, inputs.negative, micro.condition, micro.latents, timestep
         )
-        return plain_transition(
-            config.rollout.sde, v, micro.latents, sigma, sigma_next, config.rollout.eta
-        )
+        kind, eta, clamp = config.rollout.sde, config.rollout.eta, config.rollout.clamp
+        return plain_transition(kind, v, micro.latents, sigma, sigma_next, eta, clamp)
 
     def log_ratio_to(mean_old, mean, std):
         sample = mean_old + std * inputs.noise
@@ -229,7 +223,13 @@ def _float64_side(recipe: Recipe, velocity: Callable, inputs: _Inputs) -> tuple[
 
 
 def plain_transition(
-    kind: str, velocity: Any, sample: Any, sigma: Any, sigma_next: Any, eta: float
+    kind: str,
+    velocity: Any,
+    sample: Any,
+    sigma: Any,
+    sigma_next: Any,
+    eta: float,
+    clamp: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """(mean, std) of a step as the papers print it; float64, see `flow.sde.transition`."""
     dt = sigma_next - sigma
@@ -239,12 +239,14 @@ def plain_transition(
         turned = sigma_next * (math.cos(angle) * predicted_noise)
         return (1 - sigma_next) * clean + turned, sigma_next * math.sin(angle)
     if kind == "precise":
-        start = jnp.maximum(1 - sigma, sde.CLAMP)
-        end = jnp.maximum(1 - sigma_next, sde.CLAMP)
+        lowest = float(np.float32(clamp or sde.CLAMP))
+        start = jnp.maximum(1 - sigma, lowest)
+        end = jnp.maximum(1 - sigma_next, lowest)
         variance = eta**2 * (jnp.log(end / start) - (end - start))
     elif kind == "flow":
         # At σ = 1 its diffusion coefficient is infinite; Flow-GRPO takes the next σ there.
         distance = jnp.where(sigma >= 1, 1 - sigma_next, 1 - sigma)
+        distance = jnp.maximum(1 - sigma, clamp) if clamp else distance
         variance = eta**2 * sigma / distance * -dt
     else:
         variance = eta**2 * -dt

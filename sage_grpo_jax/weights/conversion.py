@@ -42,7 +42,8 @@ class Job:
       dtype: of the written weights, one of `DTYPES`.
       max_shard_size: largest file in diffusers' layout, such as "10GB".
       overwrite: an existing dst is replaced.
-      src_key: "module" or "ema", for training checkpoints that hold both.
+      src_key: "module" or "ema", for training checkpoints that hold both, and for training runs:
+        their parameters, or the moving average of them.
       config_json: a config file, where none lies beside the source.
       base: weights that adapters belong to.
       run_step: the folder of a training run's checkpoint.
@@ -184,7 +185,7 @@ def _open_run(job: Job) -> _Opened:
         raise ValueError(f"src={job.src}: no {file.name} there; give --config_json")
     # A run writes the transformer's config without folder: load_config takes any *.json.
     config = _transformer(configs.load_config(file), file)
-    source = orbax_io.OrbaxSource(job.run_step, ("state", "params"))
+    source = _open_state(job)
     description = job.src / adapters.LORA_FILE
     if not description.is_file():
         store.check_tree(source, tables.parameter_shapes(config), file)
@@ -192,6 +193,22 @@ def _open_run(job: Job) -> _Opened:
     lora, base = adapters.read_lora_json(description)
     store.check_tree(source, adapters.adapter_shapes(config, lora), description)
     return _Opened(config, source, lora, base)
+
+
+def _open_state(job: Job) -> orbax_io.OrbaxSource:
+    """The parameters of a run's checkpoint, or their moving average."""
+    names = {None: "params", "module": "params", "ema": "ema"}
+    if job.src_key not in names:
+        raise ValueError(f"src_key={job.src_key!r}: must be module or ema")
+    try:
+        return orbax_io.OrbaxSource(job.run_step, ("state", names[job.src_key]))
+    except ValueError as error:
+        if job.src_key != "ema":
+            raise
+        raise ValueError(
+            f"src_key='ema': {job.src} keeps no moving average of its parameters ({error}); "
+            "allowed: module, or a run with config.ema.decay above 0"
+        ) from error
 
 
 def _adapted_config(job: Job) -> HunyuanVideoConfig:

@@ -205,7 +205,7 @@ class OrbaxSource(Source):
         with _without_false_alarm():
             tree = read(path).metadata
         for key in inside:
-            if not isinstance(tree, dict) or key not in tree:
+            if not isinstance(tree, dict) or tree.get(key) is None:
                 raise ValueError(f"path={path}: the checkpoint has no {'/'.join(inside)}")
             tree = tree[key]
         self._stored = traverse_util.flatten_dict(tree)

@@ -201,7 +201,7 @@ def test_find_state_and_missing_arguments():
         ("feedback", "loosen", "must be one of tighten"),
         ("anchor_every", 0, "must be an integer >= 1"),
         ("history", 2.5, "must be an integer >= 1"),
-        ("warmup_steps", -1, "must be an integer >= 0"),
+        ("warmup_steps", -1, "must be >= 0"),
         ("previous_weight", -0.1, "must be >= 0"),
         ("anchor_weight", float("nan"), "must be finite"),
         ("target_shift", 0.0, "must be > 0"),

@@ -26,7 +26,7 @@ def recipe():
         ("sage", ("precise", True, "dual", "gaussian")),
         ("flow_grpo", ("flow", False, "fixed", "gaussian")),
         ("dance_grpo", ("dance", False, "none", "gaussian")),
-        ("cps", ("cps", True, "none", "squared")),
+        ("cps", ("cps", False, "none", "squared")),
     ],
 )
 def test_presets_set_sampler_loss_and_trust_region(recipe, method, expected):

@@ -51,6 +51,7 @@ class Scripted:
     code: str = types.INTERNAL
     lacking: dict[int, str] = dataclasses.field(default_factory=dict)  # sample -> reward of NaN
     broken: frozenset[int] = frozenset()  # samples whose latents are not finite
+    policies: list = dataclasses.field(default_factory=list)
     keys: list = dataclasses.field(default_factory=list)
     conditions: list = dataclasses.field(default_factory=list)
     starts: list = dataclasses.field(default_factory=list)
@@ -62,7 +63,7 @@ class Scripted:
         return programs.Programs(
             recipe=self.recipe,
             rollout=self.rollout,
-            sample=self.rollout,
+            sample=self.sample,
             decode=self.decode,
             finite=frames.finite_samples,
             update=self.update,
@@ -71,6 +72,7 @@ class Scripted:
 
     def rollout(self, params, condition, frozen, keys, starts):
         """The first states are all 200: a clip of them belongs to no sample."""
+        self.policies.append(params)
         self.keys.append(np.asarray(jax.random.key_data(keys)))
         self.conditions.append(condition)
         self.starts.append(np.asarray(starts))
@@ -81,6 +83,10 @@ class Scripted:
         states = np.full((3, *shape), 200, np.float32)
         states[-1] = clean
         return rollout.Trajectory(jnp.asarray(states), jnp.zeros(2))
+
+    def sample(self, params, condition, frozen, keys):
+        starts = np.zeros(len(keys), np.int32)
+        return self.rollout(params, condition, frozen, keys, starts).latents[-1]
 
     def decode(self, vae_params, latents, piece, size):
         """Pieces as the real program takes them."""
@@ -237,6 +243,13 @@ def test_several_updates_hand_their_means_on(make_learner):
     learner.step(state_at(0), prompt_batch(P))
     assert script.old == ["before", "after 1", "after 2"]
     assert len({id(batch) for batch in script.batches}) == 1
+
+
+def test_rollouts_are_drawn_from_the_policy_that_samples(make_learner):
+    learner, script = make_learner()
+    learner.step(state_at(0)._replace(params="trained"), prompt_batch(P))
+    learner.step(state_at(1)._replace(params="trained", sampling="lagging"), prompt_batch(P))
+    assert script.policies == ["trained", "lagging"]
 
 
 def test_another_reward_model_ends_the_run_and_other_failures_do_not(make_learner):
