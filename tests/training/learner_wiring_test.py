@@ -5,7 +5,9 @@ of the sample, a decoder that shows it, a scorer whose rewards are a function of
 """
 
 import dataclasses
+import itertools
 from concurrent import futures
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -250,6 +252,24 @@ def test_rollouts_are_drawn_from_the_policy_that_samples(make_learner):
     learner.step(state_at(0)._replace(params="trained"), prompt_batch(P))
     learner.step(state_at(1)._replace(params="trained", sampling="lagging"), prompt_batch(P))
     assert script.policies == ["trained", "lagging"]
+
+
+def test_seconds_of_a_phase_add_up(make_learner, monkeypatch):
+    """With a clock that goes on by one whenever it is looked at."""
+    ticks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)))
+    monkeypatch.setattr(learner_lib, "time", clock)
+    learner, _ = make_learner()
+    _, metrics = learner.step(state_at(0), prompt_batch(P))
+    seconds = {name: value for name, value in metrics.items() if name.startswith("time/")}
+    # Twelve samples are decoded three at a time; the last row is the whole step.
+    assert seconds == {
+        "time/rollout": 1.0,
+        "time/decode": 4.0,
+        "time/reward": 1.0,
+        "time/update": 1.0,
+        "time/step": next(ticks) - 1,
+    }
 
 
 def test_another_reward_model_ends_the_run_and_other_failures_do_not(make_learner):
