@@ -19,6 +19,9 @@ from sage_grpo_jax.common import manifest
 START = """
 import contextlib, ctypes, gc, os, pathlib, signal, sys, threading, time
 from sage_grpo_jax.common import folders, termination
+# Whoever runs the tests in the background may ignore some of these.
+for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+    signal.signal(getattr(signal, name), signal.SIG_DFL)
 termination.install()
 
 def kill(*unused):
