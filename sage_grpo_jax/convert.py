@@ -1,8 +1,8 @@
 """Converts weights between diffusers, Tencent's layout, orbax checkpoints and adapters (peft).
 
-    python -m sage_grpo_jax.convert --src=ckpts/transformer/480p_t2v --src_format=tencent \
+    python -m sage_grpo_jax.convert --src=ckpts/transformer/480p_t2v --src_format=tencent \\
         --dst=weights/480p_t2v --dst_format=orbax
-    python -m sage_grpo_jax.convert --src=runs/a --src_format=orbax \
+    python -m sage_grpo_jax.convert --src=runs/a --src_format=orbax \\
         --dst=tuned --dst_format=diffusers
 
 --src may be a model folder, a file, or (orbax) the workdir of a training run. Runs on the CPU, in
@@ -10,7 +10,6 @@ the memory of the largest parameter. See docs/weights.md.
 """
 
 import pathlib
-import signal
 import sys
 
 import jax
@@ -29,7 +28,7 @@ _DST_FORMAT = flags.DEFINE_string(
 )
 _DTYPE = flags.DEFINE_string("dtype", "float32", f"One of {', '.join(conversion.DTYPES)}.")
 _MAX_SHARD_SIZE = flags.DEFINE_string("max_shard_size", "10GB", "Largest file (diffusers).")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing --dst.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a --dst that we wrote.")
 _SRC_KEY = flags.DEFINE_string(
     "src_key",
     None,
@@ -77,15 +76,11 @@ def _find_run(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     return path, orbax_io.latest_checkpoint(folder)
 
 
-def _stop(*_: object) -> None:
-    sys.exit(128 + signal.SIGTERM)  # unwinds, so that temporary files are removed
-
-
 def main() -> None:
-    """Converts."""
+    """Converts, and says what was written."""
     jax.config.update("jax_platforms", "cpu")
-    signal.signal(signal.SIGTERM, _stop)
-    conversion.convert(make_job(), sys.stderr)
+    written = conversion.convert(make_job(), sys.stderr)
+    print(f"done: {written}; see {_DST.value}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Needs PyTorch: pip install sage_grpo_jax[text]. See docs/embeddings.md.
 """
 
 import os
-import sys
 
 from absl import flags
 
@@ -72,9 +71,6 @@ def main() -> None:
         raise ValueError(
             f"out of memory; allowed: a --batch_size below {_BATCH_SIZE.value}"
         ) from error
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
     counts = ", ".join(f"{n} {field}" for field, n in cache.manifest["counts"].items() if n)
     print(f"{cache.path}: {len(cache)} prompts ({counts}), {cache.manifest['dtype']}")
 

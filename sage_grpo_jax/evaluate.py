@@ -16,6 +16,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from sage_grpo_jax.common import folders
 from sage_grpo_jax.rewards import types as reward_types
 from sage_grpo_jax.training import (
     checkpoint,
@@ -41,6 +42,7 @@ _SPLIT = flags.DEFINE_enum(
 )
 _EMA = flags.DEFINE_bool("ema", False, "The moving average of the run (config.ema.decay).")
 _OUT = flags.DEFINE_string("out", None, "Folder of the results.", required=True)
+_NAMES = ("metrics.json", "samples/evaluation.png", "samples/evaluation.gif")
 
 
 def evaluate(
@@ -62,7 +64,7 @@ def evaluate(
     if ema and source is None:
         raise ValueError("--ema: without --checkpoint there is no average; allowed: both")
     networks, mesh = input_checks.check(config)
-    workdir_lib.make_folder(out, "--out")
+    workdir_lib.make_folder(out, "--out", _NAMES, "an evaluation")
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         prompts = input_checks.open_prompts(config, out, networks)
@@ -87,6 +89,7 @@ def evaluate(
     if jax.process_index() == 0:
         evaluation.save_samples(result, out, "evaluation", config)
         metrics.write_json(out / "metrics.json", result.metrics)
+        folders.settle(out, _NAMES)
     return result.metrics
 
 

@@ -6,12 +6,14 @@ A rerun with the same workdir continues where the last one stopped. Settings are
 `--config.section.field=value`, as in `--config.flow.steps=1000`.
 """
 
+import functools
 import json
 import pathlib
 
 from absl import flags
 from ml_collections import config_flags
 
+from sage_grpo_jax.common import files
 from sage_grpo_jax.training import command_line, pretraining, pretraining_config
 from sage_grpo_jax.training import workdir as workdir_lib
 
@@ -27,9 +29,11 @@ def main() -> None:
     """Writes config.json and runs the stages."""
     config = pretraining_config.from_mapping(_CONFIG.value.to_dict())
     workdir = pathlib.Path(_WORKDIR.value)
-    workdir_lib.make_folder(workdir, "--workdir")
+    file = workdir / "config.json"
+    ours = functools.partial(workdir_lib.is_config, file)
+    workdir_lib.make_folder(workdir, "--workdir", pretraining.NAMES, "a pretraining", ours)
     settings = json.dumps(_CONFIG.value.to_dict(), indent=2, default=str)
-    (workdir / "config.json").write_text(settings + "\n")
+    files.write_atomically(file, f"{settings}\n".encode())
     pretraining.run(config, workdir, _STAGES.value)
 
 

@@ -12,12 +12,14 @@ import pathlib
 
 from absl import flags
 
-from sage_grpo_jax.common import files
+from sage_grpo_jax.common import files, folders
 from sage_grpo_jax.training import command_line, run_report, sweep_report, sweeps
 from sage_grpo_jax.training import workdir as workdir_lib
 
 _RUNS = flags.DEFINE_list("runs", None, "Workdirs of finished runs.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder of the report.", required=True)
+_OF_RUNS = ("report.md", "reward_curve.png", "before_after.png", "before_after.gif")
+_OF_SWEEP = ("runs.csv", "sweep.md", "heat_map.png", "curves.png")
 
 
 def main() -> None:
@@ -30,13 +32,14 @@ def main() -> None:
         raise ValueError(f"--runs: {found[0]} is a sweep; allowed: runs, or one sweep alone")
     else:
         runs, points = sweep_report.read_sweep(paths[0])
-        workdir_lib.make_folder(out, "--out")
+        workdir_lib.make_folder(out, "--out", _OF_SWEEP, "a report")
         print(sweep_report.write(runs, points, out))
+        folders.settle(out, _OF_SWEEP)
         print(f"\nwritten: {out}/runs.csv, sweep.md, heat_map.png, curves.png")
 
 
 def _report_runs(runs: list[run_report.RunRecord], out: pathlib.Path) -> None:
-    workdir_lib.make_folder(out, "--out")
+    workdir_lib.make_folder(out, "--out", _OF_RUNS, "a report")
     run_report.write_curve(runs, out / "reward_curve.png")
     with_pictures = run_report.write_before_after(runs[0], out)
     sections = [f"## {run.workdir.name}\n\n```\n{run_report.table(run)}\n```\n" for run in runs]
@@ -47,6 +50,7 @@ def _report_runs(runs: list[run_report.RunRecord], out: pathlib.Path) -> None:
         sections.append(f"## over seeds\n\n{over_seeds}\n")
         print(f"\n{over_seeds}")
     files.write_atomically(out / "report.md", "\n".join(sections).encode())
+    folders.settle(out, _OF_RUNS)
     pictures = ", before_after.png, before_after.gif" if with_pictures else ""
     print(f"\nwritten: {out}/report.md, reward_curve.png{pictures}")
     if not with_pictures:

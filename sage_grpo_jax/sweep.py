@@ -8,6 +8,7 @@
 rerun skips what is finished and goes on with what is not. Overrides hold for all points.
 """
 
+import functools
 import pathlib
 import signal
 import subprocess
@@ -100,7 +101,9 @@ def main() -> None:
         print(listing(points) if _LIST.value else plan(points))
         return
     chosen = points if _INDEX.value is None else [points[_INDEX.value]]
-    workdir_lib.make_folder(workdir, "--workdir")
+    file = workdir / sweeps.SWEEP_FILE
+    ours = functools.partial(workdir_lib.is_config, file)
+    workdir_lib.make_folder(workdir, "--workdir", [file.name], "a sweep", ours)
     sweeps.write_index(path, points, workdir)
     failed = _run_all(chosen, [f"--config={path}", *sweeps.flags_of(_given_overrides())])
     if failed:

@@ -1,17 +1,17 @@
 """Writes embedding caches; see `embedding_cache` for what they are."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
 
+from sage_grpo_jax.common import folders
 from sage_grpo_jax.data import embedding_records
 from sage_grpo_jax.data.embedding_records import DTYPES, FIELDS
 from sage_grpo_jax.data.prompts import Prompt
@@ -94,6 +94,7 @@ class EmbeddingCacheWriter:
       FileExistsError: when `path` exists.
       ValueError: for an unknown dtype, a duplicate id, values that are not finite, shapes that do
         not fit each other, images for some prompts only, no prompts, or no negative entry.
+      StorageError: the disk is full or broken.
     """
 
     def __init__(
@@ -109,13 +110,13 @@ class EmbeddingCacheWriter:
         if self._path.exists():
             raise FileExistsError(f"{self._path} exists; remove it or choose another name")
         self._encoder, self._dtype, self._details = encoder, dtype, dict(details or {})
-        self._folder = self._path.with_name(f"{self._path.name}.tmp-{os.getpid()}")
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
-        # Groups of one record: a random read decompresses nothing but its own.
-        self._writer = array_record_module.ArrayRecordWriter(
-            str(self._folder / RECORDS), "group_size:1"
-        )
+        with contextlib.ExitStack() as stack:
+            self._folder = stack.enter_context(folders.new_folder(self._path, "embeddings"))
+            # Groups of one record: a random read decompresses nothing but its own.
+            self._writer = array_record_module.ArrayRecordWriter(
+                str(self._folder / RECORDS), "group_size:1"
+            )
+            self._stack = stack.pop_all()
         self._ids: set[str] = set()
         self._negative: dict[str, np.ndarray] | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}  # of the first array of each field
@@ -127,13 +128,14 @@ class EmbeddingCacheWriter:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        try:
-            if kind is None:
-                self._publish()
-        finally:
-            if self._writer.is_open():
-                self._writer.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
+        with self._stack:
+            try:
+                if kind is not None:
+                    raise error
+                self._finish()
+            finally:
+                if self._writer.is_open():
+                    self._writer.close()
 
     def add(
         self,
@@ -171,7 +173,7 @@ class EmbeddingCacheWriter:
         self._append(prompt, arrays)
 
     def set_negative(self, text: np.ndarray, byt5: np.ndarray | None = None) -> None:
-        """Sets the embedding of the negative (empty) prompt, which all prompts share."""
+        """Sets the embedding of the negative prompt, which all prompts share; byt5 as of `add`."""
         self._negative = self._checked(NEGATIVE_ID, {"text": text, "byt5": byt5})
 
     def _checked(self, name: str, given: Mapping[str, np.ndarray | None]) -> dict[str, np.ndarray]:
@@ -206,7 +208,7 @@ class EmbeddingCacheWriter:
         self._writer.write(record)
         self._hash.update(record)
 
-    def _publish(self) -> None:
+    def _finish(self) -> None:
         if not self._ids:
             raise ValueError(f"{self._path}: no prompts were added")
         if self._negative is None:
@@ -214,7 +216,6 @@ class EmbeddingCacheWriter:
         self._append(Prompt(NEGATIVE_ID, ""), self._negative)
         self._writer.close()
         (self._folder / MANIFEST).write_text(json.dumps(self._manifest(), indent=2) + "\n")
-        self._folder.rename(self._path)
 
     def _manifest(self) -> dict[str, Any]:
         def shape(field: str) -> list[int] | None:

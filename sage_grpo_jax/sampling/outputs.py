@@ -82,6 +82,10 @@ class Records:
                 row = self._parse(line, number)
                 self._rows[row["file"]] = row
 
+    def __len__(self) -> int:
+        """How many clips are recorded."""
+        return len(self._rows)
+
     def _parse(self, line: str, number: int) -> dict[str, Any]:
         where = f"{self._path}, line {number}"
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +17,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sage_grpo_jax.common import folders
 from sage_grpo_jax.common import progress as progress_lib
-from sage_grpo_jax.data import embedding_cache, media
+from sage_grpo_jax.data import captions, embedding_cache, media
+from sage_grpo_jax.data import moving_shapes_spec as spec
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.sampling import outputs, policy
@@ -77,10 +80,13 @@ def sample(
     prompts = [
         (entry["id"], entry["prompt"]) for entry in map(cache.__getitem__, range(len(cache)))
     ]
+    _note_incomplete(config, request, [text for _, text in prompts])
     plan = outputs.plan(prompts, request.seeds)
     described = dataclasses.asdict(settings) | policy.describe(networks, request.source)
     records = outputs.Records(request.out, described)
     left = _unfinished(plan, records, settings.suffixes)
+    names = _names(left, settings.suffixes)
+    workdir_lib.make_folder(request.out, "--out", names, "samples", lambda: bool(records))
     if left:
         size = request.batch_size or _default_batch_size(len(left), config, mesh)
         numerics = Numerics(config.model.matmul_precision, _decode_batch(size, config, mesh))
@@ -99,7 +105,14 @@ def sample(
             _sample_all(sampler, batches, left, records, settings, request.out)
     if jax.process_index() == 0:
         outputs.write_sheet(request.out, plan, settings.suffixes[0])
+        folders.settle(request.out, names)
     return len(left)
+
+
+def _names(left: Sequence[outputs.Sample], suffixes: Sequence[str]) -> list[str]:
+    """The files that will be written."""
+    clips = [f"{sample.name}.{suffix}" for sample in left for suffix in suffixes]
+    return [*clips, *([outputs.RECORDS] if left else []), outputs.SHEET]
 
 
 def _sample_all(
@@ -210,6 +223,18 @@ def _open_prompts(
         )
     except ValueError as error:
         raise ValueError(str(error).replace("config.data.eval_prompts", "--prompts")) from error
+
+
+def _note_incomplete(config: config_lib.Config, request: Request, texts: Sequence[str]) -> None:
+    """Says which prompts are less than the captions that the small model was trained on."""
+    if config.data.text_encoder != "words" or jax.process_index():
+        return
+    if found := captions.incomplete(texts):
+        print(
+            f"note: --prompts: {len(found)} of {len(texts)} prompts are no whole captions, such as "
+            f"{found[0]!r}; the small model knows those like {spec.example_caption()!r}",
+            file=sys.stderr,
+        )
 
 
 def _check_batch_size(size: int | None, mesh: jax.sharding.Mesh) -> None:

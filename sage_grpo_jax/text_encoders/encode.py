@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import pathlib
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -68,12 +67,14 @@ def encode(request: Request) -> EmbeddingCache:
         return _finished_before(out, partial, plan)
     work = WorkFolder(partial, plan.settings, request.resume)
     found = {stage.name: run(stage, work, request.batch_size) for stage in plan.stages}
-    for leftover in partial.glob("cache*"):  # of a run that was killed from here on
-        shutil.rmtree(leftover)
-    _assemble(plan, work, found, partial / "cache")
-    (partial / "cache").rename(out)
-    work.remove()
+    _assemble(plan, work, found, out)
+    _clear_up(work)
     return EmbeddingCache(out)
+
+
+def _clear_up(work: WorkFolder) -> None:
+    if left := work.remove():
+        _note(f"{work.path} stays: it holds {', '.join(left[:3])}, which is not ours")
 
 
 def _finished_before(out: pathlib.Path, partial: pathlib.Path, plan: "Plan") -> EmbeddingCache:
@@ -81,7 +82,7 @@ def _finished_before(out: pathlib.Path, partial: pathlib.Path, plan: "Plan") -> 
     if read_settings(partial) != WorkFolder.comparable(plan.settings):
         raise FileExistsError(f"out={out}: exists; remove it or choose another name")
     cache = EmbeddingCache(out)
-    WorkFolder(partial, plan.settings, resume=True).remove()
+    _clear_up(WorkFolder(partial, plan.settings, resume=True))
     return cache
 
 
@@ -180,10 +181,11 @@ class Plan:
         return tokenizer.template_hash
 
     def _add_byt5(self) -> None:
+        texts = [*(prompt.text for prompt in self.prompts), self.request.negative_prompt]
         glyphs = {
-            position: text
-            for position, prompt in enumerate(self.prompts)
-            if (text := template.glyph_text(prompt.text)) is not None
+            position: glyph
+            for position, text in enumerate(texts)
+            if (glyph := template.glyph_text(text)) is not None
         }
         if self.request.byt5 is None:
             if glyphs:

@@ -1,20 +1,21 @@
 """Finished batches on disk, so that an encoding that was killed goes on where it was."""
 
 import dataclasses
+import io
 import json
-import os
 import pathlib
-import shutil
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from sage_grpo_jax.common import files, folders
 from sage_grpo_jax.common.progress import Progress
 from sage_grpo_jax.data.embedding_records import DTYPES
 
 SETTINGS = "settings.json"
+_BATCHES = f"[a-z]*-{'[0-9]' * 6}.npz"
 
 
 class WorkFolder:
@@ -28,16 +29,24 @@ class WorkFolder:
 
     Raises:
       ValueError: the folder has batches of other settings (the fields that differ are named), or
-        is no work folder.
+        files of these names that are not ours.
     """
 
     def __init__(self, path: pathlib.Path, settings: Mapping[str, Any], resume: bool):
         self.path = path
+        settings = self.comparable(settings)
         if path.exists() and any(path.iterdir()) and not (path / SETTINGS).exists():
             raise ValueError(f"{path} is needed for unfinished work, but holds something else")
-        if path.exists() and not resume:
-            shutil.rmtree(path)
-        settings = self.comparable(settings)
+        folders.claim(
+            path,
+            (SETTINGS, _BATCHES),
+            "unfinished embeddings",
+            "out",
+            is_ours=lambda: read_settings(path).keys() >= {"prompts", "images", "encoder"},
+        )
+        if not resume:
+            folders.remove_claimed(path)
+            folders.claim(path, (SETTINGS, _BATCHES), "unfinished embeddings", "out")
         file = path / SETTINGS
         if any(path.glob("*.npz")):
             before = read_settings(path)
@@ -48,8 +57,7 @@ class WorkFolder:
                     "command, or pass --noresume to start over"
                 )
             return
-        path.mkdir(parents=True, exist_ok=True)
-        _write_whole(file, lambda stream: stream.write(json.dumps(settings, indent=2).encode()))
+        files.write_atomically(file, json.dumps(settings, indent=2).encode())
 
     @staticmethod
     def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,7 +75,9 @@ class WorkFolder:
         """Stores the arrays of a batch, by the position of their prompts."""
         # Raw bits: NumPy's files do not know bfloat16.
         bits = {str(k): a.view(f"u{a.itemsize}") for k, a in arrays.items()}
-        _write_whole(self._file(stage, batch), lambda stream: np.savez(stream, **bits))
+        buffer = io.BytesIO()
+        np.savez(buffer, **bits)
+        files.write_atomically(self._file(stage, batch), buffer.getvalue())
 
     def read(self, stage: str, batch: int, position: int, dtype: str) -> np.ndarray:
         """One array of a finished batch."""
@@ -78,9 +88,9 @@ class WorkFolder:
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ValueError(f"{file} is damaged ({error}); delete it and run again") from error
 
-    def remove(self) -> None:
-        """Deletes the folder."""
-        shutil.rmtree(self.path)
+    def remove(self) -> list[str]:
+        """Deletes the work, and the folder if it holds nothing else; returns what else it holds."""
+        return folders.remove_claimed(self.path)
 
 
 def read_settings(path: pathlib.Path) -> dict[str, Any]:
@@ -89,15 +99,6 @@ def read_settings(path: pathlib.Path) -> dict[str, Any]:
         return json.loads((path / SETTINGS).read_text())
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{path / SETTINGS} cannot be read: {error}; pass --noresume") from error
-
-
-def _write_whole(file: pathlib.Path, write: Callable[[Any], Any]) -> None:
-    new = file.with_name(f".{file.name}.new")
-    with open(new, "wb") as stream:
-        write(stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    new.rename(file)
 
 
 @dataclasses.dataclass(frozen=True)

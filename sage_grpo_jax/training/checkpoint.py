@@ -21,6 +21,8 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 from orbax.checkpoint import v1 as ocp
 
+from sage_grpo_jax.common import files
+from sage_grpo_jax.common.files import StorageError
 from sage_grpo_jax.parallel import hosts
 from sage_grpo_jax.training import checksums
 
@@ -31,10 +33,6 @@ DAMAGED = "damaged"  # where unusable checkpoints go, beside FOLDER
 # will need another name: checkpoints with checksums of an unknown kind count as without.
 _CHECKSUMS = "checksums_v1"
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
-
-
-class StorageError(RuntimeError):
-    """The disk is full or broken; nothing half-written is left under a final name."""
 
 
 def storage_error(
@@ -63,7 +61,7 @@ class Checkpoints:
           keep: how many checkpoints stay.
         """
         self._every = every
-        self._folder = (workdir / FOLDER).absolute()
+        self._folder = files.real_path(workdir / FOLDER)
         self._failed = False
         _quieten_orbax()
         self._checkpointer = ocp.training.Checkpointer(
@@ -147,7 +145,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             try:
                 for step in damaged:
-                    _move(self._folder / str(step), target / str(step))
+                    _move(self._folder / str(step), target)
             except OSError as error:
                 failure = error
         # The other processes wait here until the folders are moved.
@@ -267,9 +265,13 @@ def _difference(saved: str | None, tree: Any, folder: pathlib.Path) -> str | Non
     return checksums.difference(expected, found)
 
 
-def _move(source: pathlib.Path, target: pathlib.Path) -> None:
-    target.parent.mkdir(exist_ok=True)
-    shutil.rmtree(target, ignore_errors=True)
+def _move(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """Puts a checkpoint into a folder, beside those of the same step that lie there."""
+    folder.mkdir(exist_ok=True)
+    target, number = folder / source.name, 1
+    while target.exists():
+        number += 1
+        target = folder / f"{source.name}.{number}"
     source.rename(target)
 
 
@@ -312,14 +314,18 @@ def restore_params(path: str | pathlib.Path, abstract_params: Any, ema: bool = F
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     if not folder.is_dir():
         raise FileNotFoundError(f"{path}: no such folder; allowed: the workdir of a run")
-    with ocp.training.Checkpointer(folder.absolute()) as checkpointer:
+    folder = files.real_path(folder)
+    with ocp.training.Checkpointer(folder) as checkpointer:
         latest = checkpointer.latest
     if latest is None:
         raise FileNotFoundError(f"{folder}: no complete checkpoint")
-    folder = folder.absolute() / str(latest.step)
+    folder = folder / str(latest.step)
     name = EMA if ema else "params"
-    if ema and EMA not in ocp.checkpointables_metadata(folder).metadata["state"]:
-        raise ValueError(no_average(path))
+    if ema and not _has_average(folder):
+        raise ValueError(
+            f"{path}: the run keeps no moving average of its parameters; allowed: the parameters "
+            "themselves, or a run with config.ema.decay above 0"
+        )
     wanted = {"state": {name: abstract_params}, "record": None}
     content, reason = _load(folder, wanted, partial=True)
     if content is None:
@@ -330,9 +336,9 @@ def restore_params(path: str | pathlib.Path, abstract_params: Any, ema: bool = F
     return content["state"][name]
 
 
-def no_average(path: str | pathlib.Path) -> str:
-    """The message for a run whose checkpoints hold no moving average."""
-    return (
-        f"{path}: the run keeps no moving average of its parameters; allowed: the parameters "
-        "themselves, or a run with config.ema.decay above 0"
-    )
+def _has_average(folder: pathlib.Path) -> bool:
+    """Whether a checkpoint holds a moving average; what cannot be read counts as one that may."""
+    try:
+        return ocp.checkpointables_metadata(folder).metadata["state"].get(EMA) is not None
+    except (OSError, ValueError, KeyError):
+        return True  # `_load` tells what is wrong

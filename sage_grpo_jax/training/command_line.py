@@ -1,20 +1,31 @@
-"""How entries begin and end: flags, devices, and bad input in one line with exit status 2."""
+"""How entries begin and end: flags, devices, signals, and what is wrong in one line.
+
+0        done; `train` and `sweep` also where a signal stopped them and nothing is lost
+1        the world failed (disk, reward service, numerics), or the program did (a trace)
+2        the input is wrong; a rerun cannot help
+128 + n  ended by signal n; what was half-made is removed
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging as std_logging
 import os
 import re
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 
+from sage_grpo_jax.common import files, termination
+
 if TYPE_CHECKING:
     from sage_grpo_jax.training import config as config_lib
+
+DONE, FAILED, BAD_INPUT = 0, 1, 2
 
 _REQUIRED = re.compile(r"Flag --([\w.]+) must have a value other than None")
 # What bad input raises; ModuleNotFoundError: an optional dependency, or a module that was named.
@@ -30,16 +41,18 @@ def run(
     """Parses the flags, calls `main` and exits; what every entry ends with.
 
     Bad flags, positional arguments, and ValueError, OSError and ModuleNotFoundError of `main` end
-    with the line "error: ..." and exit status 2. With --verbosity=1, before the other flags, they
-    end with a trace.
+    with the line "error: ..." and exit status 2; a full or broken disk with "stopped: ..." and 1.
+    With --verbosity=1, before the other flags, they end with a trace. SIGTERM, SIGINT and SIGHUP
+    end the process as `common.termination` says, until `main` has handlers of its own.
 
     Args:
       main: the entry.
-      stopped: what `main` raises when its input is good and the world is not: the line
+      stopped: what else `main` raises when its input is good and the world is not: the line
         "stopped: ..." and exit status 1.
       verbosity: of the log unless --verbosity is given; the libraries underneath tell every detail.
         None: left alone.
     """
+    termination.install()
     app.run(lambda argv: call(main, stopped, verbosity), flags_parser=parse_flags)
 
 
@@ -53,29 +66,42 @@ def call(
         logging.set_verbosity(verbosity)
     try:
         main()
-    except stopped as error:
-        if logging.level_debug():
+        _flush_output()
+    except (*stopped, files.StorageError) as error:
+        _leave(FAILED, f"stopped: {one_line(error)}")
+    except BrokenPipeError as error:
+        _leave(FAILED, f"stopped: {_of_file(error)}; nobody reads what is printed")
+    except Exception as error:
+        if (said := files.disk_failure(error)) is not None:
+            _leave(FAILED, f"stopped: {said}; the same command goes on once there is room")
+        if not isinstance(error, _BAD_INPUT):
             raise
-        print(f"stopped: {error}", file=sys.stderr)
-        sys.exit(1)
-    except _BAD_INPUT as error:
-        if logging.level_debug():
-            raise
-        _fail(_of_file(error) if isinstance(error, OSError) else one_line(error))
+        _leave(BAD_INPUT, f"error: {_reason_of_input(error)}")
+
+
+def _flush_output() -> None:
+    """Notices a full disk behind the output here, not when the interpreter ends."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, "standard output") from error
+
+
+def _reason_of_input(error: Exception) -> str:
+    return _of_file(error) if isinstance(error, OSError) else one_line(error)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses as absl does; a mistake ends with one line and exit status 2.
 
     absl itself prints a trace for an unknown config field or a recipe that refuses its argument,
-    and takes empty names and arguments that nobody reads.
+    takes empty names and arguments that nobody reads, and ends --help with status 1.
     """
     std_logging.disable(std_logging.WARNING)  # one line: no warnings of the parser before it
     try:
-        left = flags.FLAGS(argv)
+        with _help_is_no_failure():
+            left = flags.FLAGS(argv)
     except Exception as error:  # a recipe is code: it may raise anything
-        if logging.level_debug():
-            raise
         _fail(_reason(error))
     finally:
         std_logging.disable(std_logging.NOTSET)
@@ -87,6 +113,33 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     if "config" in flags.FLAGS:
         _check_recipe(flags.FLAGS["config"].value)
     return left
+
+
+@contextlib.contextmanager
+def _help_is_no_failure() -> Iterator[None]:
+    """Gives the flags that show the help, and exit in the parser, their exit status."""
+    shown = []
+
+    def watch(flag: flags.Flag) -> None:
+        parse = flag.parse
+
+        def parse_and_tell(argument: Any) -> None:
+            shown.append(flag.name)
+            parse(argument)  # exits where the help is asked for
+            shown.pop()
+
+        flag.parse = parse_and_tell
+
+    for name in ("help", "helpshort", "helpfull", "helpxml"):
+        if name in flags.FLAGS:
+            watch(flags.FLAGS[name])
+    try:
+        yield
+    except SystemExit:
+        if not shown:  # a recipe is code: it may exit as well
+            raise
+        sys.stdout.flush()
+        sys.exit(DONE)
 
 
 def _check_recipe(recipe: Any) -> None:
@@ -190,5 +243,17 @@ def one_line(error: BaseException) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    _leave(BAD_INPUT, f"error: {message}")
+
+
+def _leave(status: int, line: str) -> NoReturn:
+    """Ends with a line; where traces were asked for, with the error that is being handled."""
+    if logging.level_debug() and sys.exc_info()[1] is not None:
+        raise
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{line}\n")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:  # nobody can be told; the status is what is left
+            files.silence(stream)
+    sys.exit(status)

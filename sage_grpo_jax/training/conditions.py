@@ -86,7 +86,8 @@ def unconditional(
 
     Args:
       condition: of B samples.
-      negative: the one negative prompt, leaves [1, ...]; its text is as long as the samples'.
+      negative: the one negative prompt, leaves [1, ...]; its text is as long as the samples', and
+        so is its byt5, where the samples have any.
     """
     count = condition.text.shape[0]
 
@@ -94,11 +95,12 @@ def unconditional(
         return jnp.broadcast_to(x, (count, *x.shape[1:]))
 
     byt5 = {}
-    if condition.byt5 is not None:
-        # Quoted text has no part in the negative branch (its ByT5 entry is all padding).
+    if condition.byt5 is not None and negative.byt5 is not None:
+        byt5 = {"byt5": broadcast(negative.byt5), "byt5_mask": broadcast(negative.byt5_mask)}
+    elif condition.byt5 is not None:  # the negative prompt quotes nothing: all padding
         byt5 = {
             "byt5": jnp.zeros_like(condition.byt5),
-            "byt5_mask": jnp.zeros(condition.byt5.shape[:2], bool),
+            "byt5_mask": jnp.zeros_like(condition.byt5_mask),
         }
     return condition._replace(
         text=broadcast(negative.text), text_mask=broadcast(negative.text_mask), **byt5

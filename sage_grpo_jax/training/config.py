@@ -202,7 +202,8 @@ class LoraConfig:
 
     rank: int = 0  # 0: all weights are trained
     alpha: float = 0.0  # adapters are scaled by alpha / rank; 0: alpha = 2 * rank
-    targets: str = ",".join(lora_lib.TARGETS)  # layers of both streams
+    targets: str = ",".join(lora_lib.TARGETS)  # of both streams, or paths: blocks/image/query
+    init: str = ""  # folder or file of adapters that the run starts from; "": fresh ones
     base_dtype: str = "auto"  # of the frozen weights; auto: the compute dtype
     learning_rate: float = 0.0  # 0: that of the optimizer
 

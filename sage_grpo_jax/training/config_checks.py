@@ -185,6 +185,11 @@ def _validate_together(config: Config) -> None:
         _ = config.lora.adapters
     except ValueError as error:
         raise ValueError(f"config.{error}") from error
+    if config.lora.init and not config.lora.rank:
+        raise ValueError(
+            f"config.lora.init: got {config.lora.init!r} with lora.rank=0; allowed: adapters for a "
+            "run that trains adapters"
+        )
     _validate_sampler(config)
     for path in _BELOW_ONE:
         if (value := _get(config, path)) == 1:

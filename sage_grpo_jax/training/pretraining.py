@@ -17,7 +17,6 @@ Eight stages, each of which continues where it was interrupted:
 import dataclasses
 import json
 import pathlib
-import shutil
 from collections.abc import Sequence
 
 import jax
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sage_grpo_jax import weights
+from sage_grpo_jax.common import files, folders
 from sage_grpo_jax.data import moving_shapes
 from sage_grpo_jax.models import vae
 from sage_grpo_jax.training import pretraining_report
@@ -45,6 +45,15 @@ from sage_grpo_jax.training.pretraining_vae import (
 )
 
 STAGES = ("vae", "polish", "decoder", "latents", "flow", "distill", "sharpen", "export")
+# What a pretraining writes into its folder.
+NAMES = (
+    "config.json",
+    "metrics.jsonl",
+    "report.json",
+    *(f"{stage}/*" for stage in STAGES if stage != "export"),
+    "weights/*",
+    *("real.png", "reconstructions.png", "samples_*_steps.png"),
+)
 
 
 def run(config: PretrainConfig, workdir: pathlib.Path, stages: Sequence[str] = STAGES) -> None:
@@ -121,14 +130,11 @@ def _encode(
 
 
 def _write_latents(cache: LatentCache, folder: pathlib.Path) -> None:
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    np.save(temporary / "latents.npy", cache.latents)
-    np.save(temporary / "caption.npy", cache.caption)
-    summary = {"count": len(cache.caption), "mean": cache.mean, "std": cache.std}
-    (temporary / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    temporary.replace(folder)
+    with folders.new_folder(folder, "latents") as new:
+        np.save(new / "latents.npy", cache.latents)
+        np.save(new / "caption.npy", cache.caption)
+        summary = {"count": len(cache.caption), "mean": cache.mean, "std": cache.std}
+        (new / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def _read_latents(folder: pathlib.Path) -> LatentCache:
@@ -160,11 +166,17 @@ def export(config: PretrainConfig, key: jax.Array, workdir: pathlib.Path) -> dic
         ("transformer", flow_params, config.transformer),
     ):
         # Half the size of float32; the rounding (one part in 2048) is far below the models' errors.
-        weights.save(params, workdir / "weights" / name, config=model_config, dtype=jnp.float16)
+        weights.save(
+            params,
+            workdir / "weights" / name,
+            config=model_config,
+            dtype=jnp.float16,
+            overwrite=True,
+        )
     steps |= flow_steps
     say(f"export: {steps}")
     pipeline = pretraining_report.Pipeline(model, vae_params, config.transformer, flow_params)
     numbers = pretraining_report.judge(pipeline, config.report, key, workdir)
     numbers = {**steps, **numbers}
-    (workdir / "report.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    files.write_atomically(workdir / "report.json", (json.dumps(numbers, indent=2) + "\n").encode())
     return numbers

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from orbax.checkpoint import v1 as ocp
 
+from sage_grpo_jax.common import files
 from sage_grpo_jax.training.pretraining_config import StageConfig
 
 Params = dict[str, Any]
@@ -176,7 +177,7 @@ def load_average(directory: pathlib.Path) -> tuple[int, Params]:
     Raises:
       FileNotFoundError: when the directory holds no finished checkpoint.
     """
-    directory = directory.absolute()
+    directory = files.real_path(directory)
     steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {directory}; run that stage first")
@@ -187,7 +188,7 @@ def load_average(directory: pathlib.Path) -> tuple[int, Params]:
 
 def _open_checkpointer(directory: pathlib.Path) -> ocp.training.Checkpointer:
     return ocp.training.Checkpointer(
-        directory.absolute(),
+        files.real_path(directory),
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
         preservation_policy=ocp.training.preservation_policies.LatestN(2),
         cleanup_tmp_directories=True,
@@ -224,9 +225,7 @@ def truncate_metrics(path: pathlib.Path, stage: str, step: int) -> None:
             kept.append(line + "\n")
     # Untouched where nothing goes: another stage may be writing at this moment.
     if "".join(kept) != text:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
+        files.write_atomically(path, "".join(kept).encode())
 
 
 class _Progress:

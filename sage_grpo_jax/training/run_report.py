@@ -1,6 +1,7 @@
 """What a run (or several seeds of it) achieved: tables, a reward curve, before/after pictures."""
 
 import dataclasses
+import io
 import math
 import pathlib
 from collections.abc import Sequence
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageSequence
 
-from sage_grpo_jax.common import progress
+from sage_grpo_jax.common import files, progress
+from sage_grpo_jax.data import media
 from sage_grpo_jax.training import metrics
 from sage_grpo_jax.training import workdir as workdir_lib
 
@@ -264,9 +266,17 @@ def write_curve(runs: Sequence[RunRecord], path: pathlib.Path) -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: pathlib.Path) -> None:
+    """Writes a figure of matplotlib as PNG, whole or not at all, and closes it."""
+    from matplotlib import pyplot
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
     pyplot.close(figure)
+    files.write_atomically(path, buffer.getvalue())
 
 
 def _plot_smoothed(axis, run: RunRecord, name: str, color: str, label: str | None) -> None:
@@ -298,20 +308,23 @@ def write_before_after(run: RunRecord, out: pathlib.Path) -> bool:
     first, last = found
     titles = ("before", f"after {run.summary['steps']} steps")
     pictures = [Image.open(p).convert("RGB") for p in (first, last)]
-    _side_by_side(pictures, titles).save(out / "before_after.png")
+    media.write_picture(out / "before_after.png", _side_by_side(pictures, titles))
     clips = [
         [f.convert("RGB") for f in ImageSequence.Iterator(Image.open(p.with_suffix(".gif")))]
         for p in (first, last)
     ]
     # As many as both have: a GIF keeps no frame that is equal to the one before it.
     frames = [_side_by_side(pair, titles) for pair in zip(*clips, strict=False)]
+    buffer = io.BytesIO()
     frames[0].save(
-        out / "before_after.gif",
+        buffer,
+        format="GIF",
         save_all=True,
         append_images=frames[1:],
         duration=Image.open(first.with_suffix(".gif")).info["duration"],
         loop=0,
     )
+    files.write_atomically(out / "before_after.gif", buffer.getvalue())
     return True
 
 

@@ -13,101 +13,31 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from sage_grpo_jax import weights
-from sage_grpo_jax.data import embedding_cache, moving_shapes_spec, word_embeddings
+from sage_grpo_jax.data import captions, embedding_cache, moving_shapes_spec, word_embeddings
 from sage_grpo_jax.data import prompts as prompts_lib
 from sage_grpo_jax.flow import noise
 from sage_grpo_jax.models import hunyuan_video, lora, vae
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.text_encoders import qwen
 from sage_grpo_jax.training import checkpoint as checkpoint_lib
-from sage_grpo_jax.training import conditions, optimizers
+from sage_grpo_jax.training import conditions, optimizers, starting_adapters
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import programs as programs_lib
 from sage_grpo_jax.training import recipe as recipe_lib
 from sage_grpo_jax.training import state as state_lib
+from sage_grpo_jax.training.networks import (
+    ASSET,
+    Networks,
+    describe_networks,
+    read_networks,
+    resolve_path,
+)
 
-ASSETS = pathlib.Path(__file__).parent.parent / "assets"
-ASSET = "asset:"
+# The networks are reached from here.
+__all__ = ["ASSET", "Networks", "describe_networks", "read_networks", "resolve_path"]
+
 WORLD = "moving_shapes:"
 CACHE = "cache:"
-
-
-@dataclasses.dataclass(frozen=True)
-class Networks:
-    """The two networks' configs, adapted to the run, and where their weights are."""
-
-    transformer: hunyuan_video.HunyuanVideoConfig
-    vae: vae.VaeConfig
-    transformer_path: pathlib.Path
-    vae_path: pathlib.Path
-
-
-def resolve_path(path: str) -> pathlib.Path:
-    """A folder of weights; `asset:NAME` is one that ships with the package."""
-    return ASSETS / path.removeprefix(ASSET) if path.startswith(ASSET) else pathlib.Path(path)
-
-
-def read_networks(config: config_lib.ModelConfig) -> Networks:
-    """Reads both config.json files; no weights yet.
-
-    Raises:
-      ValueError: a folder holds another kind of network.
-    """
-    paths, configs = [], []
-    for field, kind in (("transformer", hunyuan_video.HunyuanVideoConfig), ("vae", vae.VaeConfig)):
-        path = resolve_path(getattr(config, field))
-        if not getattr(config, field) or not path.is_dir():
-            raise ValueError(
-                f"config.model.{field}: got {getattr(config, field)!r}; allowed: a folder with "
-                "config.json and safetensors, or asset:NAME"
-            )
-        try:
-            network = weights.load_config(path)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"config.model.{field}: {error}") from error
-        if not isinstance(network, kind):
-            raise ValueError(
-                f"config.model.{field}: {path} holds a {type(network).__name__}; "
-                f"allowed: {kind.__name__}"
-            )
-        paths.append(path)
-        configs.append(dataclasses.replace(network, dtype=config.compute_dtype))
-    if config.variant and configs[0].use_meanflow != _is_meanflow(config.variant):
-        raise ValueError(
-            f"config.model.transformer: use_meanflow={configs[0].use_meanflow} in {paths[0]} is "
-            f"not that of config.model.variant={config.variant}; allowed: weights of the variant"
-        )
-    transformer = dataclasses.replace(
-        configs[0], attention=config.attention, remat=config.remat, unroll=config.unroll
-    )
-    return Networks(transformer, configs[1], *paths)
-
-
-def describe_networks(config: config_lib.ModelConfig) -> Networks:
-    """The networks' configs without their weights: where those are not here, as released.
-
-    Raises:
-      ValueError: no folders, and no released variant either.
-    """
-    here = resolve_path(config.transformer).is_dir() and resolve_path(config.vae).is_dir()
-    if here or not config.variant:
-        return read_networks(config)
-    transformer = hunyuan_video.HunyuanVideoConfig(
-        target_size=960 if config.variant.startswith("720p") else 640,
-        task_type="i2v" if "i2v" in config.variant else "t2v",
-        use_meanflow=_is_meanflow(config.variant),
-        dtype=config.compute_dtype,
-        attention=config.attention,
-        remat=config.remat,
-        unroll=config.unroll,
-    )
-    paths = resolve_path(config.transformer), resolve_path(config.vae)
-    return Networks(transformer, vae.VaeConfig(dtype=config.compute_dtype), *paths)
-
-
-def _is_meanflow(variant: str) -> bool:
-    """Whether a released variant knows where its steps end."""
-    return variant.endswith("step_distilled")
 
 
 def abstract_params(network: Any) -> Any:
@@ -173,7 +103,7 @@ def make_abstract_state(
 def fresh_state(
     networks: Networks, config: config_lib.Config, mesh: jax.sharding.Mesh
 ) -> state_lib.LearnerState:
-    """The state at step 0: loaded weights or fresh adapters, empty optimizer, trust region."""
+    """The state at step 0: loaded weights or adapters, empty optimizer, trust region."""
     tx, averages = optimizers.make_optimizer(config), config.averages
     shardings = state_lib.shardings_of(make_abstract_state(networks, config, mesh))
     adapters = config.lora.adapters
@@ -183,11 +113,13 @@ def fresh_state(
         )
         return init(load_transformer(networks, mesh))
     shapes = abstract_params(networks.transformer)
+    given, ratio = starting_adapters.load(config.lora, networks.transformer, mesh)
 
-    def init_adapters(key):
-        return state_lib.init_state(tx, lora.init_adapters(shapes, adapters, key), averages)
+    def init_adapters(key, given):
+        fresh = lora.init_adapters(shapes, adapters, key)
+        return state_lib.init_state(tx, lora.start_from(fresh, given, ratio), averages)
 
-    return jax.jit(init_adapters, out_shardings=shardings)(noise.adapter_key(config.seed))
+    return jax.jit(init_adapters, out_shardings=shardings)(noise.adapter_key(config.seed), given)
 
 
 def load_policy(
@@ -253,15 +185,28 @@ def read_prompts(source: str, field: str) -> list[prompts_lib.Prompt]:
 
 
 def open_cache(
-    config: config_lib.Config, field: str, workdir: pathlib.Path, networks: Networks
+    config: config_lib.Config,
+    field: str,
+    workdir: pathlib.Path,
+    networks: Networks,
+    *,
+    whole_captions: bool = False,
 ) -> embedding_cache.EmbeddingCache:
     """The embeddings of the prompts of `config.data.FIELD`.
 
     Either they were made before (`cache:FOLDER`), or they are word embeddings, which are written
     into the workdir the first time.
 
+    Args:
+      config: the recipe.
+      field: train_prompts or eval_prompts.
+      workdir: see above.
+      networks: that the embeddings have to fit.
+      whole_captions: see `captions.check`.
+
     Raises:
-      ValueError: no such cache, or one that does not fit the model; naming the field.
+      ValueError: no such cache, or one that does not fit the model; prompts that the small world
+        cannot say; naming the field.
     """
     source = getattr(config.data, field)
     dim = networks.transformer.text_embed_dim
@@ -278,6 +223,10 @@ def open_cache(
             "python -m sage_grpo_jax.encode_prompts"
         )
     prompts = read_prompts(source, field)
+    try:
+        captions.check(prompts, whole=whole_captions)
+    except ValueError as error:
+        raise ValueError(f"config.data.{field}: {source}: {error}") from error
     # The folder's name holds the prompts, so that an edited file is embedded again.
     digest = hashlib.sha256(repr((dim, prompts)).encode()).hexdigest()[:12]
     path = workdir / "embeddings" / f"{field}-{digest}"
@@ -329,9 +278,11 @@ def open_prompts(config: config_lib.Config, workdir: pathlib.Path, networks: Net
       ValueError: prompts that cannot be read, too few for the evaluation, or embeddings of
         different encoders.
     """
-    train = open_cache(config, "train_prompts", workdir, networks)
+    # This reward reads the caption: on any other it would fail for every clip.
+    whole = config.rewards.spawn and config.rewards.backend == "moving_shapes"
+    train = open_cache(config, "train_prompts", workdir, networks, whole_captions=whole)
     fixed = {
-        field: open_cache(config, field, workdir, networks)
+        field: open_cache(config, field, workdir, networks, whole_captions=whole)
         for field in ("eval_prompts", "test_prompts")
         if getattr(config.data, field) or field == "eval_prompts"
     }
@@ -344,7 +295,7 @@ def open_prompts(config: config_lib.Config, workdir: pathlib.Path, networks: Net
         field: _fixed_batch(cache, counts[field], config.eval, shapes)
         for field, cache in fixed.items()
     }
-    negative = embedding_cache.pad_entries([train.negative], shapes["length"])
+    negative = embedding_cache.pad_entries([train.negative], **shapes)
     logging.info("%d training prompts, %d evaluation prompts", len(train), config.eval.num_prompts)
     return Prompts(
         train=embedding_cache.make_prompt_iterator(

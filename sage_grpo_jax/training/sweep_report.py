@@ -172,8 +172,7 @@ def _write_heat_map(runs: Sequence[SweepRun], path: pathlib.Path) -> None:
     axis.set_yticks(range(len(down)), [_label(names[:1], key) for key in down], fontsize=8)
     axis.set_title("gain of the overall reward, held-out prompts")
     figure.colorbar(image, ax=axis)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    run_report.save_figure(figure, path)
 
 
 def _write_curves(runs: Sequence[SweepRun], path: pathlib.Path) -> None:
@@ -201,5 +200,4 @@ def _write_curves(runs: Sequence[SweepRun], path: pathlib.Path) -> None:
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=7)
     axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    run_report.save_figure(figure, path)

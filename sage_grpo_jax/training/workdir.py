@@ -6,13 +6,12 @@ import errno
 import json
 import os
 import pathlib
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
 
-from sage_grpo_jax.common import files
+from sage_grpo_jax.common import files, folders
 from sage_grpo_jax.data import embedding_cache
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import metrics, setup
@@ -21,6 +20,20 @@ CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"
 ENCODER_FILE = "encoder.json"
 _LOCK_FILE = ".lock"
+# What a run writes into its folder, and what it deletes there when it goes on.
+_NAMES = (
+    CONFIG_FILE,
+    SUMMARY_FILE,
+    ENCODER_FILE,
+    metrics.METRICS_FILE,
+    "transformer.json",
+    "lora.json",
+    "events.out.tfevents.*",
+    "checkpoints/*",
+    "damaged/*",
+    "embeddings/*",
+    "samples/*",
+)
 
 # Fields that a rerun may change without becoming another run.
 OPERATIONAL = (
@@ -40,13 +53,13 @@ OPERATIONAL = (
 def claim(config: config_lib.Config, workdir: pathlib.Path) -> None:
     """Writes config.json into a `locked` folder, or checks that it belongs to the same run.
 
-    A folder in which no step was ever recorded belongs to nobody: a mistake in the first config can
-    be corrected without another folder. Fields that are younger than the folder count as their
-    defaults, which leave a run as it was.
+    A folder of ours in which no step was ever recorded may change its config: a mistake in the
+    first one can be corrected without another folder. Fields that are younger than the folder count
+    as their defaults, which leave a run as it was.
 
     Raises:
       ValueError: naming the fields that differ; a config.json or metrics.jsonl that cannot be read;
-        a folder that cannot be written.
+        a folder that cannot be written, or in which somebody else's files have our names.
     """
     path = workdir / CONFIG_FILE
     mine = flatten(dataclasses.asdict(config))
@@ -66,6 +79,7 @@ def claim(config: config_lib.Config, workdir: pathlib.Path) -> None:
             f"{'; '.join(differing)}. Allowed: the same config, or another folder"
         )
     if jax.process_index() == 0:
+        make_folder(workdir, "--workdir", _NAMES, "a training run", lambda: is_config(path))
         with writable(workdir):
             metrics.write_json(path, dataclasses.asdict(config))
 
@@ -120,10 +134,16 @@ def writable(folder: pathlib.Path, flag: str = "--workdir") -> Iterator[None]:
 
     Raises:
       ValueError: instead of an OSError of the block.
+      StorageError: the disk is full or broken.
     """
     try:
         yield
     except OSError as error:
+        if said := files.disk_failure(error):
+            raise files.StorageError(
+                f"{flag}: {folder} cannot be written: {said}; the same command goes on once there "
+                "is room"
+            ) from error
         raise ValueError(
             f"{flag}: {folder} cannot be used: {error.strerror or error}"
             f"{f' ({error.filename})' if error.filename else ''}; allowed: a folder that can be "
@@ -131,16 +151,43 @@ def writable(folder: pathlib.Path, flag: str = "--workdir") -> Iterator[None]:
         ) from error
 
 
-def make_folder(folder: pathlib.Path, flag: str) -> None:
+def make_folder(
+    folder: pathlib.Path,
+    flag: str,
+    names: Collection[str] = (),
+    holds: str = "results",
+    is_ours: Callable[[], bool] = lambda: False,
+) -> None:
     """Makes a folder of results: one that cannot be written is refused before it is needed.
 
+    Args:
+      folder: to make, where it is not there.
+      flag: that names it.
+      names: what will be written into it, see `folders.claim`; on one process only.
+      holds: what that is.
+      is_ours: whether a folder from before there were manifests is ours.
+
     Raises:
-      ValueError: naming the flag.
+      ValueError: naming the flag; one of the names is taken by something that is not ours.
     """
     with writable(folder, flag):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if names and jax.process_index() == 0:
+            folders.claim(folder, names, holds, flag, is_ours=is_ours)
+
+
+def is_config(path: pathlib.Path) -> bool:
+    """Whether a file is there and is the config of a run, a pretraining or a sweep."""
+    if not path.is_file():
+        return False
+    kinds = (
+        {"model", "rollout", "rewards", "trust_region"},
+        {"vae_model", "transformer", "flow"},
+        {"config", "points"},  # of a sweep
+    )
+    return any(keys <= read_object(path).keys() for keys in kinds)
 
 
 @contextlib.contextmanager
@@ -212,13 +259,9 @@ def describe_policy(config: config_lib.Config, networks: Any, workdir: pathlib.P
 
 def remove_leftovers(workdir: pathlib.Path) -> None:
     """Removes what writes that were cut off left under temporary names; process 0 does it."""
-    if jax.process_index():
-        return
-    for folder in (workdir, workdir / "samples"):
-        for path in folder.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
-    for path in (workdir / "embeddings").glob("*.tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    if jax.process_index() == 0:
+        for folder in (workdir, workdir / "samples"):
+            files.remove_leftovers(folder)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,14 +7,15 @@ import pathlib
 from collections.abc import Callable
 from typing import TextIO
 
+from sage_grpo_jax.common import files, folders
 from sage_grpo_jax.common.byte_progress import Progress
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.models.lora import LoraConfig
+from sage_grpo_jax.models.vae import VaeConfig
 from sage_grpo_jax.weights import (
     adapters,
     configs,
     facts,
-    files,
     orbax_io,
     safetensors_io,
     store,
@@ -41,7 +42,7 @@ class Job:
       dst_format: one of `FORMATS`.
       dtype: of the written weights, one of `DTYPES`.
       max_shard_size: largest file in diffusers' layout, such as "10GB".
-      overwrite: an existing dst is replaced.
+      overwrite: an existing dst is replaced, if it was written by us and is unchanged.
       src_key: "module" or "ema", for training checkpoints that hold both, and for training runs:
         their parameters, or the moving average of them.
       config_json: a config file, where none lies beside the source.
@@ -74,10 +75,10 @@ class Job:
             raise ValueError(f"src={self.src}: no such file or folder")
         for field in ("src", "base"):
             path = getattr(self, field)
-            if path is not None and path.resolve().is_relative_to(self.dst.resolve()):
+            dst = files.real_path(self.dst)
+            if path is not None and files.real_path(path).is_relative_to(dst):
                 raise ValueError(f"dst={self.dst}: must not be {field}, nor hold it")
-        files.check_target(self.dst, self.overwrite)
-        _check_replaceable(self.dst)
+        folders.check_target(self.dst, self.overwrite, "dst")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,32 +90,43 @@ class _Opened:
       source: of parameters or adapters.
       lora: of the adapters, or None.
       base: what the source says its base weights are.
+      note: for whoever converts it; "": none.
     """
 
     config: Config
     source: Source
     lora: LoraConfig | None = None
     base: str | None = None
+    note: str = ""
 
 
-def convert(job: Job, stream: TextIO | None = None) -> None:
+def convert(job: Job, stream: TextIO | None = None) -> str:
     """Does it; the result appears whole or not at all.
 
     Args:
       job: what to convert.
       stream: for the progress, or None.
 
+    Returns:
+      What was written, in words.
+
     Raises:
       ValueError: whatever does not fit, before anything is written; values that are not finite.
+      StorageError: a disk that is too small, before anything is written.
     """
     opened = _open(job)
     if job.dst_format == "peft" and opened.lora is None:
         raise ValueError("dst_format='peft': the source holds a whole model, no adapters")
+    if opened.note and stream is not None:
+        stream.write(f"note: {opened.note}\n")
+    # Before a merge: it is told of which of the two NaN comes.
+    source = FiniteSource(opened.source, _blamed(job, opened))
     if opened.lora is not None and not _keeps_adapters(job):
-        opened = _merge(job, opened)
-    source, dtype = FiniteSource(opened.source), writing.DTYPES[job.dtype]
+        opened = _merge(job, dataclasses.replace(opened, source=source))
+        source = FiniteSource(opened.source, f"base with adapters {job.src}")
+    dtype = writing.DTYPES[job.dtype]
     total = writing.total_bytes(source, dtype)
-    files.check_space(job.dst, total)
+    folders.check_space(job.dst, total, "dst")
     progress = Progress(total, stream)
     options = {"dtype": dtype, "overwrite": job.overwrite, "progress": progress}
     try:
@@ -132,21 +144,20 @@ def convert(job: Job, stream: TextIO | None = None) -> None:
             )
     finally:
         progress.close()
+    kind = "VAE" if isinstance(opened.config, VaeConfig) else "transformer"
+    what = kind if opened.lora is None else f"adapters of rank {opened.lora.rank}"
+    return f"{what}, {job.dst_format}, {job.dtype}, {total / 1e9:.3g} GB"
 
 
-def _check_replaceable(dst: pathlib.Path) -> None:
-    """Only folders of weights are replaced: a slip of the keyboard must not cost others."""
-    if not dst.is_dir() or not any(dst.iterdir()):
-        return
-    if not (dst / configs.CONFIG_FILE).is_file() and not any(dst.glob("*.safetensors")):
-        raise ValueError(f"dst={dst}: holds no weights; it is not replaced")
+def _blamed(job: Job, opened: _Opened) -> str:
+    """What is named where a source holds NaN."""
+    return f"{'src' if opened.lora is None else 'adapters'} {job.src}"
 
 
 def _open(job: Job) -> _Opened:
     if job.src_format == "peft":
         config = _adapted_config(job)
-        source, lora = adapters.open_adapters(job.src, config)
-        return _Opened(config, source, lora)
+        return _open_adapters(job.src, config)
     if job.src_format == "orbax":
         return _open_run(job) if job.run_step is not None else _open_orbax(job)
     return _Opened(*_open_tensors(job.src, job.src_format, job.src_key, job.config_json))
@@ -173,9 +184,14 @@ def _open_tensors(
 def _open_orbax(job: Job) -> _Opened:
     config = configs.load_config(job.config_json or job.src)
     if (job.src / adapters.LORA_FILE).is_file():
-        source, lora = adapters.open_adapters(job.src, _transformer(config, job.src))
-        return _Opened(config, source, lora)
+        return _open_adapters(job.src, _transformer(config, job.src))
     return _Opened(config, store.open_source(job.src, config, "orbax"))
+
+
+def _open_adapters(path: pathlib.Path, config: HunyuanVideoConfig) -> _Opened:
+    opened = adapters.open_adapters(path, config)
+    note = adapters.describe_untrained(path, opened) if opened.untrained else ""
+    return _Opened(config, opened.source, opened.lora, note=note)
 
 
 def _open_run(job: Job) -> _Opened:
@@ -240,6 +256,7 @@ def _merge(job: Job, opened: _Opened) -> _Opened:
         )
     path = job.base if job.base is not None else job.find_base(opened.base)
     config, base = _open_base(job, path)
+    base = FiniteSource(base, f"base {path}")
     return _Opened(config, MergedSource(base, opened.source, opened.lora.scale))
 
 

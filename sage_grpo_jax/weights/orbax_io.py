@@ -27,9 +27,11 @@ import tensorstore
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
+from sage_grpo_jax.common import checked_json, files
 from sage_grpo_jax.common.byte_progress import Progress
+from sage_grpo_jax.weights import headers
 from sage_grpo_jax.weights.key_table import Path, Shape
-from sage_grpo_jax.weights.sources import Index, Source, cast, is_stacked, pieces
+from sage_grpo_jax.weights.sources import FLOATS, Index, Source, cast, is_stacked, pieces
 
 PARAMS = "params"
 _CHUNK_BYTES = 2 << 20
@@ -59,7 +61,7 @@ def write(folder: pathlib.Path, source: Source, dtype: np.dtype, progress: Progr
       dtype: of the checkpoint.
       progress: is told of the bytes.
     """
-    dtype, path = np.dtype(dtype), (folder / PARAMS).absolute()
+    dtype, path = np.dtype(dtype), files.real_path(folder) / PARAMS
     _write_stub(path, source.shapes, dtype)
     layouts = {name: _layout(name, shape, dtype) for name, shape in source.shapes.items()}
     for name, shape in source.shapes.items():
@@ -156,14 +158,15 @@ def load_on(folder: pathlib.Path, shardings: Any, dtype: np.dtype) -> dict[str, 
       shardings: tree of shardings like the parameters.
       dtype: of the parameters.
     """
-    with _without_false_alarm():
-        stored = ocp.metadata(folder / PARAMS).metadata
+    path = files.real_path(folder / PARAMS)
+    with _without_false_alarm(), _blamed(path):
+        stored = ocp.metadata(path).metadata
         abstract = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place),
             stored,
             shardings,
         )
-        return ocp.load(folder / PARAMS, abstract)
+        return ocp.load(path, abstract)
 
 
 @contextlib.contextmanager
@@ -179,6 +182,19 @@ def _without_false_alarm() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(keep)
+
+
+@contextlib.contextmanager
+def _blamed(path: pathlib.Path) -> Iterator[None]:
+    """Makes a ValueError with the path of whatever orbax raises about a damaged checkpoint."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # KeyError, TypeError, tensorstore's own: it does not say which
+        raise ValueError(
+            f"{path}: cannot be read as an orbax checkpoint: {type(error).__name__}: {error}"
+        ) from error
 
 
 class OrbaxSource(Source):
@@ -197,19 +213,20 @@ class OrbaxSource(Source):
         Raises:
           ValueError: no orbax checkpoint, or nothing of these names in it.
         """
-        path = pathlib.Path(path).absolute()
+        path = files.real_path(path)
         self._folder = path / (inside[0] if inside else _TREE)
         self._inside = inside[1:]
         self._drivers = _drivers(self._folder)
         read = ocp.checkpointables_metadata if inside else ocp.metadata
-        with _without_false_alarm():
+        with _without_false_alarm(), _blamed(path):
             tree = read(path).metadata
         for key in inside:
             if not isinstance(tree, dict) or tree.get(key) is None:
                 raise ValueError(f"path={path}: the checkpoint has no {'/'.join(inside)}")
             tree = tree[key]
-        self._stored = traverse_util.flatten_dict(tree)
-        self.shapes = {path: tuple(leaf.shape) for path, leaf in self._stored.items()}
+        with _blamed(path):
+            self._stored = traverse_util.flatten_dict(tree)
+            self.shapes = {path: tuple(leaf.shape) for path, leaf in self._stored.items()}
         self._held: tuple[Path, np.ndarray] | None = None
 
     def read(self, path: Path, index: Index) -> np.ndarray:
@@ -234,21 +251,22 @@ class OrbaxSource(Source):
         }
         try:
             stored = tensorstore.open(spec, open=True, read=True, context=_context()).result()
+            # The arrays have records of their own, which may contradict those of the tree.
+            if stored.shape != self.shapes[path] or stored.dtype.name not in FLOATS:
+                raise ValueError(f"it is {stored.dtype.name}{list(stored.shape)}")
             return stored[index].read().result()
-        except ValueError as error:
+        except (ValueError, OSError, NotImplementedError) as error:
             raise ValueError(f"{self._folder}: {name} cannot be read: {error}") from error
 
 
 def _drivers(folder: pathlib.Path) -> tuple[str, str]:
     """tensorstore's drivers for the arrays and the files of a checkpoint's tree."""
     try:
-        values = json.loads((folder / _METADATA).read_text())
-        return (
-            "zarr3" if values["use_zarr3"] else "zarr",
-            "ocdbt" if values["use_ocdbt"] else "file",
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: not from an orbax checkpoint: {error!r}") from error
+        values = checked_json.load(folder / _METADATA, headers.MAX_BYTES)
+        zarr3, ocdbt = (checked_json.member(values, f"use_{x}", bool) for x in ("zarr3", "ocdbt"))
+    except ValueError as error:
+        raise ValueError(f"{folder}: not from an orbax checkpoint: {error}") from error
+    return "zarr3" if zarr3 else "zarr", "ocdbt" if ocdbt else "file"
 
 
 def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
@@ -257,7 +275,8 @@ def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
     Raises:
       ValueError: there is none.
     """
-    with ocp.training.Checkpointer(folder.absolute()) as checkpointer:
+    folder = files.real_path(folder)
+    with _blamed(folder), ocp.training.Checkpointer(folder) as checkpointer:
         latest = checkpointer.latest
     if latest is None:
         raise ValueError(f"{folder}: no complete checkpoint")

@@ -43,7 +43,7 @@ def load(
         params = orbax_io.load_on(path, shardings, np.dtype(dtype))
         _check_finite(params, path)
         return params
-    return to_devices(FiniteSource(source), shardings, dtype)
+    return to_devices(FiniteSource(source, path), shardings, dtype)
 
 
 def _check_finite(params: dict[str, Any], path: pathlib.Path) -> None:
@@ -61,18 +61,28 @@ def save(
     *,
     config: Config,
     dtype: jnp.dtype = jnp.float32,
+    overwrite: bool = False,
 ) -> None:
-    """Writes a model folder in one of `writing.FORMATS`; replaces an existing one.
+    """Writes a model folder in one of `writing.FORMATS`.
 
     The folder appears whole: it is written under a temporary name and renamed. A model without
     ByT5 mapper or vision projection gives a folder without those tensors, which diffusers does not
     read.
 
+    Args:
+      params: the parameters.
+      path: the folder; a symbolic link is followed.
+      format: one of `writing.FORMATS`.
+      config: of the model.
+      dtype: of the written weights.
+      overwrite: an existing folder is replaced, if it was written by us and is unchanged.
+
     Raises:
-      ValueError: unknown format; parameters that do not fit the config; `path` is a file.
+      ValueError: unknown format; parameters that do not fit the config; `path` is a file, or a
+        folder that may not be replaced.
     """
     source = TreeSource(params)
-    writing.write_model(path, config, source, format, dtype=dtype, overwrite=True)
+    writing.write_model(path, config, source, format, dtype=dtype, overwrite=overwrite)
 
 
 def open_source(
@@ -102,8 +112,11 @@ def open_source(
     if format is None:
         kind = tables.recognise(shapes)
         format = "diffusers" if kind is None else kind[1]
-    facts.check_config(config, format, shapes, config_name)
-    return TensorSource(*tables.key_table(config, format), tensors)
+    try:
+        facts.check_config(config, format, shapes, config_name)
+        return TensorSource(*tables.key_table(config, format), tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _open_orbax(path: pathlib.Path, config: Config) -> Source:

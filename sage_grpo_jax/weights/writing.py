@@ -9,8 +9,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from sage_grpo_jax.common import folders
 from sage_grpo_jax.common.byte_progress import Progress
-from sage_grpo_jax.weights import configs, files, orbax_io, safetensors_io, tables
+from sage_grpo_jax.weights import configs, orbax_io, safetensors_io, tables
 from sage_grpo_jax.weights.key_table import Path, Row, Shape, check_parameters
 from sage_grpo_jax.weights.sources import Source, cast, pieces
 from sage_grpo_jax.weights.tables import Config
@@ -45,12 +46,13 @@ def write_model(
         "orbax".
       dtype: of the written weights; rounding is to nearest, ties to even.
       max_shard_size: in bytes, for diffusers; None: one file.
-      overwrite: an existing folder is replaced.
+      overwrite: an existing folder that we wrote is replaced.
       progress: is told of the bytes.
 
     Raises:
-      ValueError: unknown format or dtype; parameters that do not fit the config; the folder
-        exists; a config that the format cannot express; values that overflow in `dtype`.
+      ValueError: unknown format or dtype; parameters that do not fit the config; a folder that
+        may not be replaced (`folders.check_target`); a config that the format cannot express;
+        values that overflow in `dtype`.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: must be one of {FORMATS}")
@@ -62,7 +64,7 @@ def write_model(
     rows, shapes = tables.key_table(config, layout)
     _check_shapes(rows, shapes, source)
     progress = progress or Progress(0, None)
-    with files.new_folder(path, overwrite) as folder:
+    with folders.new_folder(path, f"weights, {format}", overwrite=overwrite) as folder:
         (folder / configs.CONFIG_FILE).write_text(text)
         if format == "orbax":
             orbax_io.write(folder, source, dtype, progress)

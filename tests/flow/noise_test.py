@@ -85,6 +85,12 @@ def test_same_bits_on_eight_devices_without_communication():
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+def test_adapters_have_a_key_of_their_own():
+    key = jax.random.fold_in(jax.random.key(9, impl="threefry2x32"), 2)
+    found = jax.random.key_data(noise.adapter_key(9))
+    np.testing.assert_array_equal(found, jax.random.key_data(key))
+
+
 def test_forward_noise_is_a_stream_of_its_own():
     keys, t_B = make_keys(), np.arange(8) % 3
     forward = np.asarray(noise.forward_noise(keys, t_B, (500,)))

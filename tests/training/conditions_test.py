@@ -58,6 +58,7 @@ def overrides(networks, cache):
         "model.transformer": networks["transformer"],
         "data.train_prompts": f"cache:{cache}",
         "data.eval_prompts": f"cache:{cache}",
+        "data.test_prompts": "",
         "data.text_encoder": "cache",
         "data.max_text_tokens": 0,
         "rollout.guidance": 3.0,
