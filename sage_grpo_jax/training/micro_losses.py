@@ -163,7 +163,9 @@ def forward_micro_loss(
         for trained in (params, inputs.sampling, *(r.params for r in inputs.references))
     )
     old, *references = map(jax.lax.stop_gradient, others)
-    good = nft.optimality(micro.advantages, config.advantage.clip)
+    # Masked before any arithmetic: what stands behind the mask must not reach the gradient.
+    advantages = jnp.where(micro.counts, micro.advantages, 0.0)
+    good = nft.optimality(advantages, config.advantage.clip)
     losses = nft.nft_loss(
         new, old, target, sigma, good, config.nft.beta, adaptive=config.nft.adaptive
     )

@@ -265,7 +265,7 @@ def test_random_windows_and_shared_initial_noise(make_config, local_scorer, one_
     trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
     learner, batch = trainer.learner, next(iter(trainer.prompts))
     starts = np.asarray(learner.window_starts(batch, 0))
-    assert learner.recipe.window_places == 2
+    assert learner.recipe.plan.window_places == 2
     trajectory, group = trainer.rollout(batch), config.rollout.group_size
     latents, stds = np.asarray(trajectory.latents), np.asarray(trajectory.stds)
     for b in range(16):

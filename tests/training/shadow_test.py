@@ -11,7 +11,7 @@ import pytest
 from sage_grpo_jax.flow import schedules, sde
 from sage_grpo_jax.grpo import loss, trust_region
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.training import shadow
+from sage_grpo_jax.training import micro_losses, shadow
 from sage_grpo_jax.training import update as update_lib
 
 
@@ -103,17 +103,17 @@ def test_a_wrong_loss_is_noticed(make_case, small_network, monkeypatch):
     assert_tiny(check())
     with monkeypatch.context() as patch:
         right = loss.policy_loss
-        patch.setattr(update_lib.loss, "policy_loss", functools.partial(no_weights, right))
+        patch.setattr(loss, "policy_loss", functools.partial(no_weights, right))
         found = check()
         assert found["shadow/loss"] > 0.01
         assert found["shadow/gradient"] > 0.1
     with monkeypatch.context() as patch:
-        patch.setattr(update_lib.sde, "log_ratio", functools.partial(biased_ratio, sde.log_ratio))
+        patch.setattr(sde, "log_ratio", functools.partial(biased_ratio, sde.log_ratio))
         found = check()
         assert found["shadow/log_ratio"] < 2e-6
         assert found["shadow/gradient"] == pytest.approx(0.05, rel=0.01)
     with monkeypatch.context() as patch:
-        patch.setattr(update_lib, "_step_factor", lambda recipe: 1.01)
+        patch.setattr(micro_losses, "_step_factor", lambda recipe: 1.01)
         assert check()["shadow/gradient"] == pytest.approx(0.01, rel=0.01)
 
 
