@@ -321,8 +321,11 @@ def restore_params(path: str | pathlib.Path, abstract_params: Any, ema: bool = F
         raise FileNotFoundError(f"{folder}: no complete checkpoint")
     folder = folder / str(latest.step)
     name = EMA if ema else "params"
-    if ema and EMA not in ocp.checkpointables_metadata(folder).metadata["state"]:
-        raise ValueError(no_average(path))
+    if ema and not _has_average(folder):
+        raise ValueError(
+            f"{path}: the run keeps no moving average of its parameters; allowed: the parameters "
+            "themselves, or a run with config.ema.decay above 0"
+        )
     wanted = {"state": {name: abstract_params}, "record": None}
     content, reason = _load(folder, wanted, partial=True)
     if content is None:
@@ -333,9 +336,9 @@ def restore_params(path: str | pathlib.Path, abstract_params: Any, ema: bool = F
     return content["state"][name]
 
 
-def no_average(path: str | pathlib.Path) -> str:
-    """The message for a run whose checkpoints hold no moving average."""
-    return (
-        f"{path}: the run keeps no moving average of its parameters; allowed: the parameters "
-        "themselves, or a run with config.ema.decay above 0"
-    )
+def _has_average(folder: pathlib.Path) -> bool:
+    """Whether a checkpoint holds a moving average; what cannot be read counts as one that may."""
+    try:
+        return ocp.checkpointables_metadata(folder).metadata["state"].get(EMA) is not None
+    except (OSError, ValueError, KeyError):
+        return True  # `_load` tells what is wrong

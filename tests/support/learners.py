@@ -75,13 +75,16 @@ _PROGRAMS: dict[tuple, programs_lib.Programs] = {}
 
 def compiled(networks, config: config_lib.Config, mesh: jax.sharding.Mesh) -> programs_lib.Programs:
     """The programs of a config, compiled once for all tests."""
+    updates = config.loss.updates_per_rollout
+    if not (config.loss.split_updates or config.loss.objective == "nft"):
+        # One program serves all updates of a rollout, however many: 1 and more than 1 differ.
+        updates = min(updates, 2)
     loss = dataclasses.replace(
         config.loss,
         ratio_tolerance=0.0,
         rollout_tolerance=0.0,
         ratio_action="stop",
-        # One program serves all updates of a rollout, however many: 1 and more than 1 differ.
-        updates_per_rollout=min(config.loss.updates_per_rollout, 2),
+        updates_per_rollout=updates,
     )
     key = (dataclasses.replace(config, loss=loss), mesh)
     if key not in _PROGRAMS:
