@@ -9,7 +9,7 @@ Eight stages, each of which continues where it was interrupted:
   flow     rectified flow matching of the transformer on those latents
   distill  the transformer learns the velocity that guidance makes of its own predictions
   sharpen  the decoder once more, on latents that this transformer has denoised
-  export   writes the averaged weights and samples held-out captions
+  export   writes the averaged weights and samples validation captions
 
 "decoder" does not touch the latents: it may run at the same time as "flow" and "distill".
 """

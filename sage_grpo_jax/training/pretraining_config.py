@@ -130,7 +130,7 @@ class DistillStageConfig(FlowStageConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Samples of held-out captions after the last stage, with the ODE sampler."""
+    """Samples of validation captions after the last stage, with the ODE sampler."""
 
     sampling_steps: tuple[int, ...] = (10, 40)
     shift: float = 3.0
