@@ -82,8 +82,9 @@ def test_a_damaged_table_is_named(tmp_path, entry, message):
 
 
 @pytest.fixture
-def tree(tmp_path) -> pathlib.Path:
-    """A package of one function with its test."""
+def tree(tmp_path, monkeypatch) -> pathlib.Path:
+    """A small package with its test, which needs no plugins of others."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     files = {
         "small/__init__.py": "",
         "small/code.py": """
