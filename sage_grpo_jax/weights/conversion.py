@@ -16,6 +16,7 @@ from sage_grpo_jax.weights import (
     facts,
     files,
     orbax_io,
+    orbax_reading,
     safetensors_io,
     store,
     tables,
@@ -174,9 +175,11 @@ def _open_tensors(
         config = configs.load_config(file)
     else:
         tensors = tensor_files.open_tensors(path, src_key)
-        config = facts.infer_config(
-            layout or "tencent", {name: tensor.shape for name, tensor in tensors.items()}
-        )
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        try:
+            config = facts.infer_config(layout or "tencent", shapes)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     return config, store.open_source(path, config, layout, src_key, str(file))
 
 
@@ -200,7 +203,7 @@ def _open_run(job: Job) -> _Opened:
         raise ValueError(f"src={job.src}: no {file.name} there; give --config_json")
     # A run writes the transformer's config without folder: load_config takes any *.json.
     config = _transformer(configs.load_config(file), file)
-    source = orbax_io.OrbaxSource(job.run_step, ("state", "params"))
+    source = orbax_reading.OrbaxSource(job.run_step, ("state", "params"))
     description = job.src / adapters.LORA_FILE
     if not description.is_file():
         store.check_tree(source, tables.parameter_shapes(config), file)
