@@ -57,6 +57,16 @@ class _Pair(NamedTuple):
     factor: float
 
 
+class _Settings(NamedTuple):
+    """What peft says about adapters; by the end of a layer's name where layers differ."""
+
+    rank: int | None
+    alpha: float | None
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+    rooted: bool  # the scale is alpha / sqrt(r)
+
+
 class _AdapterSource(Source):
     """Adapters of a file, all at one rank and scale; a layer that the file has not is zero."""
 
@@ -167,23 +177,55 @@ def _find_file(path: pathlib.Path) -> pathlib.Path:
     return found[0]
 
 
-def _read_settings(file: pathlib.Path, header: Mapping[str, str]) -> dict[str, Any]:
-    """peft's settings from the file's metadata, or from peft's own adapter_config.json."""
-    beside = file.parent / _PEFT_CONFIG
-    if METADATA in header:
-        try:
-            settings = checked_json.parse(header[METADATA])
-        except ValueError as error:
-            raise ValueError(f"{file}: {METADATA}: {error}") from error
-    else:
-        settings = checked_json.load(beside) if beside.is_file() else {}
-    return {_plain(name): value for name, value in settings.items()}
+def _read_settings(file: pathlib.Path, header: Mapping[str, str]) -> _Settings | None:
+    """From the file's metadata, or from peft's own adapter_config.json beside it.
+
+    Raises:
+      ValueError: naming where they are: other types, or adapters that are not plain.
+    """
+    beside, where = file.parent / _PEFT_CONFIG, f"{file}: {METADATA}"
+    values = None
+    if METADATA not in header:
+        if not beside.is_file():
+            return None
+        values, where = checked_json.load(beside), str(beside)
+    try:
+        values = checked_json.parse(header[METADATA]) if values is None else values
+        return _parse_settings({_plain(name): value for name, value in values.items()})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _parse_settings(values: Mapping[str, Any]) -> _Settings:
+    special = {name: values[name] for name in _OTHERWISE if values.get(name)}
+    start, kind = values.get("init_lora_weights"), values.get("peft_type", "LORA")
+    if not isinstance(start, bool | None) and start not in _PLAIN_STARTS:
+        special["init_lora_weights"] = start
+    if special or kind != "LORA":
+        shown = checked_json.shown(special or {"peft_type": kind})
+        raise ValueError(f"{shown}: only plain adapters (W + alpha / r B A) are supported")
+    return _Settings(
+        rank=checked_json.typed(values.get("r"), int | None, "r"),
+        alpha=checked_json.typed(values.get("lora_alpha"), float | None, "lora_alpha"),
+        ranks=_patterns(values, "rank_pattern", int),
+        alphas=_patterns(values, "alpha_pattern", float),
+        rooted=checked_json.typed(values.get("use_rslora", False), bool, "use_rslora"),
+    )
+
+
+def _patterns(values: Mapping[str, Any], field: str, kind: type) -> dict[str, Any]:
+    patterns = checked_json.typed(values.get(field), dict[str, kind] | None, field) or {}
+    for pattern in patterns:
+        if not _LITERAL.fullmatch(pattern.replace("\\.", ".")):
+            raise ValueError(
+                f"{field}: {checked_json.shown(pattern)}: regular expressions are not supported"
+            )
+    return {pattern.replace("\\.", "."): value for pattern, value in patterns.items()}
 
 
 def _open(
-    tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any], config: HunyuanVideoConfig
+    tensors: Mapping[str, StoredTensor], settings: _Settings | None, config: HunyuanVideoConfig
 ) -> Opened:
-    _check_settings(settings)
     layers = _layers(config)
     files, alphas = _sort(tensors, layers)
     shapes = tables.parameter_shapes(config)
@@ -216,16 +258,6 @@ def _layers(config: HunyuanVideoConfig) -> dict[str, _Place]:
         for path, row in module_rows(config).items()
         for i in range(row.stacked or 1)
     }
-
-
-def _check_settings(settings: Mapping[str, Any]) -> None:
-    special = {name: settings[name] for name in _OTHERWISE if settings.get(name)}
-    start = settings.get("init_lora_weights")
-    if not isinstance(start, bool | None) and start not in _PLAIN_STARTS:
-        special["init_lora_weights"] = start
-    if special or settings.get("peft_type", "LORA") != "LORA":
-        shown = checked_json.shown(special or {"peft_type": settings["peft_type"]})
-        raise ValueError(f"settings {shown}: only plain adapters (W + alpha / r B A) are supported")
 
 
 def _sort(
@@ -274,19 +306,17 @@ def _check_pair(
 
 
 def _alpha(
-    name: str, rank: int, settings: Mapping[str, Any], alphas: Mapping[str, StoredTensor]
+    name: str, rank: int, settings: _Settings | None, alphas: Mapping[str, StoredTensor]
 ) -> float:
     """What, divided by the rank, is the scale of a layer's adapters."""
-    if not settings and not alphas:
-        return float(rank)  # as diffusers
     given = None
-    if settings:
-        wanted = _by_pattern(settings, "rank_pattern", int, name, settings.get("r", rank))
-        if checked_json.typed(wanted, int, "r") != rank:
+    if settings is not None:
+        wanted = _by_pattern(settings.ranks, name, settings.rank)
+        if wanted not in (None, rank):
             raise ValueError(f"r={wanted} in the metadata, the tensors of {name} have rank {rank}")
-    if "lora_alpha" in settings or not alphas:
-        alpha = checked_json.member(settings, "lora_alpha", float)
-        given = float(_by_pattern(settings, "alpha_pattern", float, name, alpha))
+        given = _by_pattern(settings.alphas, name, settings.alpha)
+        if given is None and not alphas:
+            raise ValueError("lora_alpha is missing in the metadata")
     if alphas:
         if name not in alphas:
             raise ValueError(f"{name}.alpha is missing, other layers have theirs")
@@ -294,10 +324,11 @@ def _alpha(
         if given not in (None, stored):
             raise ValueError(f"alphas differ: {name}.alpha: {stored}, metadata: {given}")
         given = stored
+    if given is None:
+        return float(rank)  # as diffusers
     if not 0 < given < math.inf:
         raise ValueError(f"alpha of {name}: {given}: must be greater than 0 and finite")
-    rooted = checked_json.typed(settings.get("use_rslora", False), bool, "use_rslora")
-    return given * math.sqrt(rank) if rooted else given
+    return given * math.sqrt(rank) if settings and settings.rooted else float(given)
 
 
 def _scalar(tensor: StoredTensor, name: str) -> np.ndarray:
@@ -306,19 +337,11 @@ def _scalar(tensor: StoredTensor, name: str) -> np.ndarray:
     return tensor.read().reshape(())
 
 
-def _by_pattern(
-    settings: Mapping[str, Any], field: str, kind: type, name: str, otherwise: Any
-) -> Any:
-    """The value of the first pattern that is the end of a layer's name."""
-    patterns = checked_json.typed(settings.get(field), dict[str, kind] | None, field)
-    for pattern, value in (patterns or {}).items():
-        end = pattern.replace("\\.", ".")
-        if not _LITERAL.fullmatch(end):
-            raise ValueError(
-                f"{field}: {checked_json.shown(pattern)}: regular expressions are not supported"
-            )
-        whole = end.removeprefix("^")
-        if name == whole or (end == whole and name.endswith(f".{end}")):
+def _by_pattern(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    """The value of the first pattern that is the end of a layer's name, or with ^ all of it."""
+    for pattern, value in patterns.items():
+        end = pattern.removeprefix("^")
+        if name == end or (end == pattern and name.endswith(f".{end}")):
             return value
     return otherwise
 

@@ -19,7 +19,14 @@ from sage_grpo_jax.common.byte_progress import Progress
 from sage_grpo_jax.models import lora as lora_lib
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.models.lora import LoraConfig
-from sage_grpo_jax.weights import adapter_files, configs, orbax_io, store, writing
+from sage_grpo_jax.weights import (
+    adapter_files,
+    configs,
+    orbax_io,
+    orbax_reading,
+    store,
+    writing,
+)
 from sage_grpo_jax.weights.adapter_files import Opened, adapter_shapes
 from sage_grpo_jax.weights.key_table import Row
 from sage_grpo_jax.weights.sources import FiniteSource, Source, TreeSource, to_devices
@@ -127,7 +134,7 @@ def open_adapters(path: str | os.PathLike, config: HunyuanVideoConfig) -> Opened
     if not orbax_io.is_orbax(path):
         return adapter_files.open_file(path, config)
     lora, _ = read_lora_json(path / LORA_FILE)
-    source = orbax_io.OrbaxSource(path / orbax_io.PARAMS)
+    source = orbax_reading.OrbaxSource(path / orbax_io.PARAMS)
     store.check_tree(source, adapter_shapes(config, lora), path / LORA_FILE)
     return Opened(source, lora, "")
 

@@ -17,6 +17,7 @@ from sage_grpo_jax.weights import (
     configs,
     facts,
     orbax_io,
+    orbax_reading,
     safetensors_io,
     store,
     tables,
@@ -175,9 +176,11 @@ def _open_tensors(
         config = configs.load_config(file)
     else:
         tensors = tensor_files.open_tensors(path, src_key)
-        config = facts.infer_config(
-            layout or "tencent", {name: tensor.shape for name, tensor in tensors.items()}
-        )
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        try:
+            config = facts.infer_config(layout or "tencent", shapes)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     return config, store.open_source(path, config, layout, src_key, str(file))
 
 
@@ -211,13 +214,13 @@ def _open_run(job: Job) -> _Opened:
     return _Opened(config, source, lora, base)
 
 
-def _open_state(job: Job) -> orbax_io.OrbaxSource:
+def _open_state(job: Job) -> orbax_reading.OrbaxSource:
     """The parameters of a run's checkpoint, or their moving average."""
     names = {None: "params", "module": "params", "ema": "ema"}
     if job.src_key not in names:
         raise ValueError(f"src_key={job.src_key!r}: must be module or ema")
     try:
-        return orbax_io.OrbaxSource(job.run_step, ("state", names[job.src_key]))
+        return orbax_reading.OrbaxSource(job.run_step, ("state", names[job.src_key]))
     except ValueError as error:
         if job.src_key != "ema":
             raise

@@ -1,4 +1,4 @@
-"""Parameter trees as orbax checkpoints, written and read one layer at a time.
+"""Parameter trees as orbax checkpoints, written one layer at a time; `orbax_reading` reads them.
 
 Orbax itself takes whole arrays, and holds up to two copies of them while it writes. So orbax writes
 a checkpoint of the same tree with one element per array; the arrays (zarr version 3, a folder each)
@@ -12,14 +12,13 @@ reads little more than what its devices hold.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -27,29 +26,19 @@ import tensorstore
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
-from sage_grpo_jax.common import checked_json, files
+from sage_grpo_jax.common import files
 from sage_grpo_jax.common.byte_progress import Progress
-from sage_grpo_jax.weights import headers
 from sage_grpo_jax.weights.key_table import Path, Shape
-from sage_grpo_jax.weights.sources import FLOATS, Index, Source, cast, is_stacked, pieces
+from sage_grpo_jax.weights.orbax_reading import METADATA, TREE, tensor_context
+from sage_grpo_jax.weights.sources import Source, cast, is_stacked, pieces
 
 PARAMS = "params"
 _CHUNK_BYTES = 2 << 20
-_METADATA = "_METADATA"
-_TREE = "state"  # orbax's own name for the tree in a checkpoint that holds nothing else
-
-
-@functools.cache
-def _context() -> tensorstore.Context:
-    """Few chunks at a time are in memory, on machines with many cores too."""
-    return tensorstore.Context(
-        {"data_copy_concurrency": {"limit": 2}, "file_io_concurrency": {"limit": 4}}
-    )
 
 
 def is_orbax(path: pathlib.Path) -> bool:
     """Whether a folder holds parameters that `write` wrote."""
-    return (path / PARAMS / _TREE / _METADATA).is_file()
+    return (path / PARAMS / TREE / METADATA).is_file()
 
 
 def write(folder: pathlib.Path, source: Source, dtype: np.dtype, progress: Progress) -> None:
@@ -65,13 +54,13 @@ def write(folder: pathlib.Path, source: Source, dtype: np.dtype, progress: Progr
     _write_stub(path, source.shapes, dtype)
     layouts = {name: _layout(name, shape, dtype) for name, shape in source.shapes.items()}
     for name, shape in source.shapes.items():
-        array = _create(path / _TREE / ".".join(name), shape, layouts[name], dtype)
+        array = _create(path / TREE / ".".join(name), shape, layouts[name], dtype)
         whole = [(slice(None),) * len(shape)]
         for index in pieces(name, shape) if layouts[name].by_layer else whole:
             values = cast(source.read(name, index), dtype, "/".join(name))
             array[index].write(values).result()
             progress.add(values.nbytes, "/".join(name))
-    _correct_records(path / _TREE, layouts)
+    _correct_records(path / TREE, layouts)
 
 
 class _Layout(NamedTuple):
@@ -102,7 +91,7 @@ def _write_stub(path: pathlib.Path, shapes: Mapping[Path, Shape], dtype: np.dtyp
         name: jax.device_put(np.zeros((1,) * len(shape), dtype), device)
         for name, shape in shapes.items()
     }
-    with context, _without_false_alarm():
+    with context, _quiet_orbax():
         ocp.save(path, traverse_util.unflatten_dict(stubs))
 
 
@@ -130,16 +119,18 @@ def _create(
         },
         "store_data_equal_to_fill_value": True,
     }
-    return tensorstore.open(spec, create=True, delete_existing=True, context=_context()).result()
+    return tensorstore.open(
+        spec, create=True, delete_existing=True, context=tensor_context()
+    ).result()
 
 
 def _correct_records(folder: pathlib.Path, layouts: Mapping[Path, _Layout]) -> None:
     """Sets the shapes in what orbax recorded about the stubs."""
-    tree = json.loads((folder / _METADATA).read_text())
+    tree = json.loads((folder / METADATA).read_text())
     for entry in tree["tree_metadata"].values():
         name = tuple(key["key"] for key in entry["key_metadata"])
         entry["value_metadata"]["write_shape"] = list(layouts[name].file_shape)
-    (folder / _METADATA).write_text(json.dumps(tree))
+    (folder / METADATA).write_text(json.dumps(tree))
     by_name = {".".join(name): layout for name, layout in layouts.items()}
     for file in (folder / "array_metadatas").iterdir():
         records = json.loads(file.read_text())
@@ -150,123 +141,22 @@ def _correct_records(folder: pathlib.Path, layouts: Mapping[Path, _Layout]) -> N
         file.write_text(json.dumps(records))
 
 
-def load_on(folder: pathlib.Path, shardings: Any, dtype: np.dtype) -> dict[str, Any]:
-    """Parameters of `write` on devices; each process reads the chunks that its devices need.
-
-    Args:
-      folder: a folder of `write`.
-      shardings: tree of shardings like the parameters.
-      dtype: of the parameters.
-    """
-    path = files.real_path(folder / PARAMS)
-    with _without_false_alarm(), _blamed(path):
-        stored = ocp.metadata(path).metadata
-        abstract = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place),
-            stored,
-            shardings,
-        )
-        return ocp.load(path, abstract)
-
-
 @contextlib.contextmanager
-def _without_false_alarm() -> Iterator[None]:
-    """Drops orbax's warning about missing data: it looks for files of zarr version 2 only."""
+def _quiet_orbax() -> Iterator[None]:
+    """Drops orbax's warnings.
+
+    It looks for files of zarr version 2 only, and tells of damage in many lines before it raises.
+    """
     logger = logging.getLogger("absl")
 
     def keep(record: logging.LogRecord) -> bool:
-        return "TensorStore data files not found" not in str(record.msg)
+        return f"{os.sep}orbax{os.sep}" not in record.pathname
 
     logger.addFilter(keep)
     try:
         yield
     finally:
         logger.removeFilter(keep)
-
-
-@contextlib.contextmanager
-def _blamed(path: pathlib.Path) -> Iterator[None]:
-    """Makes a ValueError with the path of whatever orbax raises about a damaged checkpoint."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:  # KeyError, TypeError, tensorstore's own: it does not say which
-        raise ValueError(
-            f"{path}: cannot be read as an orbax checkpoint: {type(error).__name__}: {error}"
-        ) from error
-
-
-class OrbaxSource(Source):
-    """Parameters of an orbax checkpoint, read by slices straight from its arrays.
-
-    Where arrays were stored in chunks over several layers (those of a training run are: a chunk is
-    what a device held), the parameter that is being read is kept whole, and no other.
-    """
-
-    def __init__(self, path: str | os.PathLike, inside: tuple[str, ...] = ()):
-        """
-        Args:
-          path: a checkpoint: a tree, or, with `inside`, one of several checkpointables.
-          inside: name of the checkpointable, then keys down to the parameters.
-
-        Raises:
-          ValueError: no orbax checkpoint, or nothing of these names in it.
-        """
-        path = files.real_path(path)
-        self._folder = path / (inside[0] if inside else _TREE)
-        self._inside = inside[1:]
-        self._drivers = _drivers(self._folder)
-        read = ocp.checkpointables_metadata if inside else ocp.metadata
-        with _without_false_alarm(), _blamed(path):
-            tree = read(path).metadata
-        for key in inside:
-            if not isinstance(tree, dict) or tree.get(key) is None:
-                raise ValueError(f"path={path}: the checkpoint has no {'/'.join(inside)}")
-            tree = tree[key]
-        with _blamed(path):
-            self._stored = traverse_util.flatten_dict(tree)
-            self.shapes = {path: tuple(leaf.shape) for path, leaf in self._stored.items()}
-        self._held: tuple[Path, np.ndarray] | None = None
-
-    def read(self, path: Path, index: Index) -> np.ndarray:
-        layers = self._stored[path].storage_metadata.chunk_shape[:1]
-        if is_stacked(path) and layers != (1,):
-            if self._held is None or self._held[0] != path:
-                self._held = None  # never two at a time
-                self._held = (path, self._read(path, (slice(None),) * len(self.shapes[path])))
-            return self._held[1][index]
-        return self._read(path, index)
-
-    def _read(self, path: Path, index: Index) -> np.ndarray:
-        array, store = self._drivers
-        name = ".".join((*self._inside, *path))
-        where = {"base": f"file://{self._folder}/", "path": f"{name}/"}
-        if store == "file":
-            where = {"path": f"{self._folder / name}/"}
-        spec = {
-            "driver": array,
-            "kvstore": {"driver": store, **where},
-            "fill_missing_data_reads": False,  # a chunk that is not there is an error, not zeros
-        }
-        try:
-            stored = tensorstore.open(spec, open=True, read=True, context=_context()).result()
-            # The arrays have records of their own, which may contradict those of the tree.
-            if stored.shape != self.shapes[path] or stored.dtype.name not in FLOATS:
-                raise ValueError(f"it is {stored.dtype.name}{list(stored.shape)}")
-            return stored[index].read().result()
-        except (ValueError, OSError, NotImplementedError) as error:
-            raise ValueError(f"{self._folder}: {name} cannot be read: {error}") from error
-
-
-def _drivers(folder: pathlib.Path) -> tuple[str, str]:
-    """tensorstore's drivers for the arrays and the files of a checkpoint's tree."""
-    try:
-        values = checked_json.load(folder / _METADATA, headers.MAX_BYTES)
-        zarr3, ocdbt = (checked_json.member(values, f"use_{x}", bool) for x in ("zarr3", "ocdbt"))
-    except ValueError as error:
-        raise ValueError(f"{folder}: not from an orbax checkpoint: {error}") from error
-    return "zarr3" if zarr3 else "zarr", "ocdbt" if ocdbt else "file"
 
 
 def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
@@ -276,8 +166,11 @@ def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
       ValueError: there is none.
     """
     folder = files.real_path(folder)
-    with _blamed(folder), ocp.training.Checkpointer(folder) as checkpointer:
-        latest = checkpointer.latest
+    try:
+        with _quiet_orbax(), ocp.training.Checkpointer(folder) as checkpointer:
+            latest = checkpointer.latest
+    except Exception as error:  # of a damaged record: KeyError, TypeError, orbax's own
+        raise ValueError(f"{folder}: cannot be read as checkpoints: {error!r}") from error
     if latest is None:
         raise ValueError(f"{folder}: no complete checkpoint")
     return folder / str(latest.step)

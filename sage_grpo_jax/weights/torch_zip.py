@@ -9,6 +9,7 @@ from __future__ import annotations
 import pathlib
 import struct
 import zipfile
+import zlib
 
 from sage_grpo_jax.weights import headers, torch_pickle
 from sage_grpo_jax.weights.stored_tensor import File, StoredTensor
@@ -61,23 +62,37 @@ class _Archive:
         self._collect(content, "", found, depth=0)
         return found
 
-    def _member(self, name: str) -> zipfile.ZipInfo:
-        """A member whose bytes lie in the file as they are."""
-        info, short = self._archive.getinfo(name), name.removeprefix(self._root)
+    def _read(self, name: str) -> bytes:
+        """A small member."""
+        offset, size, checksum = self._find(name)
+        if size > torch_pickle.MAX_BYTES:
+            raise ValueError(
+                f"{self._short(name)} has {size} bytes: must be at most {torch_pickle.MAX_BYTES}; "
+                "save its state dict alone"
+            )
+        content = self._file.read(size, offset)
+        if zlib.crc32(content) != checksum:
+            raise ValueError(f"{self._short(name)} is damaged: its checksum is another")
+        return content
+
+    def _find(self, name: str) -> tuple[int, int, int]:
+        """(offset, bytes, checksum) of a member that lies in the file as it is."""
+        info, short = self._archive.getinfo(name), self._short(name)
         if info.flag_bits & _ENCRYPTED:
             raise ValueError(f"{short} is encrypted")
         if info.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{short} is compressed (method {info.compress_type})")
-        return info
+        header = self._file.read(30, info.header_offset)
+        if header[:4] != b"PK\x03\x04":
+            raise ValueError(f"{short} has no local header")
+        name_length, extra_length = struct.unpack("<HH", header[26:30])
+        offset = info.header_offset + 30 + name_length + extra_length
+        if offset + info.file_size > self._file.size:
+            raise ValueError(f"{short} is cut off")
+        return offset, info.file_size, info.CRC
 
-    def _read(self, name: str) -> bytes:
-        size = self._member(name).file_size
-        if size > torch_pickle.MAX_BYTES:
-            raise ValueError(
-                f"{name} has {size} bytes: must be at most {torch_pickle.MAX_BYTES}; save its "
-                "state dict alone"
-            )
-        return self._archive.read(name)
+    def _short(self, name: str) -> str:
+        return name.removeprefix(self._root)
 
     def _collect(
         self, content: dict, prefix: str, found: dict[str, StoredTensor], depth: int
@@ -123,7 +138,10 @@ class _Archive:
     def _data_offset(self, storage: Storage) -> int:
         """Offset of a storage's bytes in the file."""
         if storage.key not in self._members:
-            self._members[storage.key] = self._find_data(storage.key)
+            try:
+                self._members[storage.key] = self._find(f"{self._root}data/{storage.key}")[:2]
+            except KeyError:
+                raise ValueError(f"storage {storage.key} is missing") from None
         offset, have = self._members[storage.key]
         if have < storage.count * storage.dtype.itemsize:
             raise ValueError(
@@ -131,18 +149,3 @@ class _Archive:
                 f"{storage.dtype}"
             )
         return offset
-
-    def _find_data(self, key: str) -> tuple[int, int]:
-        """(offset, bytes) of a storage: its member, behind the local header."""
-        try:
-            info = self._member(f"{self._root}data/{key}")
-        except KeyError:
-            raise ValueError(f"storage {key} is missing") from None
-        header = self._file.read(30, info.header_offset)
-        if header[:4] != b"PK\x03\x04":
-            raise ValueError(f"storage {key} has no local header")
-        name_length, extra_length = struct.unpack("<HH", header[26:30])
-        offset = info.header_offset + 30 + name_length + extra_length
-        if offset + info.file_size > self._file.size:
-            raise ValueError(f"storage {key} is cut off")
-        return offset, info.file_size
