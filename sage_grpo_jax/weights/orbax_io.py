@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -170,17 +171,30 @@ def load_on(folder: pathlib.Path, shardings: Any, dtype: np.dtype) -> dict[str, 
 
 @contextlib.contextmanager
 def _without_false_alarm() -> Iterator[None]:
-    """Drops orbax's warning about missing data: it looks for files of zarr version 2 only."""
-    logger = logging.getLogger("absl")
+    """Drops what orbax says beside the result, or the one error, of the block.
+
+    It warns of missing data, since it looks for files of zarr version 2 only. It starts many writes
+    and leaves at the first that fails: a thread of its own tells of the same error, and each of the
+    other writes complains, whenever it ends, that nobody waits for it any more. That may be later:
+    after an error nothing is put back.
+    """
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    dropped = ("TensorStore data files not found", "_SignalingThread.run() raised")
 
     def keep(record: logging.LogRecord) -> bool:
-        return "TensorStore data files not found" not in str(record.msg)
+        return not any(text in record.getMessage() for text in dropped)
+
+    def keep_others(raised: Any) -> None:
+        if not (
+            raised.exc_type is RuntimeError and "Event loop is closed" in str(raised.exc_value)
+        ):
+            hook(raised)
 
     logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)
+    sys.unraisablehook = keep_others
+    yield
+    logger.removeFilter(keep)
+    sys.unraisablehook = hook
 
 
 class OrbaxSource(Source):
