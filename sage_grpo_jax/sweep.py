@@ -32,20 +32,41 @@ _PLAN = flags.DEFINE_bool("plan", False, "Print what is left to do and what it c
 _INDEX = flags.DEFINE_integer("index", None, "Run this point only.")
 
 
-def run(point: sweeps.Point, shared: list[str]) -> int:
-    """Trains one point in a process of its own; signals are passed on. Returns its exit status."""
+def run(point: sweeps.Point, shared: list[str]) -> tuple[int, bool]:
+    """Trains one point in a process of its own, which is told of signals.
+
+    Returns:
+      Its exit status; whether a signal asked the sweep to stop.
+    """
     command = [sys.executable, "-m", "sage_grpo_jax.train", *shared]
     command += [*sweeps.flags_of(point.overrides), f"--workdir={point.folder}"]
-    process = subprocess.Popen(command)
+    asked: list[int] = []
+    # Before the process is there: a signal that comes in between is passed on as soon as it is.
     previous = {
-        number: signal.signal(number, lambda number, _: process.send_signal(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
+        number: signal.signal(number, lambda number, _: asked.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN
     }
     try:
-        return process.wait()
+        process = subprocess.Popen(command)
+        while (status := _wait(process)) is None:
+            if asked:
+                # Always this one: twice SIGINT, which a terminal sends to both, means at once.
+                process.send_signal(signal.SIGTERM)
+                status = process.wait()
+                break
+        return status, bool(asked)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _wait(process: subprocess.Popen) -> int | None:
+    """The exit status, or None after a moment."""
+    try:
+        return process.wait(timeout=0.2)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def listing(points: list[sweeps.Point]) -> str:
@@ -118,12 +139,12 @@ def _run_all(points: list[sweeps.Point], shared: list[str]) -> list[str]:
         if point.status == "finished":
             continue
         print(f"[{number}/{len(points)}] {point.name}", flush=True)
-        status = run(point, shared)
-        if status == 0 and point.status != "finished":
-            print("stopped by a signal; the same command goes on")
-            return failed
-        if status != 0:
+        status, asked = run(point, shared)
+        if status != 0 and not (asked and status in (-signal.SIGTERM, 128 + signal.SIGTERM)):
             failed.append(f"{point.name} (exit status {status})")
+        if asked or (status == 0 and point.status != "finished"):
+            print("stopped by a signal; the same command goes on")
+            break
     return failed
 
 

@@ -15,6 +15,7 @@ import torch
 from diffusers import HunyuanVideo15Pipeline
 from transformers import AutoTokenizer, Qwen2_5_VLTextModel, T5EncoderModel
 
+from sage_grpo_jax.common import files, manifest
 from sage_grpo_jax.data.embedding_cache import EmbeddingCache, make_prompt_iterator
 from sage_grpo_jax.text_encoders import encode as encode_lib
 from sage_grpo_jax.text_encoders import first_frame, qwen
@@ -105,7 +106,7 @@ def test_the_command_killed_and_run_again(pipeline, prompts, tmp_path, encode_wi
     assert killed.returncode == 9, killed.stderr
     assert not out.exists()
     assert sorted(file.name for file in (tmp_path / "cache.partial").iterdir()) == [
-        "settings.json", "text-000000.npz", "text-000001.npz"]  # fmt: skip
+        manifest.FILE, "settings.json", "text-000000.npz", "text-000001.npz"]  # fmt: skip
 
     again = run("-m", "sage_grpo_jax.encode_prompts", *flags, f"--out={out}")
     assert again.returncode == 0, again.stderr
@@ -123,6 +124,7 @@ def test_the_command_killed_and_run_again(pipeline, prompts, tmp_path, encode_wi
     assert sorted(file.name for file in out.iterdir()) == [
         "embeddings.array_record",
         "manifest.json",
+        manifest.FILE,
     ]
     for file in out.iterdir():
         assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes()
@@ -172,6 +174,32 @@ def test_bfloat16_is_the_default_and_near(pipeline, prompts, tmp_path):
             assert error < 0.03
     size = (tmp_path / "cache" / "embeddings.array_record").stat().st_size
     assert size < 0.7 * (tmp_path / "float32" / "embeddings.array_record").stat().st_size
+
+
+@pytest.mark.parametrize("quoting", [True, False])
+def test_a_negative_prompt_that_quotes_text(
+    pipeline, prompts, tmp_path, encode_with_diffusers, quoting
+):
+    """Both encoders read it, also where no other prompt quotes anything."""
+    if not quoting:
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("a dog\nsky\n")
+    negative = 'bad “quality”, a "watermark"'
+    out = tmp_path / "cache"
+    cache = encode_lib.encode(request(pipeline, prompts, out, negative_prompt=negative))
+    crop_start = cache.manifest["details"]["crop_start"]
+    text, mask, byt5, byt5_mask = encode_with_diffusers([negative], crop_start)
+    padded = cache.pad([cache.negative], length=1000, byt5_length=256)
+    assert byt5_mask.sum() > 10
+    np.testing.assert_array_equal(padded["mask"], mask)
+    np.testing.assert_array_equal(padded["byt5_mask"], byt5_mask)
+    np.testing.assert_allclose(padded["text"], text * mask[..., None], atol=1e-5)
+    np.testing.assert_allclose(padded["byt5"], byt5 * byt5_mask[..., None], atol=1e-5)
+    assert cache.byt5_max_length >= byt5_mask.sum()
+    if quoting:
+        cache.pad([cache[0], cache.negative])
+    else:
+        assert len(cache[0]["byt5"]) == 0
 
 
 def test_a_negative_prompt(pipeline, prompts, tmp_path, encode_with_diffusers):
@@ -307,12 +335,12 @@ def test_killed_before_the_cache_was_published(pipeline, prompts, tmp_path, monk
         patch.setattr(work_lib.WorkFolder, "remove", die)
         with pytest.raises(KeyboardInterrupt):
             encode_lib.encode(request(pipeline, prompts, out))
-    # As it is between the last record and the last rename; and half a cache of a run before.
-    out.rename(partial / "cache")
-    (partial / "cache.tmp-1").mkdir()
-    (partial / "cache.tmp-1" / "embeddings.array_record").write_bytes(b"half")
+    # As it is between the last record and the last rename.
+    half = out.rename(files.temporary_path(out, "new"))
+    assert partial.exists()
     assert len(encode_lib.encode(request(pipeline, prompts, out))) == 6
-    assert sorted(tmp_path.glob("cache*")) == [out]
+    assert sorted(tmp_path.glob("*cache*")) == [out]
+    assert not half.exists()
 
 
 def test_an_existing_cache_is_kept(pipeline, prompts, tmp_path, monkeypatch):
@@ -371,6 +399,29 @@ def test_a_folder_of_somebody_else_is_not_touched(pipeline, prompts, tmp_path):
     with pytest.raises(ValueError, match=r"cache.partial .* holds something else"):
         encode_lib.encode(request(pipeline, prompts, tmp_path / "cache", resume=False))
     assert (tmp_path / "cache.partial" / "thesis.txt").exists()
+    # Not with a file that is called like ours either.
+    (tmp_path / "cache.partial" / "settings.json").write_text('{"theme": "dark"}')
+    for resume in (True, False):
+        with pytest.raises(ValueError, match=r"has settings\.json already, which this program"):
+            encode_lib.encode(request(pipeline, prompts, tmp_path / "cache", resume=resume))
+    assert (tmp_path / "cache.partial" / "settings.json").read_text() == '{"theme": "dark"}'
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_somebody_puts_beside_the_work_stays(pipeline, prompts, tmp_path, monkeypatch, resume):
+    partial = tmp_path / "cache.partial"
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_lib, "_assemble", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            encode_lib.encode(request(pipeline, prompts, tmp_path / "cache"))
+    (partial / "thesis.txt").write_text("years of work")
+    encode_lib.encode(request(pipeline, prompts, tmp_path / "cache", resume=resume))
+    assert (partial / "thesis.txt").read_text() == "years of work"
+    assert sorted(path.name for path in partial.iterdir()) == [manifest.FILE, "thesis.txt"]
 
 
 def test_bad_input_is_one_line(tmp_path):

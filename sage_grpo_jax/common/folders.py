@@ -145,7 +145,7 @@ def claim(
     known = manifest.read(folder)
     if known is not None and known.state != manifest.SHARED:
         raise ValueError(f"{field}: {folder} holds {known.holds}; allowed: another folder")
-    if known is None and is_ours():
+    if known is None and existing and is_ours():
         known = Manifest(holds, manifest.SHARED, dict.fromkeys(names))
     known = known or Manifest(holds, manifest.SHARED)
     taken = [name for name in existing if not known.owns(folder, name)]

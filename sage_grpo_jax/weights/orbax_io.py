@@ -17,8 +17,9 @@ import logging
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -143,18 +144,29 @@ def _correct_records(folder: pathlib.Path, layouts: Mapping[Path, _Layout]) -> N
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Drops orbax's warnings.
+    """Drops what orbax says beside the result, or the one error, of the block.
 
-    It looks for files of zarr version 2 only, and tells of damage in many lines before it raises.
+    It warns of missing data, since it looks for files of zarr version 2 only, and tells of damage
+    in many lines before it raises. It starts many writes and leaves at the first that fails: each
+    of the others complains, whenever it ends, that nobody waits for it any more. That may be later:
+    after an error that complaint stays dropped.
     """
-    logger = logging.getLogger("absl")
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
 
     def keep(record: logging.LogRecord) -> bool:
         return f"{os.sep}orbax{os.sep}" not in record.pathname
 
+    def keep_others(raised: Any) -> None:
+        if not (
+            raised.exc_type is RuntimeError and "Event loop is closed" in str(raised.exc_value)
+        ):
+            hook(raised)
+
     logger.addFilter(keep)
+    sys.unraisablehook = keep_others
     try:
         yield
+        sys.unraisablehook = hook
     finally:
         logger.removeFilter(keep)
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from sage_grpo_jax.common import files
 from sage_grpo_jax.training import checkpoint, evaluation, loop, metrics, workdir
 
 
@@ -220,11 +221,13 @@ def test_a_second_trainer_is_kept_out_until_the_first_one_is_gone(tmp_path):
 def test_leftovers_of_writes_that_were_cut_off_are_removed(tmp_path):
     (tmp_path / "samples").mkdir()
     kept = [tmp_path / "config.json", tmp_path / "samples" / "step_000000.png"]
-    left = [tmp_path / ".config.json.tmp", tmp_path / "samples" / ".step_000000.png.tmp"]
+    kept.append(tmp_path / ".notes.tmp")  # not ours
+    left = [files.temporary_path(path, files.TEMPORARY) for path in kept]
     for path in (*kept, *left):
         path.write_text("{}")
     workdir.remove_leftovers(tmp_path)
-    assert [p.exists() for p in kept + left] == [True, True, False, False]
+    assert [p.exists() for p in kept] == [True, True, True]
+    assert [p.exists() for p in left] == [False, False, False]
 
 
 def test_a_summary_without_rows_is_written_all_the_same(make_config):

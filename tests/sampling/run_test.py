@@ -70,6 +70,7 @@ def test_files_record_and_resumption(make_config, prompts, tmp_path, monkeypatch
     assert found == {f"{name}.{suffix}" for name in names for suffix in ("mp4", "gif")} | {
         "samples.jsonl",
         "contact_sheet.png",
+        "sage_grpo_jax_manifest.json",
     }
     clip = media.read_clip(request.out / "001_000002_seed5.mp4")
     assert clip.shape == (3, 16, 16, 3)

@@ -114,7 +114,9 @@ def _diffusers(reference, settings, batch, negative, initial) -> tuple[np.ndarra
         text = np.broadcast_to(prompts.text, (count, *prompts.text.shape[1:]))
         mask = np.broadcast_to(prompts.mask, text.shape[:2])
         byt5 = prompts.extras.get("byt5", np.zeros((count, 3, 6), np.float32))
+        byt5 = np.broadcast_to(byt5, (count, *byt5.shape[1:]))
         byt5_mask = prompts.extras.get("byt5_mask", np.zeros((count, 3), bool))
+        byt5_mask = np.broadcast_to(byt5_mask, byt5.shape[:2])
         return model(
             hidden_states=torch.cat([latents, fixed], dim=1),
             timestep=timestep.repeat(count),
@@ -164,15 +166,19 @@ def test_text_to_video_with_guidance_equals_diffusers(reference, text_to_video):
 
 
 def test_image_to_video_with_known_step_ends_equals_diffusers(make_reference):
-    """Quoted text, image tokens, first frame, the end of each step; both branches of guidance see
-    the same image."""
+    """Quoted text, in the negative prompt too, image tokens, first frame, the end of each step;
+    both branches of guidance see the same image."""
     reference = make_reference(use_meanflow=True, task_type="i2v")
     settings = dataclasses.replace(SETTINGS, steps=6, shift=7.0, guidance=3.0)
-    batch, negative = _prompts(0, [4, 6], **_image_extras()), _prompts(1, [1])
+    batch, silent = _prompts(0, [4, 6], **_image_extras()), _prompts(1, [1])
+    quoting = {"byt5": _draw(7, 1, 3, 6), "byt5_mask": np.array([[True, True, False]])}
+    negative = dataclasses.replace(silent, extras=quoting)
     initial = _draw(2, 2, *LATENTS)
     want, _ = _diffusers(reference, settings, batch, negative, initial)
     got = _latents(reference, settings, batch, negative, initial)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+    other, _ = _diffusers(reference, settings, batch, silent, initial)
+    assert np.abs(other - want).max() > 0.05
 
 
 def test_bfloat16_stays_within_its_rounding(reference, text_to_video):

@@ -45,10 +45,18 @@ class Result(NamedTuple):
     stderr: str
 
 
-def run_all(commands: list[list[str]], folder: pathlib.Path) -> list[Result]:
-    """The results of the commands, `[entry, flag, ...]` each, run in `folder`."""
+def run_all(
+    commands: list[list[str]], folder: pathlib.Path, file_bytes: int | None = None
+) -> list[Result]:
+    """The results of the commands, `[entry, flag, ...]` each, run in `folder`.
+
+    Args:
+      commands: to run.
+      folder: to run them in.
+      file_bytes: no file may grow over it, as on a disk that fills; None: no limit.
+    """
     done = subprocess.run(
-        [sys.executable, __file__],
+        [sys.executable, __file__, *([] if file_bytes is None else [str(file_bytes)])],
         input=json.dumps(commands),
         capture_output=True,
         text=True,
@@ -75,10 +83,13 @@ def _run(entry: str, *flags: str) -> Result:
 
 def _become(entry: str, flags: tuple[str, ...]) -> None:
     """Never returns."""
+    import resource
     import signal
     import traceback
 
     signal.alarm(LIMIT_SECONDS)  # a mistake that is not refused may train for minutes
+    if len(sys.argv) > 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
     sys.argv = [entry, *flags]
     status = 0
     try:

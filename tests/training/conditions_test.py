@@ -115,6 +115,32 @@ def test_the_other_branch_keeps_the_frame_and_drops_the_text(tmp_path):
     assert jax.tree.structure(other) == jax.tree.structure(condition)
 
 
+def test_a_negative_prompt_that_quotes_text_keeps_it(make_config, networks, tmp_path):
+    """In the other branch of guidance, also where training and evaluation prompts quote less."""
+    path = tmp_path / "cache"
+    with embedding_cache.EmbeddingCacheWriter(path, embedding_cache.Encoder("r"), "float32") as out:
+        rng, captions = np.random.default_rng(0), moving_shapes_spec.train_captions()
+        for i in range(4):
+            out.add(Prompt(f"p{i}", captions[i]), rng.standard_normal((3 + i, DIM)))
+        out.set_negative(rng.standard_normal((2, DIM)), rng.standard_normal((70, BYT5_DIM)))
+    changes = {**overrides(networks, path), "rollout.prompts_per_step": 2}
+    config = make_config(changes)
+    prompts = setup.open_prompts(config, tmp_path, setup.read_networks(config.model))
+    place = sharding.replicated(mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    condition, negative = (
+        conditions.to_condition(batch, place, "float32", 2)
+        for batch in (next(iter(prompts)), prompts.negative)
+    )
+    other = conditions.unconditional(condition, negative)
+    entry = embedding_cache.EmbeddingCache(path).negative
+    for row in range(2):
+        assert not condition.byt5_mask[row].any()
+        np.testing.assert_array_equal(other.byt5[row, :70], entry["byt5"])
+        assert other.byt5_mask[row].tolist() == [True] * 70 + [False] * 58
+    assert jax.tree.structure(other) == jax.tree.structure(condition)
+    assert jax.tree.map(jnp.shape, other) == jax.tree.map(jnp.shape, condition)
+
+
 def test_rows_are_taken_with_everything_that_belongs_to_them(tmp_path):
     cache = embedding_cache.EmbeddingCache(make_cache(tmp_path / "cache"))
     entries = embedding_cache.pad_entries([cache[i] for i in range(3)], 8)

@@ -114,14 +114,38 @@ def test_save_replaces_a_folder_whole_or_not_at_all(params, tmp_path):
     weights.save(params, tmp_path / "out", config=CONFIG)
     before = (tmp_path / "out" / NAME).read_bytes()
     broken = {**params, "final": {**params["final"], "proj": Unreadable.tree(params)}}
+    with pytest.raises(ValueError, match=r"out: exists already; .*overwrite=True"):
+        weights.save(params, tmp_path / "out", config=CONFIG)
     with pytest.raises(OSError, match="device lost"):
-        weights.save(broken, tmp_path / "out", config=CONFIG)
+        weights.save(broken, tmp_path / "out", config=CONFIG, overwrite=True)
     assert (tmp_path / "out" / NAME).read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
-    weights.save(jax.tree.map(jnp.zeros_like, params), tmp_path / "out", config=CONFIG)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    weights.save(zeros, tmp_path / "out", config=CONFIG, overwrite=True)
     assert not np.any(weights.load(tmp_path / "out", CONFIG)["final"]["proj"]["kernel"])
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_save_replaces_only_what_it_wrote(params, tmp_path):
+    """A model that somebody else wrote, and one of ours with notes beside it."""
+    out, notes = tmp_path / "out", tmp_path / "out" / "notes.txt"
+    weights.save(params, out, config=CONFIG)
+    text = (out / "sage_grpo_jax_manifest.json").read_bytes()
+
+    def assert_refused(named):
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        with pytest.raises(ValueError, match=f"holds .*{named}.* it is not replaced"):
+            weights.save(params, out, config=CONFIG, overwrite=True)
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+    notes.write_text("mine")
+    assert_refused("notes.txt, which this program did not write")
+    notes.unlink()
+    (out / "sage_grpo_jax_manifest.json").unlink()
+    assert_refused("config.json")
+    (out / "sage_grpo_jax_manifest.json").write_bytes(text)
+    weights.save(params, out, config=CONFIG, overwrite=True)
 
 
 class Unreadable:
