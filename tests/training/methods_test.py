@@ -269,7 +269,7 @@ def test_the_official_controller_after_whole_updates():
 def test_full_size_runs_take_setting_b():
     for method, wanted in (("sage", (0.5, 0.5, 1.0)), ("dance_grpo", (0.5, 0.5, 1.0))):
         weights = make(method, "hunyuan_video_15.py").rewards.weights
-        assert (weights.VQ, weights.MQ, weights.TA) == wanted
+        assert wanted == (weights.VQ, weights.MQ, weights.TA)
 
 
 def test_rows_of_table_2_differ_in_what_they_name():
