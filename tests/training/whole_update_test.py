@@ -5,30 +5,27 @@ in tests/models. The other side is tests/support/textbook.py, which shares no fo
 package.
 """
 
-import dataclasses
 import types
 from concurrent import futures
 
 import jax
-import jax.numpy as jnp
 import learners
 import numpy as np
 import optax
 import pytest
 import small_policy
 import textbook
+from whole_step import as_pixels, build_programs, make_conditions, make_problem, wide
 
 from sage_grpo_jax.grpo import trust_region
-from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.rewards import types as reward_types
-from sage_grpo_jax.training import setup
 
 STEPS = 3
 PROMPTS, GROUP = 3, 4
 BASE = {
     "rollout.prompts_per_step": PROMPTS,
     "rollout.group_size": GROUP,
-    "rollout.num_steps": 5,
+    "rollout.num_steps": 4,
     "rollout.decode_batch": 4,
     "loss.micro_batch": 4,
     "rewards.weights.VQ": 0.5,
@@ -59,6 +56,7 @@ CASES = {
         "loss.log_prob_reduction": "sum",
         "loss.step_reduction": "sum",
         "trust_region.kind": "fixed_stepwise",
+        "trust_region.fixed_weight": 0.7,
         "trust_region.kl_time_weight": "equalized",
         "trust_region.anchor_weight": 0.3,
         "trust_region.previous_weight": 0.7,
@@ -67,7 +65,7 @@ CASES = {
     "cps, first steps, squared, moving": {
         "rollout.sde": "cps",
         "rollout.window": "first_k",
-        "rollout.window_size": 3,
+        "rollout.window_size": 2,
         "rollout.same_initial_noise": True,
         "loss.log_prob": "squared",
         "loss.median": "mean",
@@ -117,25 +115,6 @@ class TableScorer:
         return future
 
 
-def as_pixels(latents: np.ndarray) -> np.ndarray:
-    """A stand-in for decoding that keeps samples apart; uint8 [B, t, h, w, C]."""
-    return np.clip(np.round(128 + 24 * latents), 0, 255).astype(np.uint8)
-
-
-def build_programs(networks, config, mesh):
-    """The real programs but for the VAE, which has no part in this."""
-
-    def decode(vae_params, latents, piece, size):
-        return jnp.asarray(as_pixels(np.asarray(latents)[piece :: latents.shape[0] // size]))
-
-    programs = setup.build_programs(networks, config, mesh)
-    return dataclasses.replace(programs, decode=decode)
-
-
-def wide(tree):
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
-
-
 def as_textbook(state) -> dict:
     """A learner's state as textbook.py has it."""
     region = trust_region.find_state(state.opt_state)
@@ -153,31 +132,6 @@ def as_textbook(state) -> dict:
     }
 
 
-def make_problem(trainer, batch) -> textbook.Problem:
-    """The textbook's problem for a batch of prompts."""
-    learner = trainer.learner
-    config, base = learner.config, wide(learner.frozen.base)
-    samples = batch.repeat(config.rollout.group_size)
-    negative = jax.tree.map(np.asarray, learner.frozen.negative)
-
-    def velocity(trained, latents, timestep, conditional):
-        count = latents.shape[0]
-        if conditional:
-            text, mask = samples.text, samples.mask
-        else:
-            text = np.repeat(negative.text, count, 0)
-            mask = np.repeat(negative.text_mask, count, 0)
-        condition = hunyuan_video.Condition(jnp.asarray(text, jnp.float64), jnp.asarray(mask))
-        if base is None:
-            return small_policy.velocity(trained, latents, timestep, condition)
-        scale = config.lora.alpha / config.lora.rank
-        return small_policy.velocity(
-            base, latents, timestep, condition, adapters=trained, scale=scale
-        )
-
-    return textbook.Problem(config, learner.recipe.latent_shape, velocity)
-
-
 def assert_leaves_agree(found, wanted, tolerance: float) -> None:
     """Every leaf to `tolerance` of its own largest number."""
     pairs = zip(jax.tree.leaves(wide(found)), jax.tree.leaves(wanted), strict=True)
@@ -186,16 +140,15 @@ def assert_leaves_agree(found, wanted, tolerance: float) -> None:
         assert error <= tolerance, f"leaf {place}, shape {ours.shape}: {error:.1e}"
 
 
-def check_step(trainer, scorer, batch, index: int) -> None:
+def check_step(trainer, problem, scorer, batch, index: int) -> None:
     """One step of the learner against one of the textbook, from the same state."""
     before = as_textbook(trainer.state)
     trainer.state, metrics = trainer.learner.step(trainer.state, batch)
-    problem = make_problem(trainer, batch)
+    conditions = make_conditions(trainer, batch)
     noise = textbook.draws(problem.config, batch.ids, index, problem.shape, problem.places)
     rewards = {name: values[index] for name, values in scorer.rewards.items()}
     with jax.enable_x64(True):
-        outcome, _ = textbook.step(problem, before, noise, rewards, scorer.valid[index])
-        outcome = jax.tree.map(np.asarray, outcome)
+        outcome = textbook.step(problem, before, conditions, noise, rewards, scorer.valid[index])
     after = as_textbook(trainer.state)
 
     assert metrics["update/applied"] == 1
@@ -204,8 +157,8 @@ def check_step(trainer, scorer, batch, index: int) -> None:
     for name, value in outcome.metrics.items():
         assert metrics[name] == pytest.approx(float(value), rel=5e-4, abs=2e-7), name
     # The moments hold the gradient, leaf by leaf.
-    assert_leaves_agree(after["mu"], outcome.mu, 2e-4)
-    assert_leaves_agree(after["nu"], outcome.nu, 4e-4)
+    assert_leaves_agree(after["mu"], outcome.mu, 5e-4)
+    assert_leaves_agree(after["nu"], outcome.nu, 1e-3)
     moved = jax.tree.map(np.subtract, after["params"], before["params"])
     assert_leaves_agree(moved, jax.tree.map(np.subtract, outcome.params, before["params"]), 2e-3)
     check_region(problem.config, before, after, outcome)
@@ -237,11 +190,13 @@ def test_a_step_is_that_of_the_papers(make_config, one_device, tmp_path, monkeyp
     config = make_config({**BASE, "num_steps": STEPS, **CASES[name]})
     trainer = learners.make(config, scorer, one_device, tmp_path, build_programs)
     batches = iter(trainer.prompts)
-    weights = set()
+    problem, weights = make_problem(trainer), set()
     for index in range(STEPS):
         weights.add(float(trust_region.find_state(trainer.state.opt_state).weight))
-        check_step(trainer, scorer, next(batches), index)
-    assert len(weights) == STEPS  # λ was not the same in any two steps
+        check_step(trainer, problem, scorer, next(batches), index)
+    # λ was not the same in any two steps, but for the kind where it is constant.
+    assert len(weights) == (1 if config.trust_region.kind == "fixed_stepwise" else STEPS)
+    assert min(weights) > 0.1
 
 
 def test_the_table_scorer_fails_as_it_says():
@@ -251,9 +206,9 @@ def test_the_table_scorer_fails_as_it_says():
     config = types.SimpleNamespace(
         rewards=types.SimpleNamespace(weights=types.SimpleNamespace(VQ=1.0)),
         rollout=types.SimpleNamespace(group_size=2),
-        advantage=types.SimpleNamespace(epsilon=0.0, clip=5.0),
+        advantage=types.SimpleNamespace(epsilon=1e-12, clip=5.0),
     )
     found = textbook.advantages(
         config, {"VQ": np.array([3.0, 1.0, 7.0, np.nan])}, np.array([True, True, True, False])
     )
-    np.testing.assert_array_equal(found, [1, -1, 0, 0])
+    np.testing.assert_allclose(found, [1, -1, 0, 0], atol=1e-9)
