@@ -212,6 +212,9 @@ def test_evaluation_prompts_follow_their_own_seed_alone(make_config, tmp_path):
     other = chosen(eval__seed=1)
     assert other[0] != first[0]
     assert other[1] != first[1]
+    repeated = chosen(eval__samples_per_prompt=3)
+    for names, once in zip(repeated, first, strict=True):
+        assert names == [name for name in once for _ in range(3)]
 
 
 def test_every_split_is_read_from_its_own_prompts(make_config, tmp_path):
