@@ -201,6 +201,22 @@ def test_test_prompts_have_their_own_encoder_and_number_checked(make_config, tmp
         setup.open_prompts(config, tmp_path, networks)
 
 
+def test_evaluation_prompts_follow_their_own_seed_alone(make_config, tmp_path):
+    def chosen(**overrides):
+        config = make_config({name.replace("__", "."): v for name, v in overrides.items()})
+        prompts = setup.open_prompts(config, tmp_path, setup.read_networks(config.model))
+        return prompts.evaluation.ids, prompts.test.ids
+
+    first = chosen()
+    assert chosen(seed=9, eval__every=7, num_steps=3) == first
+    other = chosen(eval__seed=1)
+    assert other[0] != first[0]
+    assert other[1] != first[1]
+    repeated = chosen(eval__samples_per_prompt=3)
+    for names, once in zip(repeated, first, strict=True):
+        assert names == [name for name in once for _ in range(3)]
+
+
 def test_every_split_is_read_from_its_own_prompts(make_config, tmp_path):
     config = make_config({"eval.num_prompts": 72, "eval.num_test_prompts": 0})
     prompts = setup.open_prompts(config, tmp_path, setup.read_networks(config.model))
