@@ -7,6 +7,7 @@ config.json gets its config from it, as far as the tensors determine one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 from collections import Counter
@@ -165,6 +166,7 @@ def _vae_facts(layout: str, tensors: Mapping[str, Shape]) -> dict[str, _Read]:
     def conv(place: str, level: int) -> str:
         return f"{place.format(l=level)}.{names.resnet.format(j=0)}.conv1.conv.weight"
 
+    @functools.cache
     def levels() -> int:
         return _count(resnets(names.down, "{i}", "0"), tensors)
 
@@ -173,6 +175,7 @@ def _vae_facts(layout: str, tensors: Mapping[str, Shape]) -> dict[str, _Read]:
 
     down, up = (f"{names.down}.{names.downsample}.conv", f"{names.up}.{names.upsample}.conv")
 
+    @functools.cache
     def steps() -> int:
         return _count([f"{down.format(l='{i}')}.{part}" for part in ("weight", "bias")], tensors)
 
