@@ -210,12 +210,16 @@ def _validate_together(config: Config) -> None:
         )
     clip = (config.video.frames, config.video.height, config.video.width)
     world = (spec.NUM_FRAMES, spec.HEIGHT, spec.WIDTH)
-    for name in ("manifold_distance", "shape_identity"):
-        if getattr(config.eval, name) and clip != world:
-            raise ValueError(
-                f"config.eval.{name}: got True with clips of {clip}; allowed: clips of the "
-                f"moving-shapes world, {world}, or False"
-            )
+    if config.eval.manifold_distance and clip != world:
+        raise ValueError(
+            f"config.eval.manifold_distance: got True with clips of {clip}; allowed: clips of the "
+            f"moving-shapes world, {world}, or False"
+        )
+    if config.eval.shape_identity and clip[1:] != world[1:]:
+        raise ValueError(
+            f"config.eval.shape_identity: got True with frames of {clip[1:]}; allowed: frames of "
+            f"the moving-shapes world, {world[1:]}, or False"
+        )
     _validate_rewards(config.rewards)
 
 
