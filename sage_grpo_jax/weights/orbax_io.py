@@ -185,9 +185,8 @@ def _without_false_alarm() -> Iterator[None]:
         return not any(text in record.getMessage() for text in dropped)
 
     def keep_others(raised: Any) -> None:
-        if not (
-            raised.exc_type is RuntimeError and "Event loop is closed" in str(raised.exc_value)
-        ):
+        late = raised.exc_type is RuntimeError and "Event loop is closed" in str(raised.exc_value)
+        if not late:
             hook(raised)
 
     logger.addFilter(keep)
