@@ -193,6 +193,67 @@ def test_errors_are_one_line_and_exit_with_2(params, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_training_run_is_not_taken_for_weights(params, tmp_path, capsys):
+    """It has a config.json too."""
+    weights.save(params, tmp_path / "model", config=CONFIG)
+    workdir = write_run(tmp_path / "run", params)
+    (workdir / "config.json").write_text((tmp_path / "model" / "config.json").read_text())
+    (workdir / "metrics.jsonl").write_text('{"step": 1}\n')
+    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+    flags = {"src": tmp_path / "model", "src_format": "diffusers", "dst_format": "diffusers"}
+    assert run("--overwrite", dst=workdir, **flags) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: dst={workdir}: holds checkpoints/")
+    assert "it is not replaced. Allowed: another folder" in said
+    assert said.count("\n") == 1
+    assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
+
+
+def test_done_is_the_last_line(params, tmp_path, capsys):
+    weights.save(params, tmp_path / "model", config=CONFIG)
+    flags = {"src": tmp_path / "model", "src_format": "diffusers", "dst": tmp_path / "out"}
+    assert run(**flags, dst_format="diffusers", dtype="bfloat16") == 0
+    size = sum(leaf.size for leaf in jax.tree.leaves(params)) * 2 / 1e9
+    assert capsys.readouterr().out == (
+        f"done: transformer, diffusers, bfloat16, {size:.3g} GB; see {tmp_path / 'out'}\n"
+    )
+
+
+def test_paths_with_dots_and_links(params, tmp_path, monkeypatch):
+    """Read and written, orbax too; a link stays, and its target is what is replaced."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "disk" / "out").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    weights.save(params, "../model", "orbax", config=CONFIG)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: one, params)
+    assert_trees_equal(weights.load("../model", CONFIG, shardings), params)
+    (tmp_path / "link").symlink_to("disk/out")
+    from_orbax = {"src": "../model", "src_format": "orbax", "dst_format": "diffusers"}
+    from_diffusers = {"src": "../next", "src_format": "diffusers", "dst_format": "orbax"}
+    assert run(**from_orbax, dst="../here/../next") == 0
+    for flags in (from_diffusers, from_orbax):  # the link leads to an empty folder first
+        assert run("--overwrite", **flags, dst="../link") == 0
+        assert (tmp_path / "link").is_symlink()
+        assert_trees_equal(weights.load("../link", CONFIG), params)
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "here", "link", "model", "next"]
+
+
+def test_a_run_behind_dots_and_links(params, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_run(pathlib.Path("../run"), params)
+    (tmp_path / "link").symlink_to("run")
+    for name in ("run", "link"):
+        flags = {"src": f"../{name}", "src_format": "orbax"}
+        assert run(**flags, dst=f"../{name}_out", dst_format="diffusers") == 0
+        assert_trees_equal(weights.load(tmp_path / f"{name}_out", CONFIG), params)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), params)
+    assert_trees_equal(checkpoint.restore_params("../run", abstract), params)
+
+
 def command(**flags):
     return [sys.executable, "-m", "sage_grpo_jax.convert",
             *(f"--{name}={value}" for name, value in flags.items())]  # fmt: skip

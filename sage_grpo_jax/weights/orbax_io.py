@@ -157,9 +157,8 @@ def _quiet_orbax() -> Iterator[None]:
         return f"{os.sep}orbax{os.sep}" not in record.pathname
 
     def keep_others(raised: Any) -> None:
-        if not (
-            raised.exc_type is RuntimeError and "Event loop is closed" in str(raised.exc_value)
-        ):
+        late = raised.exc_type is RuntimeError and "Event loop is closed" in str(raised.exc_value)
+        if not late:
             hook(raised)
 
     logger.addFilter(keep)

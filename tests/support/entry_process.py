@@ -25,7 +25,7 @@ ENTRIES = (
     "sweep",
     "train",
 )
-LIMIT_SECONDS = 20
+LIMIT_SECONDS = 60
 # Only what no entry defines flags in.
 _HEAVY = (
     "sage_grpo_jax.rewards.server",
@@ -45,18 +45,14 @@ class Result(NamedTuple):
     stderr: str
 
 
-def run_all(
-    commands: list[list[str]], folder: pathlib.Path, file_bytes: int | None = None
-) -> list[Result]:
-    """The results of the commands, `[entry, flag, ...]` each, run in `folder`.
+FULL = "full disk"  # before a command: no file may grow over LIMIT_BYTES, as on a disk that fills
+LIMIT_BYTES = 4096
 
-    Args:
-      commands: to run.
-      folder: to run them in.
-      file_bytes: no file may grow over it, as on a disk that fills; None: no limit.
-    """
+
+def run_all(commands: list[list[str]], folder: pathlib.Path) -> list[Result]:
+    """The results of the commands, `[entry, flag, ...]` each, run in `folder`."""
     done = subprocess.run(
-        [sys.executable, __file__, *([] if file_bytes is None else [str(file_bytes)])],
+        [sys.executable, __file__],
         input=json.dumps(commands),
         capture_output=True,
         text=True,
@@ -88,8 +84,9 @@ def _become(entry: str, flags: tuple[str, ...]) -> None:
     import traceback
 
     signal.alarm(LIMIT_SECONDS)  # a mistake that is not refused may train for minutes
-    if len(sys.argv) > 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+    if entry == FULL:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT_BYTES, LIMIT_BYTES))
+        entry, *flags = flags
     sys.argv = [entry, *flags]
     status = 0
     try:
