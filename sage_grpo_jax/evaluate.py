@@ -42,7 +42,11 @@ _SPLIT = flags.DEFINE_enum(
 )
 _EMA = flags.DEFINE_bool("ema", False, "The moving average of the run (config.ema.decay).")
 _OUT = flags.DEFINE_string("out", None, "Folder of the results.", required=True)
-_NAMES = ("metrics.json", "samples/evaluation.png", "samples/evaluation.gif")
+_NAMES = (
+    "metrics.json",
+    *(f"samples/evaluation.{kind}" for kind in ("png", "gif", "json")),
+    "embeddings/*",
+)
 
 
 def evaluate(
