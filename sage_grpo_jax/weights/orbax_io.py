@@ -147,25 +147,32 @@ def _quiet_orbax() -> Iterator[None]:
     """Drops what orbax says beside the result, or the one error, of the block.
 
     It warns of missing data, since it looks for files of zarr version 2 only, and tells of damage
-    in many lines before it raises. It starts many writes and leaves at the first that fails: each
-    of the others complains, whenever it ends, that nobody waits for it any more. That may be later:
-    after an error that complaint stays dropped.
+    in many lines before it raises. It starts many writes and leaves at the first that fails: a
+    thread of its own tells of the same error, and each of the other writes complains, whenever it
+    ends, that nobody waits for it any more. That may be later: after an error these two stay
+    dropped.
     """
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
 
     def keep(record: logging.LogRecord) -> bool:
         return f"{os.sep}orbax{os.sep}" not in record.pathname
 
+    def keep_later(record: logging.LogRecord) -> bool:
+        return "_SignalingThread.run() raised" not in record.getMessage()
+
     def keep_others(raised: Any) -> None:
-        late = raised.exc_type is RuntimeError and "Event loop is closed" in str(raised.exc_value)
-        if not late:
+        if not (
+            raised.exc_type is RuntimeError and "Event loop is closed" in str(raised.exc_value)
+        ):
             hook(raised)
 
     logger.addFilter(keep)
+    logger.addFilter(keep_later)
     sys.unraisablehook = keep_others
     try:
         yield
         sys.unraisablehook = hook
+        logger.removeFilter(keep_later)
     finally:
         logger.removeFilter(keep)
 

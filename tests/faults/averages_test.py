@@ -22,6 +22,7 @@ NFT = {
     "eval.every": 3,
 }
 OVERRIDES = {name.replace(".", "__"): value for name, value in NFT.items()}
+OVERRIDES["data__test_prompts"] = ""
 
 
 @pytest.fixture
@@ -31,9 +32,9 @@ def seen(runs, monkeypatch):
     record = {"evaluated": [], "sampled": []}
     evaluate, step = evaluation.evaluate, learner_lib.Learner.step
 
-    def watched_evaluate(learner, params, prompts):
+    def watched_evaluate(learner, params, *rest):
         record["evaluated"].append(jax.tree.map(np.asarray, params))
-        return evaluate(learner, params, prompts)
+        return evaluate(learner, params, *rest)
 
     def watched_step(learner, state, batch):
         before = jax.tree.map(np.asarray, (state.params, state.sampling))

@@ -1,8 +1,8 @@
 """Training reads the training prompts, evaluation the evaluation prompts, and nothing else."""
 
 import pytest
+from entry_modules import import_entry
 
-from sage_grpo_jax import evaluate
 from sage_grpo_jax.data import moving_shapes_spec
 from sage_grpo_jax.training import loop, scoring
 
@@ -12,7 +12,7 @@ def prompts(tmp_path):
     """(overrides, training prompts, evaluation prompts): two files without a common line."""
     captions = sorted(moving_shapes_spec.train_captions())
     train, held_out = set(captions[:6]), set(captions[6:10])
-    overrides = {"eval.num_prompts": 4, "eval.every": 1}
+    overrides = {"eval.num_prompts": 4, "eval.every": 1, "data.test_prompts": ""}
     for name, lines in (("train", train), ("eval", held_out)):
         path = tmp_path / f"{name}.txt"
         path.write_text("".join(f"{line}\n" for line in sorted(lines)))
@@ -51,5 +51,6 @@ def test_the_command_evaluates_held_out_prompts_only(runs, scored, prompts, tmp_
     runs.train(tmp_path / "run", num_steps=1, **overrides)
     scored.clear()
     monkeypatch.setattr(scoring, "open_scorer", loop.open_scorer)  # the local one
+    evaluate = import_entry("evaluate")
     evaluate.evaluate(runs.config(**overrides), str(tmp_path / "run"), tmp_path / "out")
     assert asked(scored, "") == held_out
