@@ -79,8 +79,8 @@ class Runs:
             "checkpoint.every": 3,
             "eval.every": 2,
             "eval.num_prompts": 2,
-            "rollout.prompts_per_step": 2,
-            "rollout.group_size": 2,
+            "rollout.prompts_per_step": 1,
+            "rollout.group_size": 4,
             "rollout.decode_batch": 2,
             "loss.micro_batch": 2,
         }

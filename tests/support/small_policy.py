@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_grpo_jax.training import update as update_lib
+from sage_grpo_jax.models import hunyuan_video
 
 
 def install(monkeypatch: Any) -> None:
     """Puts `velocity` in place of the DiT's in every program that is traced from here on."""
-    monkeypatch.setattr(update_lib.hunyuan_video, "velocity", velocity)
+    monkeypatch.setattr(hunyuan_video, "velocity", velocity)
 
 
 def velocity(params, latents, timestep, condition, config=None, adapters=None, scale=1.0):
@@ -21,21 +21,25 @@ def velocity(params, latents, timestep, condition, config=None, adapters=None, s
     have latents, time, text and its mask.
     """
     del config
-    coefficients = [_projected(i, leaf) for i, leaf in enumerate(jax.tree.leaves(params))]
-    coefficients += [
-        scale * _projected(1000 + i, leaf) for i, leaf in enumerate(jax.tree.leaves(adapters))
-    ]
-    features = _features(latents, timestep, condition)
-    total = 0.5 * latents
-    for i, coefficient in enumerate(coefficients):
-        total += 0.2 * jnp.tanh(coefficient) * features[i % len(features)]
-    return total
+    coefficients = [_projections(0, params)]
+    if adapters is not None:
+        coefficients.append(scale * _projections(1, adapters))
+    features = jnp.stack(_features(latents, timestep, condition))
+    mixed = jnp.tanh(jnp.concatenate(coefficients))
+    # Leaf i of them goes with feature i mod 8.
+    mixed = jnp.pad(mixed, (0, -mixed.size % len(features))).reshape(-1, len(features)).sum(0)
+    return 0.5 * latents + 0.2 * jnp.tensordot(mixed, features, 1)
 
 
-def _projected(number: int, leaf: jax.Array) -> jax.Array:
-    """One number of all elements of a leaf, none of which it forgets."""
-    signs = np.random.default_rng(number).choice([-1.0, 1.0], leaf.shape)
-    return jnp.sum(leaf * jnp.asarray(signs, leaf.dtype)) / np.sqrt(leaf.size)
+def _projections(seed: int, tree: Any) -> jax.Array:
+    """A number of every leaf that no element of it is left out of; [leaves]."""
+    leaves = jax.tree.leaves(tree)
+    sizes = [leaf.size for leaf in leaves]
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], sum(sizes))
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    flat = jnp.concatenate([leaf.ravel() for leaf in leaves])
+    scaled = flat * jnp.asarray(signs / np.sqrt(np.repeat(sizes, sizes)), flat.dtype)
+    return jax.ops.segment_sum(scaled, owner, len(sizes))
 
 
 def _features(latents, timestep, condition) -> list[jax.Array]:

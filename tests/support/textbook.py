@@ -137,9 +137,10 @@ class Problem:
     """The constants of a run, worked out once."""
 
     def __init__(self, config: Any, shape: tuple[int, ...], velocity: Any) -> None:
-        """`velocity(trained, latents, timestep [B], conditional: bool)` is the policy without
-        guidance, for the samples of the step at hand."""
+        """`velocity(trained, latents, timestep [B], condition)` is the policy without guidance."""
         self.config, self.shape, self.velocity = config, shape, velocity
+        self.rollout = jax.jit(self._rollout)
+        self.gradient = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
         rollout, loss = config.rollout, config.loss
         self.sigmas = schedule(rollout.num_steps, rollout.shift)
         every = range(rollout.num_steps)
@@ -168,37 +169,37 @@ class Problem:
             middle = float(np.median(ordered))
         return {t: middle / scale for t, scale in scales.items()}
 
-    def in_window(self, t: int, starts: np.ndarray) -> np.ndarray:
-        """bool [B]."""
-        if t not in self.trainable:
-            return np.zeros(len(starts), bool)
+    def in_window(self, t: int, starts: Any) -> Any:
+        """bool [B], for a step that may be trained."""
         place = self.trainable.index(t)
         return (starts <= place) & (place < starts + self.window)
 
-    def guided(self, trained: Any, x: Any, t: int) -> Any:
+    def guided(self, trained: Any, x: Any, t: int, conditions: Any) -> Any:
         timestep = jnp.full(x.shape[0], 1000 * self.sigmas[t])
-        scale = self.config.rollout.guidance
-        positive = self.velocity(trained, x, timestep, True)
+        scale, (with_prompt, without) = self.config.rollout.guidance, conditions
+        positive = self.velocity(trained, x, timestep, with_prompt)
         if scale == 1:
             return positive
-        negative = self.velocity(trained, x, timestep, False)
+        negative = self.velocity(trained, x, timestep, without)
         return negative + scale * (positive - negative)
 
-    def step_mean(self, trained: Any, x: Any, t: int) -> Any:
+    def step_mean(self, trained: Any, x: Any, t: int, conditions: Any) -> Any:
         rollout = self.config.rollout
-        v = self.guided(trained, x, t)
+        v = self.guided(trained, x, t, conditions)
         return mean(rollout.sde, self.sigmas, t, rollout.eta, x, v)
 
-    def rollout(self, trained: Any, noise: Draws) -> list[Any]:
-        """The states, [T + 1] of [B, ...]."""
-        states = [jnp.asarray(noise.initial)]
-        for t in range(self.config.rollout.num_steps):
-            x = states[-1]
-            ode = mean("ode", self.sigmas, t, 0.0, x, self.guided(trained, x, t))
-            if (chosen := self.in_window(t, noise.starts)).any():
-                noisy = self.step_mean(trained, x, t) + self.stds[t] * noise.steps[t]
-                ode = jnp.where(chosen.reshape(-1, *[1] * len(self.shape)), noisy, ode)
-            states.append(ode)
+    def _rollout(self, trained: Any, conditions: Any, noise: Draws) -> list[Any]:
+        """The states, [T + 1] of [B, ...]. conditions: (of the prompts, of the negative one)."""
+        states, rollout = [jnp.asarray(noise.initial)], self.config.rollout
+        for t in range(rollout.num_steps):
+            v = self.guided(trained, states[-1], t, conditions)
+            after = mean("ode", self.sigmas, t, 0.0, states[-1], v)
+            if t in self.trainable:
+                noisy = mean(rollout.sde, self.sigmas, t, rollout.eta, states[-1], v)
+                noisy += self.stds[t] * noise.steps[t]
+                chosen = self.in_window(t, noise.starts).reshape(-1, *[1] * len(self.shape))
+                after = jnp.where(chosen, noisy, after)
+            states.append(after)
         return states
 
     def log_prob(self, x: Any, mean: Any, t: int) -> Any:
@@ -213,22 +214,22 @@ class Problem:
         summed = self.config.loss.log_prob_reduction == "sum"
         return values.sum(axes) if summed else values.mean(axes)
 
-    def loss(
+    def _loss(
         self, trained: Any, old: Any, references: dict[str, Any], weight: float, data: Any
     ) -> tuple[Any, dict[str, Any]]:
         """The loss and its parts. `old`: parameters that the ratio is taken to.
 
-        data: (states, noise, advantages, valid).
+        data: (states, conditions, noise, advantages, valid).
         """
-        states, noise, advantage, valid = data
+        states, conditions, noise, advantage, valid = data
         region, settings = self.config.trust_region, self.config.loss
         betas = {"anchor": region.anchor_weight, "previous": region.previous_weight}
         parts = {"policy": 0.0, "anchor": 0.0, "previous": 0.0, "clipped": 0.0, "deviation": 0.0}
         for t in self.trainable:
             counts = valid & self.in_window(t, noise.starts)
             x = states[t]
-            new = self.step_mean(trained, x, t)
-            behaviour = jax.lax.stop_gradient(self.step_mean(old, x, t))
+            new = self.step_mean(trained, x, t, conditions)
+            behaviour = jax.lax.stop_gradient(self.step_mean(old, x, t, conditions))
             action = behaviour + self.stds[t] * noise.steps[t]
             log_ratio = self.log_prob(action, new, t) - self.log_prob(action, behaviour, t)
             ratio, limit = jnp.exp(log_ratio), settings.clip_range
@@ -241,8 +242,8 @@ class Problem:
             off = jnp.max(jnp.where(counts, jnp.abs(ratio - 1), 0))
             parts["deviation"] = jnp.maximum(parts["deviation"], off)
             for name, reference in references.items():
-                distance = (new - self.step_mean(reference, x, t)) ** 2 / (2 * self.stds[t] ** 2)
-                divergence = self.reduce(distance) * self.kl_weights[t]
+                gap = (new - self.step_mean(reference, x, t, conditions)) / self.stds[t]
+                divergence = self.reduce(gap**2 / 2) * self.kl_weights[t]
                 parts[name] += jnp.sum(jnp.where(counts, divergence, 0))
             if "previous" not in references and region.kind in ("stepwise", "dual"):
                 parts["previous"] -= jnp.sum(jnp.where(counts, log_ratio, 0))
@@ -265,39 +266,37 @@ class Problem:
         return found
 
 
-def step(problem: Problem, state: dict[str, Any], noise: Draws, rewards: Any, valid: Any):
-    """The state after one rollout and its updates.
+def step(
+    problem: Problem,
+    state: dict[str, Any],
+    conditions: Any,
+    noise: Draws,
+    rewards: dict[str, np.ndarray],
+    valid: np.ndarray,
+) -> Outcome:
+    """What one rollout and its updates leave.
 
     Args:
       problem: the constants.
       state: float64 params, mu, nu, adam_count, and the trust region's anchor, previous, weight,
         history, count, squared_norm.
+      conditions: of the samples and of the negative prompt, for the velocity.
       noise: of the rollout.
       rewards: name -> [B].
       valid: bool [B].
-
-    Returns:
-      (Outcome, state after it): the state also has the new anchor and previous.
     """
-    config = problem.config
-    states = jax.jit(lambda p: problem.rollout(p, noise))(state["params"])
-    advantage = advantages(config, rewards, valid)
-    old = state["params"]
-
-    @jax.jit
-    def gradient(params, old, references, weight):
-        def loss(params):
-            return problem.loss(
-                params, old, references, weight, (states, noise, jnp.asarray(advantage), valid)
-            )
-
-        return jax.value_and_grad(loss, has_aux=True)(params)
-
+    config, old = problem.config, state["params"]
+    states = problem.rollout(old, conditions, noise)
+    data = (states, conditions, noise, jnp.asarray(advantages(config, rewards, valid)), valid)
     for _ in range(config.loss.updates_per_rollout):
         references = problem.references(state)
-        (_, parts), grads = gradient(state["params"], old, references, state["weight"])
-        norm = math.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
-        state = _apply(config, state, grads, norm, parts, problem.elements)
+        (_, parts), grads = problem.gradient(
+            state["params"], old, references, state["weight"], data
+        )
+        norm = math.sqrt(sum(float(np.sum(np.square(g))) for g in jax.tree.leaves(grads)))
+        state = _apply(
+            config, jax.tree.map(np.asarray, state), grads, norm, parts, problem.elements
+        )
     metrics = {
         "loss/policy": parts["policy"],
         "loss/total": parts["total"],
@@ -307,7 +306,7 @@ def step(problem: Problem, state: dict[str, Any], noise: Draws, rewards: Any, va
         "ratio/max_deviation": parts["deviation"],
         **{f"kl/{name}": parts[name] for name in references},
     }
-    outcome = Outcome(
+    return Outcome(
         params=state["params"],
         mu=state["mu"],
         nu=state["nu"],
@@ -317,30 +316,30 @@ def step(problem: Problem, state: dict[str, Any], noise: Draws, rewards: Any, va
         metrics={name: float(value) for name, value in metrics.items()},
         videos=np.asarray(states[-1]),
     )
-    return outcome, state
 
 
 def _apply(config: Any, state: dict, grads: Any, norm: float, parts: Any, elements: int) -> dict:
     """Global-norm clip, AdamW, the bound on a step, then the memory of the trust region."""
     optimizer, region = config.optimizer, config.trust_region
+    grads = jax.tree.map(np.asarray, grads)
     shrink = min(1.0, optimizer.grad_clip / norm)
     b1, b2, n = optimizer.b1, optimizer.b2, state["adam_count"] + 1
     mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * shrink * g, state["mu"], grads)
     nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * (shrink * g) ** 2, state["nu"], grads)
 
     def change(m, v, p):
-        adam = (m / (1 - b1**n)) / (jnp.sqrt(v / (1 - b2**n)) + optimizer.eps)
+        adam = (m / (1 - b1**n)) / (np.sqrt(v / (1 - b2**n)) + optimizer.eps)
         return -config.learning_rate * (adam + optimizer.weight_decay * p)
 
     update = jax.tree.map(change, mu, nu, state["params"])
-    squared_norm = sum(float(jnp.sum(u**2)) for u in jax.tree.leaves(update))
+    squared_norm = sum(float(np.sum(u**2)) for u in jax.tree.leaves(update))
     kl, kl_previous = float(parts["kl"]) / elements, float(parts["previous"]) / elements
     if region.step_bound and state["squared_norm"] > 0 and kl_previous > 0:
         expected = kl_previous * squared_norm / state["squared_norm"]
         scale = min(1.0, math.sqrt(region.step_bound / expected))
         update = jax.tree.map(lambda u: scale * u, update)
         squared_norm *= scale**2
-    params = jax.tree.map(jnp.add, state["params"], update)
+    params = jax.tree.map(np.add, state["params"], update)
     count = state["count"] + 1
     history = np.array(state["history"])
     history[(count - 1) % region.history] = kl

@@ -56,8 +56,8 @@ def gradient_norms(learner, params, prompts):
 
         def loss(params):
             micro = update_lib.take_micro_batch(recipe, batch, position, 0)
-            given = micro_losses.LossInputs(learner.frozen, [], 0.0, float(count))
-            return micro_losses.policy_micro_loss(params, micro, given, weighted)[0]
+            inputs = micro_losses.LossInputs(learner.frozen, [], 0.0, float(count))
+            return micro_losses.policy_micro_loss(params, micro, inputs, weighted)[0]
 
         return optax.tree.norm(jax.grad(loss)(params))
 

@@ -3,12 +3,13 @@
 import jax
 import learners
 import numpy as np
+import optax
 import pytest
 
 from sage_grpo_jax.grpo import trust_region
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import learner as learner_lib
-from sage_grpo_jax.training import methods, ratio, recipe, setup
+from sage_grpo_jax.training import methods, recipe, setup
 
 BASELINES = ("flow_grpo", "dance_grpo", "cps", "diffusion_nft", "sage_official", "sage_paper")
 # Where the trust region has no part in what is tested: compiles in half the time.
@@ -89,25 +90,43 @@ def test_failed_samples_are_masked_and_counted(make_config, local_scorer, one_de
     assert np.isfinite(metrics["reward/overall"])
 
 
+def gradient(state) -> list[np.ndarray]:
+    """The leaves of the gradient of the first update, from Adam's first moment."""
+    moments = jax.tree.leaves(optax.tree.get(state.opt_state, "mu"))
+    return [np.asarray(leaf, np.float64) / 0.1 for leaf in moments]
+
+
+def assert_same_leaves(found, wanted, tolerance: float) -> None:
+    """Every leaf to `tolerance` of its own largest number."""
+    for place, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
+        assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max(), place
+
+
 def test_a_failed_sample_has_no_influence(make_config, local_scorer, one_device, tmp_path):
-    """Its latents may even be NaN: loss and gradient are those of the other samples."""
-    config = make_config()
+    """Whatever its latents and advantage are: the gradient is the mean over the other samples."""
+    config = make_config({**NO_KL, "optimizer.grad_clip": 1e6})
     trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
-    learner, batch = trainer.learner, next(iter(trainer.prompts))
-    trajectory = trainer.rollout(batch)
-    valid = np.ones(16, bool)
-    valid[3] = False
+    batch = next(iter(trainer.prompts))
+    latents = trainer.rollout(batch).latents
+    advantages = np.random.default_rng(0).standard_normal(16)
+    failed = np.arange(16) == 3
 
-    def norm(latents):
-        update = trainer.update_batch(batch, latents, valid=valid)
-        state = setup.fresh_state(setup.read_networks(config.model), config, one_device)
-        limits = ratio.tolerances(config)
-        _, metrics, _ = learner.programs.update(state, update, learner.frozen, limits, None)
+    def gradient_of(latents, valid, advantages):
+        update = trainer.update_batch(batch, latents, advantages, valid)
+        state = jax.tree.map(jax.numpy.copy, trainer.state)
+        state, metrics = trainer.learner.update(state, update)
         assert metrics["update/applied"]
-        return float(metrics["grad/norm"])
+        return gradient(state)
 
-    disturbed = trajectory.latents.at[:, 3].set(np.nan)
-    assert norm(trajectory.latents) == pytest.approx(norm(disturbed), rel=1e-6)
+    everyone = gradient_of(latents, np.ones(16, bool), advantages)
+    alone = gradient_of(latents, failed, advantages)
+    # Means over 16, 15 and 1 samples.
+    wanted = [(16 * a - b) / 15 for a, b in zip(everyone, alone, strict=True)]
+    assert_same_leaves(gradient_of(latents, ~failed, advantages), wanted, 1e-4)
+    broken, absurd = latents.at[:, 3].set(np.nan), np.where(failed, 1e6, advantages)
+    assert_same_leaves(gradient_of(broken, ~failed, absurd), wanted, 1e-4)
+    for ours, theirs in zip(everyone, wanted, strict=True):  # it did count
+        assert np.abs(ours - theirs).max() > 0.01 * np.abs(theirs).max()
 
 
 def test_too_few_rewards_skip_the_update(make_config, local_scorer, one_device, tmp_path):
@@ -200,13 +219,15 @@ def test_the_other_methods_run(make_config, local_scorer, one_device, tmp_path, 
 
 
 def test_accumulation_equals_one_batch(make_config, local_scorer, one_device, tmp_path):
-    norms = []
-    for size in (8, 16):
-        config = make_config({"loss.micro_batch": size})
+    found = []
+    for size in (4, 8, 16):
+        config = make_config({**NO_KL, "loss.micro_batch": size, "optimizer.grad_clip": 1e6})
         trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
         (metrics,) = trainer.steps(1)
-        norms.append(metrics["grad/norm"])
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+        assert metrics["advantage/nonzero_fraction"] == 1
+        found.append(gradient(trainer.state))
+    assert_same_leaves(found[0], found[2], 1e-4)
+    assert_same_leaves(found[1], found[2], 1e-4)
 
 
 def test_guidance_in_batch_equals_in_sequence(make_config, local_scorer, one_device, tmp_path):
