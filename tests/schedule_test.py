@@ -162,8 +162,7 @@ def test_a_moving_window_is_printed_as_the_mean_over_the_rollouts():
 
 
 def test_steps_that_inject_noise_and_are_not_trained():
-    flags = ("--config=configs/moving_shapes.py:method=dance_grpo",)
-    found = json.loads(run(*flags, "--json").stdout)
+    found = json.loads(run("--config=configs/moving_shapes.py:method=dance_grpo", "--json").stdout)
     np.testing.assert_allclose(found["coverage"], [1.0] * 9 + [0.0])
     np.testing.assert_allclose(found["trained"], [5 / 9] * 9 + [0.0])
     assert found["trained_steps"] == 5

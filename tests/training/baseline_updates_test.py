@@ -17,6 +17,8 @@ import pytest
 from sage_grpo_jax.flow import noise, windows
 from sage_grpo_jax.grpo import trust_region
 from sage_grpo_jax.models import hunyuan_video
+from sage_grpo_jax.parallel import mesh as mesh_lib
+from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import micro_losses, programs, ratio, recipe, state
 from sage_grpo_jax.training import update as update_lib
@@ -91,15 +93,17 @@ class Case:
         params = {name: jnp.float32(value) for name, value in OLD.items()}
         return state.init_state(self.tx, params, self.config.averages)._replace(**changes)
 
-    def updates(self, first, count=1):
+    def updates(self, first, count=1, place=lambda batch: batch):
         """(states after each update, metrics of each); all updates of one rollout."""
-        batch = update_lib.UpdateBatch(
-            self.trajectory.latents,
-            self.keys,
-            self.condition,
-            self.advantages,
-            self.valid,
-            self.starts,
+        batch = place(
+            update_lib.UpdateBatch(
+                self.trajectory.latents,
+                self.keys,
+                self.condition,
+                self.advantages,
+                self.valid,
+                self.starts,
+            )
         )
         mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "context"), devices=jax.devices()[:1])
         shapes = ratio.abstract_old_means(self.recipe, mesh)
@@ -370,6 +374,34 @@ def test_the_update_of_diffusion_nft(tiny_policy, guidance):
     assert_moved_by(case, before, after, gradient(loss, OTHER))
     assert float(metrics["loss/total"]) == pytest.approx(loss(OTHER), rel=1e-4)
     assert not any(name.startswith("ratio/") for name in metrics)
+
+
+@pytest.mark.parametrize("recipe_of", [FLOW, NFT])
+def test_two_devices_train_what_one_trains(tiny_policy, recipe_of):
+    """Shares of a rollout and chosen steps, with the samples divided over devices."""
+    choice = {"rollout.trained_fraction": 0.5, "rollout.trained_choice": "random"}
+    split = {"loss.updates_per_rollout": 2, "loss.split_updates": True}
+    case = Case(rate=3.0, **{**recipe_of, **choice, **split})
+    alone, metrics = case.updates(case.state(), 2)
+    mesh = mesh_lib.make_mesh(2, 1, 1, devices=jax.devices()[:2])
+    rows = sharding.batch_sharding(mesh)
+
+    def place(batch):
+        latents = jax.device_put(batch.latents, sharding.batch_sharding(mesh, 1))
+        return jax.device_put(batch._replace(latents=None), rows)._replace(latents=latents)
+
+    with jax.set_mesh(mesh):
+        whole = sharding.replicated(mesh)
+        case.frozen = jax.device_put(case.frozen, whole)
+        together, on_mesh = case.updates(jax.device_put(case.state(), whole), 2, place)
+    for one, two in zip(metrics, on_mesh, strict=True):
+        assert float(two["loss/total"]) == pytest.approx(float(one["loss/total"]), abs=1e-6)
+        assert float(two["grad/norm"]) == pytest.approx(float(one["grad/norm"]), rel=1e-4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        alone[2].params,
+        together[2].params,
+    )
 
 
 def test_the_policy_that_samples_follows_at_the_end_of_a_rollout(tiny_policy):
