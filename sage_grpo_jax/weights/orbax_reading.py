@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import re
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -43,11 +44,17 @@ class OrbaxSource(Source):
     what a device held), the parameter that is being read is kept whole, and no other.
     """
 
-    def __init__(self, path: str | os.PathLike, inside: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        inside: tuple[str, ...] = (),
+        dtypes: Collection[str] = FLOATS,
+    ):
         """
         Args:
           path: a checkpoint: a tree, or, with `inside`, one of several checkpointables.
           inside: name of the checkpointable, then keys down to the parameters.
+          dtypes: that the parameters may have.
 
         Raises:
           ValueError: no orbax checkpoint, damaged records, or nothing of these names in it.
@@ -73,7 +80,9 @@ class OrbaxSource(Source):
             name: tensorstore.open(spec, open=True, read=True, context=tensor_context())
             for name, spec in specs.items()
         }
-        self._arrays = {name: self._opened(name, future) for name, future in opening.items()}
+        self._arrays = {
+            name: self._opened(name, future, dtypes) for name, future in opening.items()
+        }
         self.shapes = {name: array.shape for name, array in self._arrays.items()}
         self._held: tuple[Path, np.ndarray] | None = None
 
@@ -92,14 +101,14 @@ class OrbaxSource(Source):
         except _OF_TENSORSTORE as error:
             raise self._unreadable(path, error) from error
 
-    def _opened(self, path: Path, future: Any) -> tensorstore.TensorStore:
+    def _opened(self, path: Path, future: Any, dtypes: Collection[str]) -> tensorstore.TensorStore:
         """An array, once its record is read and makes sense."""
         try:
             array = future.result()
             dtype, chunk = array.dtype, array.chunk_layout.read_chunk.shape
             headers.check_shape(array.shape, "shape")
-            if dtype.name not in FLOATS:
-                raise ValueError(f"dtype={dtype.name}: must be one of {FLOATS}")
+            if dtype.name not in dtypes:
+                raise ValueError(f"dtype={dtype.name}: must be one of {dtypes}")
             most = 2 * math.prod(array.shape) + _SMALL
             if math.prod(chunk) > most:
                 raise ValueError(f"chunks of {list(chunk)}: must be at most {most} values")

@@ -165,12 +165,19 @@ def _write_run(folder: pathlib.Path) -> None:
 
 
 def _read_run(folder: pathlib.Path) -> None:
-    """As `convert` opens a run."""
+    """As `convert` opens a run, and `sample`."""
     step = orbax_io.latest_checkpoint(folder / "checkpoints")
     job = conversion.Job(
         folder, "orbax", folder.with_name(f"{folder.name}-out"), "orbax", run_step=step
     )
     _read_all(conversion._open(job).source, folder)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(lambda key: hunyuan_video.init_params(DIT, key), jax.random.key(0))
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lora.abstract_adapters(shapes, LORA),
+    )
+    checkpoint.restore_params(folder, abstract)
 
 
 def _read_run_adapters(folder: pathlib.Path) -> None:

@@ -247,7 +247,8 @@ def test_guidance_in_batch_equals_in_sequence(make_config, local_scorer, one_dev
 
 
 def test_adapters_train_and_leave_the_base_alone(make_config, local_scorer, one_device, tmp_path):
-    config = make_config({"lora.rank": 2})
+    targets = "query,key,value,proj,mlp/in,mlp/out,text_refiner/blocks/value,final/proj"
+    config = make_config({"lora.rank": 2, "lora.targets": targets})
     trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
     full = make_trainer(make_config(), local_scorer(), one_device, tmp_path / "full")
     base = jax.tree.map(np.asarray, trainer.learner.frozen.base)
