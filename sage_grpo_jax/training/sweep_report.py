@@ -65,13 +65,16 @@ def _is_point(value: Any) -> bool:
 def to_csv(runs: Sequence[SweepRun]) -> str:
     """One row a run: overrides, then first, last and change of every evaluation metric, seconds."""
     names = list(dict.fromkeys(name for run in runs for name in run.overrides))
-    measured = sorted({name for run in runs for name in run.record.evaluation("last")})
+    measured = sorted({name for run in runs for name in run.record.evaluation("last", "eval")})
     out = io.StringIO()
     writer = csv.writer(out)
-    columns = [f"{name} {when}" for name in measured for when in ("first", "last", "change")]
+    columns = [f"eval/{name} {when}" for name in measured for when in ("first", "last", "change")]
     writer.writerow([*names, "steps", *columns, "seconds"])
     for run in runs:
-        before, after = run.record.evaluation("first"), run.record.evaluation("last")
+        before, after = (
+            run.record.evaluation("first", "eval"),
+            run.record.evaluation("last", "eval"),
+        )
         values: list[float | None] = []
         for name in measured:
             first, last = before.get(name), after.get(name)

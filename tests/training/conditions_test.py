@@ -124,6 +124,7 @@ def test_a_negative_prompt_that_quotes_text_keeps_it(make_config, networks, tmp_
             out.add(Prompt(f"p{i}", captions[i]), rng.standard_normal((3 + i, DIM)))
         out.set_negative(rng.standard_normal((2, DIM)), rng.standard_normal((70, BYT5_DIM)))
     changes = {**overrides(networks, path), "rollout.prompts_per_step": 2}
+    changes |= {"loss.micro_batch": 4, "rollout.decode_batch": 4}
     config = make_config(changes)
     prompts = setup.open_prompts(config, tmp_path, setup.read_networks(config.model))
     place = sharding.replicated(mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
