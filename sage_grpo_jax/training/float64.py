@@ -76,9 +76,9 @@ def _apply(equation: core.JaxprEqn, inputs: list[Any]) -> list[Any]:
     if name == "scan":
         return _scan(params, inputs)
     if name == "scatter-add":
-        # Its own program of an addition has the narrow type.
-        given = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
-        return [jax.lax.scatter_add(*inputs, **{key: params[key] for key in given})]
+        # The sum of two numbers is part of its parameters, in the types that it was traced with.
+        rest = {key: params[key] for key in ("indices_are_sorted", "unique_indices", "mode")}
+        return [jax.lax.scatter_add(*inputs, params["dimension_numbers"], **rest)]
     params = {key: _wide_type(value) for key, value in params.items()}
     if name == "convert_element_type" and inputs[0].dtype == params["new_dtype"]:
         return inputs

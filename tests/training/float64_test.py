@@ -52,6 +52,19 @@ def test_in_float64_widens_everything():
         wide(x[:1], table)
 
 
+def test_in_float64_adds_up_segments():
+    values, owner = np.random.default_rng(0).standard_normal(6), np.array([0, 2, 0, 1, 2, 2])
+    wide = float64.in_float64(
+        lambda x: jax.ops.segment_sum(jnp.sin(x), owner, 3), values.astype(np.float32)
+    )
+    with jax.enable_x64(True):
+        found = wide(values)
+        slope = jax.grad(lambda x: wide(x)[2])(values)
+    wanted = [np.sin(values[owner == i]).sum() for i in range(3)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-14)
+    np.testing.assert_allclose(slope, np.where(owner == 2, np.cos(values), 0), rtol=1e-14)
+
+
 def test_in_float64_refuses_what_depends_on_bits():
     wide = float64.in_float64(
         lambda x: jax.lax.bitcast_convert_type(x, jnp.int32), np.ones(2, np.float32)
