@@ -137,9 +137,10 @@ class MergedSource(Source):
         whole = slice(None)
         down = self._adapters.read(down, (*index[:-1], whole)).astype(np.float32)
         up = self._adapters.read((*path[:-1], "up"), (*index[:-2], whole, index[-1]))
-        product = np.matmul(down, up.astype(np.float32))
-        product *= np.float32(self._scale)
-        product += value  # float32, whatever the base is stored in
+        with np.errstate(over="ignore", invalid="ignore"):  # who reads it looks for infinities
+            product = np.matmul(down, up.astype(np.float32))
+            product *= np.float32(self._scale)
+            product += value  # float32, whatever the base is stored in
         return product
 
     def describe(self, path: Path, layer: int | None) -> str:
