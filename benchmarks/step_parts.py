@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from step_vs_pytorch import Ours, Times, make_config, open_mesh, parser
+from step_vs_pytorch import NO_LIMITS, Ours, Times, make_config, open_mesh, parser
 
 VARIANTS = {
     "plain GRPO": {"trust_region.kind": "none", "loss.equalizer": False},
@@ -53,8 +53,8 @@ def cost(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> None:
     times, latents = Times(), next(iter(sides.values())).rollout()
     calls, flops = {}, {}
     for name, side in sides.items():
-        rest = side.batch(latents, advantages), side.learner.frozen, np.float32(np.inf)
-        program = side.programs.update.plain.lower(side.state, *rest).compile()
+        rest = side.batch(latents, advantages), side.learner.frozen, NO_LIMITS, None
+        program = side.programs.update.lower(side.state, *rest).compile()
         flops[name] = program.cost_analysis()["flops"]
         calls[name] = functools.partial(run, program, rest)
         calls[name](side.copy_of_state())

@@ -38,6 +38,7 @@ from sage_grpo_jax.parallel import cpu_devices, sharding
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import learner as learner_lib
+from sage_grpo_jax.training import ratio as ratio_lib
 from sage_grpo_jax.training import recipe as recipe_lib
 from sage_grpo_jax.training import setup
 from sage_grpo_jax.training import update as update_lib
@@ -45,6 +46,7 @@ from sage_grpo_jax.training import update as update_lib
 RECIPE = pathlib.Path(__file__).parents[1] / "configs" / "moving_shapes.py"
 # Largest allowed difference between the sides: latents, then relative.
 TOLERANCES = {"latents": 2e-3, "loss": 1e-3, "gradient norm": 1e-3}
+NO_LIMITS = ratio_lib.Tolerances(np.float32(np.inf), np.float32(np.inf))
 
 
 def make_config(args: argparse.Namespace, overrides: dict[str, Any]) -> config_lib.Config:
@@ -100,9 +102,8 @@ class Ours:
 
     def update(self, state: Any, batch: update_lib.UpdateBatch) -> dict[str, jax.Array]:
         """One update; gives `state` away."""
-        limit = np.float32(np.inf)
         return jax.block_until_ready(
-            self.programs.update(state, batch, self.learner.frozen, limit)
+            self.programs.update(state, batch, self.learner.frozen, NO_LIMITS, None)
         )[1]
 
     def copy_of_state(self) -> Any:

@@ -4,7 +4,7 @@
 
 Arguments (each may be left out):
     variant  a released checkpoint, see `VARIANTS` (480p_t2v)
-    method   sage, sage_official, sage_paper, flow_grpo, dance_grpo, cps (sage)
+    method   a preset of docs/methods.md (sage)
     lora     rank of the adapters; 0: full fine-tuning (0)
     size     HEIGHTxWIDTH of a clip, multiples of 16 (352x624 for 480p, 720x1280 for 720p)
     frames   1 + a multiple of 4 (81)
@@ -59,14 +59,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # One sample, with both branches of guidance, in flight on each of 16 devices. More devices
     # share a sample (mesh.context=4 on 64), fewer take more of it or a smaller micro_batch.
     config.loss.micro_batch = 16
-    # Rollout and update are compiled apart, and in bfloat16 they round apart: above this mismatch
-    # the old means are computed again by the update's own forward pass.
-    config.loss.update(ratio_tolerance=1e-3, ratio_action="replay")
     config.optimizer.update(learning_rate=1e-5, weight_decay=0.01)
 
     # A sidecar with the reward model, see serve_rewards.
     config.rewards.update(backend="video_align", spawn=False, address="localhost:6789")
     config.rewards.update(timeout_seconds=300.0, budget_seconds=3600.0)
+    # Setting B of the paper, its headline. Setting A: --config.rewards.weights.{VQ,MQ}=1.
+    config.rewards.weights.update(VQ=0.5, MQ=0.5, TA=1.0)
 
     config.eval.update(every=50, num_prompts=32, num_steps=sampling_steps)
     config.checkpoint.update(every=5, keep=3)

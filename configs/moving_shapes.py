@@ -2,8 +2,8 @@
 
     python -m sage_grpo_jax.train --config=configs/moving_shapes.py:method=sage --workdir=runs/a
 
-Argument: method = sage | sage_official | sage_paper | flow_grpo | dance_grpo | cps. The networks
-are those of HunyuanVideo-1.5 at a small width, pretrained by configs/moving_shapes_pretrain.py.
+Argument: method = a preset of docs/methods.md, sage by default. The networks are those of
+HunyuanVideo-1.5 at a small width, pretrained by configs/moving_shapes_pretrain.py.
 """
 
 import ml_collections
@@ -23,7 +23,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.update(remat=False, unroll=True)
     config.video.update(frames=17, height=32, width=32, fps=8.0)
     config.data.train_prompts = "moving_shapes:train"
-    config.data.eval_prompts = "moving_shapes:held_out"
+    config.data.eval_prompts = "moving_shapes:validation"
+    config.data.test_prompts = "moving_shapes:test"
 
     config.rollout.update(num_steps=10, shift=3.0, eta=0.5, prompts_per_step=8, group_size=8)
     config.rollout.decode_batch = 4  # small pieces stay in the caches of a CPU
@@ -33,7 +34,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.lora.learning_rate = 4e-4  # adapters move the weights less than they move themselves
     config.rewards.update(backend="moving_shapes", budget_seconds=120.0)
 
-    config.eval.update(every=0, num_prompts=128, num_steps=20, manifold_distance=True)
+    config.eval.update(every=0, num_steps=20, manifold_distance=True, shape_identity=True)
+    config.eval.update(num_prompts=32, num_test_prompts=64, samples_per_prompt=2)
     config.checkpoint.update(every=20, keep=2)
 
     methods.apply(config, methods.parse_arg(arg, method="sage")["method"])

@@ -64,6 +64,25 @@ def get_config() -> ConfigDict:
             "caption_drop": 0.1,
         }
     )
+    config.distill = ConfigDict(
+        {
+            **config.flow.to_dict(),
+            "steps": 1500,
+            "learning_rate": 5e-4,
+            "warmup_steps": 100,
+            "ema_decay": 0.995,
+            "guidance": 2.0,
+        }
+    )
+    config.sharpen = ConfigDict(
+        {
+            **config.decoder.to_dict(),
+            "steps": 2600,
+            "learning_rate": 4e-4,
+            "latent_noise": 0.02,
+            "max_sigma": 0.5,
+        }
+    )
     config.report = ConfigDict(
         {
             "sampling_steps": (10, 40),

@@ -30,7 +30,9 @@ _DTYPE = flags.DEFINE_string("dtype", "float32", f"One of {', '.join(conversion.
 _MAX_SHARD_SIZE = flags.DEFINE_string("max_shard_size", "10GB", "Largest file (diffusers).")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a --dst that we wrote.")
 _SRC_KEY = flags.DEFINE_string(
-    "src_key", None, "module or ema: which weights of a training checkpoint that holds both."
+    "src_key",
+    None,
+    "module or ema: which weights of a training checkpoint or run that holds both.",
 )
 _CONFIG_JSON = flags.DEFINE_string("config_json", None, "A config, where --src has none.")
 _BASE = flags.DEFINE_string("base", None, "Weights that adapters are merged into.")

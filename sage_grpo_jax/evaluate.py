@@ -2,7 +2,9 @@
 
     python -m sage_grpo_jax.evaluate --config=configs/moving_shapes.py --checkpoint=runs/a --out=e
 
-Writes metrics.json and samples/ into --out. Without --checkpoint the recipe's own weights are used.
+Writes metrics.json and samples/ into --out. Without --checkpoint the recipe's own weights are used;
+--split=test takes the prompts that results are reported on, --ema the moving average of the run's
+parameters.
 """
 
 import contextlib
@@ -35,11 +37,25 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 flags.mark_flag_as_required(_CONFIG)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run; its newest checkpoint.")
+_SPLIT = flags.DEFINE_enum(
+    "split", "eval", ["eval", "test"], "config.data.eval_prompts or config.data.test_prompts."
+)
+_EMA = flags.DEFINE_bool("ema", False, "The moving average of the run (config.ema.decay).")
 _OUT = flags.DEFINE_string("out", None, "Folder of the results.", required=True)
-_NAMES = ("metrics.json", "samples/evaluation.png", "samples/evaluation.gif")
+_NAMES = (
+    "metrics.json",
+    *(f"samples/evaluation.{kind}" for kind in ("png", "gif", "json")),
+    "embeddings/*",
+)
 
 
-def evaluate(config: config_lib.Config, source: str | None, out: pathlib.Path) -> dict[str, float]:
+def evaluate(
+    config: config_lib.Config,
+    source: str | None,
+    out: pathlib.Path,
+    split: str = "eval",
+    ema: bool = False,
+) -> dict[str, float]:
     """The metrics of an evaluation; see the module.
 
     Raises:
@@ -47,6 +63,10 @@ def evaluate(config: config_lib.Config, source: str | None, out: pathlib.Path) -
       loop.StorageError: see `input_checks.open_prompts`.
       RewardServiceError: see `scoring.open_scorer`.
     """
+    if split == "test" and not config.data.test_prompts:
+        raise ValueError("--split: got test, but config.data.test_prompts is ''; allowed: eval")
+    if ema and source is None:
+        raise ValueError("--ema: without --checkpoint there is no average; allowed: both")
     networks, mesh = input_checks.check(config)
     workdir_lib.make_folder(out, "--out", _NAMES, "an evaluation")
     with contextlib.ExitStack() as stack:
@@ -58,7 +78,7 @@ def evaluate(config: config_lib.Config, source: str | None, out: pathlib.Path) -
             what = f"config.data.eval_prompts: {config.data.eval_prompts}"
             workdir_lib.check_encoder(prompts.encoder, what, pathlib.Path(source))
             abstract = setup.make_abstract_state(networks, config, mesh)
-            trained = _restore(source, abstract.params)
+            trained = _restore(source, abstract.params, ema)
         scorer = stack.enter_context(scoring.open_scorer(config, out))
         learner = learner_lib.Learner(
             setup.build_programs(networks, config, mesh),
@@ -68,7 +88,8 @@ def evaluate(config: config_lib.Config, source: str | None, out: pathlib.Path) -
             mesh,
             base=setup.load_base(networks, config, mesh),
         )
-        result = evaluation.evaluate(learner, trained, prompts.evaluation)
+        chosen = prompts.evaluation if split == "eval" else prompts.test
+        result = evaluation.evaluate(learner, trained, chosen, split)
     if jax.process_index() == 0:
         evaluation.save_samples(result, out, "evaluation", config)
         metrics.write_json(out / "metrics.json", result.metrics)
@@ -76,9 +97,9 @@ def evaluate(config: config_lib.Config, source: str | None, out: pathlib.Path) -
     return result.metrics
 
 
-def _restore(source: str, abstract: Any) -> Any:
+def _restore(source: str, abstract: Any, ema: bool) -> Any:
     try:
-        return checkpoint.restore_params(source, abstract)
+        return checkpoint.restore_params(source, abstract, ema)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"--checkpoint: {error}") from error
 
@@ -87,7 +108,8 @@ def main() -> None:
     """Prints the metrics as JSON."""
     config = config_lib.from_config_dict(_CONFIG.value)
     command_line.start_jax(config)
-    found = evaluate(config, _CHECKPOINT.value, pathlib.Path(_OUT.value))
+    out = pathlib.Path(_OUT.value)
+    found = evaluate(config, _CHECKPOINT.value, out, _SPLIT.value, _EMA.value)
     print(json.dumps(found, indent=2))
 
 

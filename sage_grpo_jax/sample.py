@@ -26,6 +26,7 @@ _WEIGHTS = flags.DEFINE_string(
     "weights", None, "Folder of the transformer (diffusers, tencent, orbax); default: the recipe's."
 )
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run; its newest checkpoint.")
+_EMA = flags.DEFINE_bool("ema", False, "The moving average of the run (config.ema.decay).")
 _ADAPTERS = flags.DEFINE_string("adapters", None, "Folder of LoRA adapters for the weights.")
 _PROMPTS = flags.DEFINE_string(
     "prompts",
@@ -60,7 +61,7 @@ def main() -> None:
     """Samples, and says how many clips were made."""
     config = config_lib.from_config_dict(_CONFIG.value)
     request = run.Request(
-        source=policy.Source(_WEIGHTS.value, _CHECKPOINT.value, _ADAPTERS.value),
+        source=policy.Source(_WEIGHTS.value, _CHECKPOINT.value, _ADAPTERS.value, _EMA.value),
         prompts=_PROMPTS.value,
         out=pathlib.Path(_OUT.value),
         seeds=settings_lib.parse_seeds(_SEEDS.value),

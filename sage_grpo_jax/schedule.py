@@ -5,7 +5,8 @@
 Columns: sigma -> sigma_next of the step; std of the injected noise; excess, how much more variance
 than the marginal a clip has after the step, were the data a single point, in units of sigma_next^2;
 N, the scale of the gradient; S, its weight in the loss; share of the whole gradient, S N. With a
-window at a random place, injected std, excess and share are expectations over its places.
+window at a random or moving place, injected std, excess and share are means over the rollouts; so
+is share where every sample draws the steps that it is trained at.
 """
 
 import json
@@ -15,9 +16,9 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from sage_grpo_jax.flow import excess, injected_noise
+from sage_grpo_jax.flow import excess, windows
 from sage_grpo_jax.grpo import equalizer
-from sage_grpo_jax.training import command_line
+from sage_grpo_jax.training import command_line, step_plan
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import recipe as recipe_lib
 
@@ -31,38 +32,44 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 def describe(config: config_lib.Config) -> dict[str, object]:
     """Everything that is printed, by name; lists have one entry a step.
 
-    With a window at a random place, `injected_std`, `excess` and `share` are those of the mean over
-    its places; `coverage` is the share of the places at which the step injects noise, and `std`,
-    `N` and `S` are those of a step that does.
+    With a window at a random or moving place, `injected_std`, `excess` and `share` are those of the
+    mean over the rollouts; `coverage` is the share of the rollouts in which the step injects noise,
+    `trained` the share of the samples that are trained at it, and `std`, `N` and `S` are those of a
+    step that does. The forward process (`loss.objective=nft`) has no `N`.
 
     Raises:
       ValueError: a recipe without a stochastic step.
     """
-    rollout = config.rollout
-    schedule, trained, positions = recipe_lib.trained_steps(config)
-    sigmas = np.asarray(schedule.sigmas, np.float64)
-    weights = recipe_lib.step_weights(config, schedule, trained)
-    scale = equalizer.gradient_scale(
-        rollout.sde, schedule, rollout.eta, log_prob=config.loss.log_prob
-    )
-    places = injected_noise.window_places(trained, rollout.window, positions)
-    coverage = places.mean(axis=0)
-    gradient = coverage * weights * scale
-    stds = excess.point_mass(rollout.sde, schedule, rollout.eta, trained).stds
-    chains = [excess.point_mass(rollout.sde, schedule, rollout.eta, place) for place in places]
+    rollout, plan = config.rollout, step_plan.plan_steps(config)
+    sigmas = np.asarray(plan.schedule.sigmas, np.float64)
+    weights = recipe_lib.step_weights(config, plan)
+    arguments = (rollout.sde, plan.schedule, rollout.eta)
+    scale = equalizer.gradient_scale(*arguments, log_prob=config.loss.log_prob, clamp=rollout.clamp)
+    masks, shares = windows.places(plan.counted, rollout.window, plan.window, rollout.window_motion)
+    coverage = shares @ (masks & plan.noisy)
+    trained = shares @ (masks & plan.trained & (np.cumsum(masks, axis=1) <= plan.positions))
+    if plan.draws:
+        trained = (shares @ masks) * plan.positions / plan.window
+    gradient = trained * weights * (1.0 if config.loss.objective == "nft" else scale)
+    chains = [
+        excess.point_mass(*arguments, place & plan.noisy, clamp=rollout.clamp) for place in masks
+    ]
+    stds = excess.point_mass(*arguments, plan.noisy, clamp=rollout.clamp).stds
     return {
         "method": config.method,
         "sde": rollout.sde,
         "eta": rollout.eta,
-        "trained_steps": positions,
-        "window_places": len(places),
+        "trained_steps": plan.positions,
+        "window": rollout.window,
+        "window_places": len(masks),
         "injected_std": float(np.sqrt(np.sum(coverage * stds**2))),
         "sigma": sigmas[:-1].tolist(),
         "sigma_next": sigmas[1:].tolist(),
         "coverage": coverage.tolist(),
+        "trained": trained.tolist(),
         "std": stds.tolist(),
-        "excess": np.mean([chain.excess for chain in chains], axis=0).tolist(),
-        "N": np.where(trained, scale, 0.0).tolist(),
+        "excess": (shares @ [chain.excess for chain in chains]).tolist(),
+        "N": np.where(plan.trained, scale, 0.0).tolist(),
         "S": weights.astype(float).tolist(),
         "share": (gradient / gradient.sum()).tolist(),
     }
@@ -77,20 +84,26 @@ def table(values: dict[str, object]) -> str:
     ]
     columns = {"sigma": 8, "next": 8, "std": 8, "excess": 8, "N": 9, "S": 9, "share": 7}
     if values["window_places"] > 1:
+        kind = "random" if values["window"] == "random_k" else values["window"]
         lines.append(
-            f"expected over the {values['window_places']} places of the random window: injected "
-            "std, excess, share; covered: places with the step in the window; std, N, S: in it"
+            f"expected over the {values['window_places']} places of the {kind} window: injected "
+            "std, excess, share; covered: rollouts with the step in the window; std, N, S: in it"
         )
         columns["covered"] = 8
+    shown = "covered" in columns
+    if not np.allclose(values["trained"], values["coverage"]):
+        lines.append("trained: samples that are trained at the step")
+        columns["trained"] = 8
     lines.append(f"{'step':>4} " + " ".join(f"{name:>{width}}" for name, width in columns.items()))
-    names = ("sigma", "sigma_next", "std", "excess", "N", "S", "share", "coverage")
+    names = ("sigma", "sigma_next", "std", "excess", "N", "S", "share", "coverage", "trained")
     for step, row in enumerate(zip(*(values[name] for name in names), strict=True)):
-        sigma, sigma_next, std, excess_, n, s, share, coverage = row
+        sigma, sigma_next, std, excess_, n, s, share, coverage, trained = row
         line = (
             f"{step:>4} {sigma:>8.4f} {sigma_next:>8.4f} {std:>8.4f} {excess_:>8.4f} {n:>9.4g} "
             f"{s:>9.4g} {100 * share:>6.1f}%"
         )
-        lines.append(line + (f" {100 * coverage:>7.1f}%" if "covered" in columns else ""))
+        line += f" {100 * coverage:>7.1f}%" if shown else ""
+        lines.append(line + (f" {100 * trained:>7.1f}%" if "trained" in columns else ""))
     return "\n".join(lines)
 
 

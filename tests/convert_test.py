@@ -66,8 +66,11 @@ def run(*arguments, **flags):
     return 0
 
 
-def write_run(workdir, params, description=None):
-    """What a training run leaves: two checkpoints, the model's config, the adapters' config."""
+def write_run(workdir, params, description=None, ema=False):
+    """What a training run leaves: two checkpoints, the model's config, the adapters' config.
+
+    `ema`: with a moving average, which is half of the parameters.
+    """
     workdir.mkdir(parents=True)
     (workdir / "transformer.json").write_text(CONFIG.to_json())
     if description is not None:
@@ -75,7 +78,8 @@ def write_run(workdir, params, description=None):
     checkpoints = checkpoint.Checkpoints(workdir, every=1, keep=2)
     for step, factor in ((3, 0.0), (12, 1.0)):
         tree = jax.tree.map(lambda leaf, factor=factor: jnp.asarray(leaf) * factor, params)
-        content = state.LearnerState(tree, {"moment": tree}, jnp.asarray(step))
+        average = jax.tree.map(lambda leaf: 0.5 * leaf, tree) if ema else None
+        content = state.LearnerState(tree, {"moment": tree}, jnp.asarray(step), average)
         checkpoints.save(step, content, {"position": np.asarray(step)}, {"seed": 1})
     checkpoints.close()
     return workdir
@@ -96,6 +100,22 @@ def test_run_to_every_format(params, tmp_path):
         target = tmp_path / format
         assert run(src=workdir, src_format="orbax", dst=target, dst_format=format) == 0
         assert_trees_equal(weights.load(target, CONFIG), params)
+
+
+def test_the_moving_average_of_a_run(params, tmp_path, capsys):
+    workdir = write_run(tmp_path / "run", params, ema=True)
+    for key, factor in (("ema", 0.5), ("module", 1.0)):
+        flags = {"src": workdir, "src_format": "orbax", "dst": tmp_path / key, "src_key": key}
+        assert run(**flags, dst_format="diffusers") == 0
+        wanted = jax.tree.map(lambda leaf, factor=factor: np.float32(factor) * leaf, params)
+        assert_trees_equal(weights.load(tmp_path / key, CONFIG), wanted)
+    without = write_run(tmp_path / "without", params)
+    flags = {"src": without, "src_format": "orbax", "dst": tmp_path / "none"}
+    assert run(**flags, dst_format="orbax", src_key="ema") == 2
+    assert "keeps no moving average of its parameters" in capsys.readouterr().err
+    assert run(**flags, dst_format="orbax", src_key="best") == 2
+    assert "src_key='best': must be module or ema" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_run_with_adapters(params, tmp_path):

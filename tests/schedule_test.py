@@ -10,7 +10,7 @@ import pytest
 
 from sage_grpo_jax.flow import excess, injected_noise, schedules, sde
 from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import recipe as recipe_lib
+from sage_grpo_jax.training import step_plan
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -53,12 +53,16 @@ def recipe(**rollout) -> config_lib.Config:
 
 def injected_variance(config: config_lib.Config) -> float:
     """Over every place of the window, with all steps in it where the recipe trains them."""
-    schedule, trained, positions = recipe_lib.trained_steps(config)
-    sigmas = np.asarray(schedule.sigmas, np.float64)
-    rollout = config.rollout
+    plan, rollout = step_plan.plan_steps(config), config.rollout
+    sigmas = np.asarray(plan.schedule.sigmas, np.float64)
     std = sde.step_coefficients(rollout.sde, sigmas[:-1], sigmas[1:], rollout.eta, xp=np).std
-    steps = np.flatnonzero(trained)
-    places = [steps[s : s + positions] for s in range(len(steps) - positions + 1)]
+    # Up to the last step, where that injects noise.
+    steps = np.flatnonzero(std)[: None if rollout.last_step == "stochastic" else -1]
+    if rollout.last_step == "deterministic" and std[-1] == 0:
+        steps = np.flatnonzero(std)
+    positions = rollout.window_size or len(steps)
+    count = len(steps) - positions + 1 if rollout.window == "random_k" else 1
+    places = [steps[s : s + positions] for s in range(count)]
     return float(np.mean([np.sum(std[place] ** 2) for place in places]))
 
 
@@ -132,6 +136,45 @@ def test_a_random_window_is_printed_as_the_mean_over_its_places():
     assert lines[1].startswith("expected over the 17 places of the random window")
     assert lines[2].endswith("covered")
     assert lines[-2].split()[-2:] == ["2.0%", "5.9%"]
+
+
+def test_a_moving_window_is_printed_as_the_mean_over_the_rollouts():
+    flags = ("--config=configs/moving_shapes.py", "--config.rollout.window=decay")
+    flags += ("--config.rollout.window_size=4", "--config.rollout.window_motion.stay=6")
+    flags += ("--config.rollout.window_motion.stride=2", "--config.rollout.clamp=0.02")
+    found = json.loads(run(*flags, "--json").stdout)
+    # 9 steps inject noise; the window is at 0, 2 and 4 for 6, floor(6·7/9 + 2/9) and
+    # floor(6·5/9 + 4/9) rollouts.
+    masks = np.zeros((3, 10))
+    for place in range(3):
+        masks[place, 2 * place : 2 * place + 4] = 1
+    coverage = np.array([6, 4, 3]) @ masks / 13
+    np.testing.assert_allclose(found["coverage"], coverage)
+    np.testing.assert_allclose(found["trained"], coverage)
+    sigmas = np.asarray(schedules.host_schedule(10, 3.0).sigmas, np.float64)
+    start, end = np.maximum(1 - sigmas[:-1], 0.02), np.maximum(1 - sigmas[1:], 0.02)
+    variance = 0.25 * (np.log(end / start) - (end - start))
+    assert found["injected_std"] == pytest.approx(np.sqrt(coverage @ variance), rel=1e-6)
+    assert found["std"][0] == pytest.approx(np.sqrt(variance[0]), rel=1e-6)
+    lines = run(*flags).stdout.splitlines()
+    assert lines[1].startswith("expected over the 3 places of the decay window")
+    assert lines[3].split()[-1] == "46.2%"
+
+
+def test_steps_that_inject_noise_and_are_not_trained():
+    found = json.loads(run("--config=configs/moving_shapes.py:method=dance_grpo", "--json").stdout)
+    np.testing.assert_allclose(found["coverage"], [1.0] * 9 + [0.0])
+    np.testing.assert_allclose(found["trained"], [5 / 9] * 9 + [0.0])
+    assert found["trained_steps"] == 5
+    found = json.loads(run("--config=configs/moving_shapes.py:method=flow_grpo", "--json").stdout)
+    np.testing.assert_allclose(found["coverage"], 1.0)
+    np.testing.assert_allclose(found["trained"], [1.0] * 9 + [0.0])
+    assert found["std"][9] > 0.2
+    assert found["S"][9] == found["share"][9] == 0
+    text = run("--config=configs/moving_shapes.py:method=diffusion_nft").stdout
+    assert "injected std 0 " in text
+    assert text.splitlines()[2].split()[-1] == "trained"
+    assert {line.split()[-1] for line in text.splitlines()[3:]} == {"90.0%"}
 
 
 def test_matched_noise_is_printed_and_impossible_recipes_are_refused():

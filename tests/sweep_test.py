@@ -9,8 +9,9 @@ import threading
 import types
 
 import pytest
+from entry_modules import import_entry
 
-from sage_grpo_jax import sweep
+sweep = import_entry("sweep")
 
 # A run that saves and stops when it is asked to.
 RUN = """

@@ -12,7 +12,6 @@ Embeddings are stored without padding, in bfloat16, float16 or float32: "text" a
 """
 
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from sage_grpo_jax.common import checked_json
 from sage_grpo_jax.data import embedding_records
 from sage_grpo_jax.data.embedding_batches import (
     BYT5_LENGTHS,
@@ -28,7 +28,7 @@ from sage_grpo_jax.data.embedding_batches import (
     pad_entries,
     text_bucket,
 )
-from sage_grpo_jax.data.embedding_records import DTYPES, Entry
+from sage_grpo_jax.data.embedding_records import DTYPES, FIELDS, Entry
 from sage_grpo_jax.data.embedding_writer import (
     FORMAT_VERSION,
     MANIFEST,
@@ -52,6 +52,13 @@ __all__ = [
 ]
 
 READABLE_VERSIONS = (1, FORMAT_VERSION)  # 1: text and byt5 only
+_FIELDS = {
+    "dtype": str, "sha256": str, "dim": int, "max_length": int, "count": int, "negative": int,
+    "byt5_dim": int | None, "byt5_max_length": int | None,
+    "image_shape": tuple[int, int] | None,
+    "image_latents_shape": tuple[int, int, int, int] | None,
+}  # fmt: skip
+_MOST = 1 << 24
 _REQUIRED = ("encoder", "dtype", "dim", "max_length", "count", "negative", "sha256")
 
 
@@ -88,7 +95,7 @@ class EmbeddingCache:
     Raises:
       FileNotFoundError: when the folder or one of its files is missing.
       ValueError: for a manifest that this version cannot read, or a record file that does not
-        have as many records as the manifest says.
+        have as many records as the manifest says; for a record, when it is read.
     """
 
     def __init__(self, path: str | pathlib.Path):
@@ -109,7 +116,7 @@ class EmbeddingCache:
         self.dim: int = self.manifest["dim"]
         self.max_length: int = self.manifest["max_length"]
         self.byt5_dim: int | None = self.manifest.get("byt5_dim")
-        self.byt5_max_length: int = self.manifest.get("byt5_max_length", 0)
+        self.byt5_max_length: int = self.manifest.get("byt5_max_length") or 0
         self.image_shape = _shape(self.manifest.get("image_shape"))
         self.image_latents_shape = _shape(self.manifest.get("image_latents_shape"))
         self.encoder = Encoder.from_dict(self.manifest["encoder"])
@@ -128,10 +135,41 @@ class EmbeddingCache:
         return self._entry(self.manifest["negative"])
 
     def _entry(self, index: int) -> Entry:
-        entry = embedding_records.parse(self._records[int(index)])
+        """
+        Raises:
+          ValueError: naming file and record: damaged, or not as the manifest says.
+        """
+        try:
+            entry = embedding_records.parse(self._records[int(index)])
+            self._check(entry)
+        except (ValueError, RuntimeError, IndexError) as error:  # array_record raises all of them
+            raise ValueError(
+                f"{self.path / RECORDS}: record {index} cannot be read: {error}; write the cache "
+                "again"
+            ) from error
         if self.byt5_dim is not None and "byt5" not in entry:
             entry["byt5"] = np.zeros((0, self.byt5_dim), np.float32)
         return entry
+
+    def _check(self, entry: Entry) -> None:
+        """That a record's arrays are as large as the manifest says, and finite."""
+        allowed = {
+            "text": (self.max_length, self.dim),
+            "byt5": (self.byt5_max_length, self.byt5_dim),
+            "image": self.image_shape,
+            "image_latents": self.image_latents_shape,
+        }
+        if "text" not in entry:
+            raise ValueError("it has no text")
+        for field in FIELDS:
+            if field not in entry:
+                continue
+            shape, most = entry[field].shape, allowed[field]
+            # Texts are shorter than the longest.
+            if most is None or shape[1:] != most[1:] or not 0 < shape[0] <= most[0]:
+                raise ValueError(f"{field} has the shape {shape}; the manifest allows {most}")
+            if not np.isfinite(entry[field]).all():
+                raise ValueError(f"{field} has values that are not finite")
 
     @property
     def fingerprint(self) -> str:
@@ -229,24 +267,38 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing; no embedding cache at {path}")
     try:
-        manifest = json.loads(file.read_text())
+        manifest = checked_json.load(file)
     except ValueError as error:
-        raise ValueError(f"{file}: not JSON: {error}; write the cache again") from error
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version not in READABLE_VERSIONS:
+        raise ValueError(f"{error}; write the cache again") from error
+    version = manifest.get("format_version")
+    if type(version) is not int or version not in READABLE_VERSIONS:
         allowed = ", ".join(map(str, READABLE_VERSIONS))
         raise ValueError(
-            f"{file}: format_version is {version}; allowed: {allowed}; write the cache again"
+            f"{file}: format_version is {checked_json.shown(version)}; allowed: {allowed}; write "
+            "the cache again"
         )
     missing = [field for field in _REQUIRED if manifest.get(field) in (None, "")]
     if missing:
         raise ValueError(f"{file}: no {', '.join(missing)}; write the cache again")
-    if manifest["dtype"] not in DTYPES:
-        raise ValueError(f"{file}: dtype is {manifest['dtype']!r}; allowed: {', '.join(DTYPES)}")
-    if manifest["negative"] != manifest["count"]:
-        raise ValueError(f"{file}: negative is {manifest['negative']}; allowed: the last record")
     try:
+        _check_fields(manifest)
         Encoder.from_dict(manifest["encoder"])
     except ValueError as error:
         raise ValueError(f"{file}: {error}; write the cache again") from error
     return manifest
+
+
+def _check_fields(manifest: dict[str, Any]) -> None:
+    """Types and bounds of what the manifest says about the records."""
+    for field, hint in _FIELDS.items():
+        value = checked_json.typed(manifest.get(field), hint, field)
+        sizes = value if isinstance(value, list) else [value] * isinstance(value, int)
+        least = 0 if field == "byt5_max_length" else 1
+        if not all(least <= size <= _MOST for size in sizes):
+            raise ValueError(f"{field} is {value}; allowed: {least} to {_MOST}")
+    if manifest["dtype"] not in DTYPES:
+        raise ValueError(
+            f"dtype is {checked_json.shown(manifest['dtype'])}; allowed: {', '.join(DTYPES)}"
+        )
+    if manifest["negative"] != manifest["count"]:
+        raise ValueError(f"negative is {manifest['negative']}; allowed: the last record")

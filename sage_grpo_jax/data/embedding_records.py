@@ -12,6 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from sage_grpo_jax.common import checked_json
+
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
@@ -56,22 +58,34 @@ def parse(record: bytes) -> Entry:
     """The entry of a record, in float32.
 
     Raises:
-      ValueError: when the record does not have as many bytes as its header says.
+      ValueError: damaged: no header, or one that does not fit the record.
     """
-    (length,) = struct.unpack_from("<I", record)
-    header = json.loads(record[4 : 4 + length])
+    length = int.from_bytes(record[:4], "little")
+    if 4 + length > len(record):
+        raise ValueError(f"its header is cut off ({len(record)} bytes)")
+    header = checked_json.parse(record[4 : 4 + length])
     offset = 4 + length
-    entry: Entry = {"id": header["id"], "prompt": header["prompt"]}
-    for field, shape in header["shapes"].items():
-        dtype, count = DTYPES[dtype_of(field, header["dtype"])], math.prod(shape)
+    entry: Entry = {name: checked_json.member(header, name, str) for name in ("id", "prompt")}
+    stored_as = checked_json.member(header, "dtype", str)
+    if stored_as not in DTYPES:
+        raise ValueError(f"dtype={checked_json.shown(stored_as)}: must be one of {list(DTYPES)}")
+    for field, shape in checked_json.member(header, "shapes", dict[str, list[int]]).items():
+        axes = FIELDS.get(field, "").count(",") + 1
+        if field not in FIELDS or len(shape) != axes or not all(0 < n < 1 << 32 for n in shape):
+            raise ValueError(f"shapes: {checked_json.shown({field: shape})}: must be of {FIELDS}")
+        dtype, count = DTYPES[dtype_of(field, stored_as)], math.prod(shape)
         if offset + count * dtype.itemsize > len(record):
-            raise ValueError(f"record of {header['id']!r} ends within {field}")
+            raise ValueError(f"record of {_shown(entry)} ends within {field}")
         values = np.frombuffer(record, dtype, count, offset)
         entry[field] = values.reshape(shape).astype(np.float32)
         offset += count * dtype.itemsize
     if offset != len(record):
-        raise ValueError(f"record of {header['id']!r} has {len(record)} bytes, expected {offset}")
+        raise ValueError(f"record of {_shown(entry)} has {len(record)} bytes, expected {offset}")
     return entry
+
+
+def _shown(entry: Entry) -> str:
+    return checked_json.shown(entry["id"])
 
 
 def dtype_of(field: str, dtype: str) -> str:

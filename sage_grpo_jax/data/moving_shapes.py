@@ -17,6 +17,7 @@ from sage_grpo_jax.data.moving_shapes_spec import (
     Words,
     held_out_captions,
     parse_caption,
+    split_captions,
     train_captions,
 )
 from sage_grpo_jax.data.shape_fitting import fit, manifold_distance
@@ -34,11 +35,10 @@ __all__ = [
     "parse_caption",
     "render",
     "sample_parameters",
+    "split_captions",
     "to_uint8",
     "train_captions",
 ]
-
-SPLITS = ("train", "held_out", "all")
 
 
 def sample_parameters(key: jax.Array, n: int, split: str = "train") -> ClipParameters:
@@ -47,7 +47,7 @@ def sample_parameters(key: jax.Array, n: int, split: str = "train") -> ClipParam
     Args:
       key: typed PRNG key; the same key gives the same clips.
       n: number of clips.
-      split: "train", "held_out" or "all".
+      split: one of `moving_shapes_spec.SPLITS`.
     """
     allowed = _triples(split)
     keys = jax.random.split(key, 5)
@@ -94,13 +94,9 @@ def to_uint8(videos: jax.Array) -> np.ndarray:
 
 def _triples(split: str) -> np.ndarray:
     """The (colour, shape, direction) triples of a split: int32[K, 3]."""
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, allowed: {', '.join(SPLITS)}")
     sizes = (len(spec.COLOURS), len(spec.SHAPES), len(spec.DIRECTIONS))
     triples = np.stack(np.meshgrid(*map(np.arange, sizes), indexing="ij"), -1).reshape(-1, 3)
-    out = spec.held_out(*triples.T)
-    keep = {"train": ~out, "held_out": out, "all": np.ones_like(out)}[split]
-    return triples[keep].astype(np.int32)
+    return triples[spec.in_split(split, *triples.T)].astype(np.int32)
 
 
 def _sample_start(

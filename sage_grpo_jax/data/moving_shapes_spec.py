@@ -81,6 +81,8 @@ class Words(NamedTuple):
 
 
 CHOICES = Words(SIZES, COLOURS, SHAPES, DIRECTIONS, SPEEDS, BACKGROUNDS)
+# Where colour, shape and direction stand in `Words`.
+_TRIPLE = tuple(Words._fields.index(name) for name in ("colour", "shape", "direction"))
 
 
 def caption(words: Words) -> str:
@@ -126,14 +128,59 @@ def held_out(colour: int, shape: int, direction: int) -> bool:
     return (colour + shape) % len(DIRECTIONS) == direction
 
 
+def tested(colour: int, shape: int, direction: int) -> bool:
+    """Whether a held-out triple belongs to the test split; the others are for validation.
+
+    Half of them, and every colour, shape and direction occurs in both. Works on arrays too.
+    """
+    return held_out(colour, shape, direction) & ((colour // 3 + shape) % 2 == 1)
+
+
+# What each split holds: choices are made on `validation`, results are reported on `test`.
+SPLITS = ("train", "validation", "test", "held_out", "all")
+
+
+def in_split(split: str, colour: int, shape: int, direction: int) -> bool:
+    """Whether a triple, given by indices, belongs to one of SPLITS. Works on arrays too.
+
+    `held_out` is validation and test together, `all` is everything.
+
+    Raises:
+      ValueError: there is no such split.
+    """
+    triple = (colour, shape, direction)
+    if split == "train":
+        return ~np.asarray(held_out(*triple))
+    if split == "validation":
+        return np.asarray(held_out(*triple)) & ~np.asarray(tested(*triple))
+    if split == "test":
+        return np.asarray(tested(*triple))
+    if split == "held_out":
+        return np.asarray(held_out(*triple))
+    if split == "all":
+        return np.ones_like(np.asarray(held_out(*triple)))
+    raise ValueError(f"split is {split!r}, allowed: {', '.join(SPLITS)}")
+
+
+def split_captions(split: str) -> list[str]:
+    """The captions of a split, in a fixed order.
+
+    Raises:
+      ValueError: there is no such split.
+    """
+    places = [indices(words) for words in all_words()]
+    inside = [in_split(split, *(place[i] for i in _TRIPLE)) for place in places]
+    return [caption(words) for words, wanted in zip(all_words(), inside, strict=True) if wanted]
+
+
 def train_captions() -> list[str]:
     """The captions of the training combinations, in a fixed order."""
-    return [caption(words) for words in all_words() if not _is_held_out(words)]
+    return split_captions("train")
 
 
 def held_out_captions() -> list[str]:
     """The captions of the combinations that training never sees, in a fixed order."""
-    return [caption(words) for words in all_words() if _is_held_out(words)]
+    return split_captions("held_out")
 
 
 def vocabulary() -> list[str]:
@@ -171,11 +218,6 @@ def start_range_table(num_frames: int = NUM_FRAMES) -> tuple[np.ndarray, np.ndar
     low = reach[..., [0, 2]] - np.minimum(travel, 0)
     high = frame - reach[..., [1, 3]] - np.maximum(travel, 0)
     return low.astype(np.float32), high.astype(np.float32)
-
-
-def _is_held_out(words: Words) -> bool:
-    _, colour, shape, direction, _, _ = indices(words)
-    return held_out(colour, shape, direction)
 
 
 def _check(words: Words) -> None:

@@ -38,6 +38,8 @@ def gaussian_data(
     stochastic: np.ndarray,
     mean: float = 0.0,
     std: float = 1.0,
+    *,
+    clamp: float = 0.0,
 ) -> Marginals:
     """Runs the recursion for data N(mean, std²), from the exact state at σ = 1.
 
@@ -49,10 +51,11 @@ def gaussian_data(
         schedule: T steps, concrete.
         stochastic: bool[T].
         mean, std: of the data; std 0 for data at one point.
+        clamp: see `sde.step_coefficients`.
     """
     sigmas = np.asarray(schedule.sigmas, np.float64)
     sigma, sigma_next = sigmas[:-1], sigmas[1:]
-    removed, noise = sde.step_coefficients(kind, sigma, sigma_next, float(eta), xp=np)
+    removed, noise = sde.step_coefficients(kind, sigma, sigma_next, float(eta), clamp=clamp, xp=np)
     removed, noise = np.where(stochastic, removed, 0.0), np.where(stochastic, noise, 0.0)
     total = (1 - sigma) ** 2 * std**2 + sigma**2
     slope = (sigma - (1 - sigma) * std**2) / total
@@ -74,6 +77,8 @@ def gaussian_data(
     )
 
 
-def point_mass(kind: str, schedule: Schedule, eta: float, stochastic: np.ndarray) -> Marginals:
+def point_mass(
+    kind: str, schedule: Schedule, eta: float, stochastic: np.ndarray, *, clamp: float = 0.0
+) -> Marginals:
     """`gaussian_data` for data at the point 0: every bit of variance beyond σ'² is excess."""
-    return gaussian_data(kind, schedule, eta, stochastic, std=0.0)
+    return gaussian_data(kind, schedule, eta, stochastic, std=0.0, clamp=clamp)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 MODES = ("batch", "sequential")
+GRADIENTS = ("both", "condition")
 
 # velocity_fn(latents [B, ...], timestep [B], condition) -> velocity [B, ...]
 ConditionalVelocity = Callable[[jax.Array, jax.Array, Any], jax.Array]
@@ -17,7 +18,9 @@ ConditionalVelocity = Callable[[jax.Array, jax.Array, Any], jax.Array]
 GuidedVelocity = Callable[..., jax.Array]
 
 
-def guided(velocity_fn: ConditionalVelocity, scale: float, mode: str = "batch") -> GuidedVelocity:
+def guided(
+    velocity_fn: ConditionalVelocity, scale: float, mode: str = "batch", gradient: str = "both"
+) -> GuidedVelocity:
     """Returns fn(latents, timestep, condition, negative=None) -> guided velocity, float32.
 
     Args:
@@ -27,16 +30,22 @@ def guided(velocity_fn: ConditionalVelocity, scale: float, mode: str = "batch") 
         mode: `batch` runs both branches as one batch of 2·B. `sequential` runs them one after the
             other and keeps nothing of either for the backward pass: half the memory, one more
             forward of each branch under grad.
+        gradient: of `both` branches, or of that with the `condition` alone, the other being a
+            constant (Flow-GRPO): its backward pass is saved, and each branch runs by itself.
 
     Condition and negative condition are pytrees of the same structure and shapes, leaves [B, ...].
 
     Raises:
-        ValueError: scale or mode out of range, or (from fn) condition trees that differ.
+        ValueError: scale, mode or gradient out of range, or (from fn) condition trees that differ.
     """
     if not (math.isfinite(scale) and scale >= 0.0):
         raise ValueError(f"scale={scale!r}: must be a finite number >= 0")
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: must be one of {', '.join(MODES)}")
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient={gradient!r}: must be one of {', '.join(GRADIENTS)}")
+    branches = _both_in_batch if mode == "batch" else _one_after_the_other
+    branches = branches if gradient == "both" else _condition_alone
 
     def velocity(
         latents: jax.Array, timestep: jax.Array, condition: Any, negative: Any = None
@@ -44,7 +53,6 @@ def guided(velocity_fn: ConditionalVelocity, scale: float, mode: str = "batch") 
         if scale == 1.0:
             return velocity_fn(latents, timestep, condition).astype(jnp.float32)
         _check_same_structure(condition, negative)
-        branches = _both_in_batch if mode == "batch" else _one_after_the_other
         positive_v, negative_v = branches(velocity_fn, latents, timestep, condition, negative)
         positive_v, negative_v = (v.astype(jnp.float32) for v in (positive_v, negative_v))
         return negative_v + scale * (positive_v - negative_v)
@@ -89,6 +97,17 @@ def _one_after_the_other(
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), condition, negative)
     _, velocities = jax.lax.scan(lambda carry, c: (carry, branch(c)), None, stacked)
     return velocities[0], velocities[1]
+
+
+def _condition_alone(
+    velocity_fn: ConditionalVelocity,
+    latents: jax.Array,
+    timestep: jax.Array,
+    condition: Any,
+    negative: Any,
+) -> tuple[jax.Array, jax.Array]:
+    positive_v = velocity_fn(latents, timestep, condition)
+    return positive_v, jax.lax.stop_gradient(velocity_fn(latents, timestep, negative))
 
 
 def _check_same_structure(condition: Any, negative: Any) -> None:

@@ -6,27 +6,8 @@ import math
 
 import numpy as np
 
-from sage_grpo_jax.flow import sde
+from sage_grpo_jax.flow import sde, windows
 from sage_grpo_jax.flow.schedules import Schedule
-
-WINDOWS = ("all", "first_k", "random_k")
-
-
-def window_places(stochastic: np.ndarray, window: str = "all", size: int = 0) -> np.ndarray:
-    """Returns bool[places, T]: the steps that inject noise, for every place of the window.
-
-    Args:
-        stochastic: bool[T], the steps that can inject noise; a window counts these only.
-        window: `all`; `first_k`, the first `size` of them; `random_k`, `size` of them in a row,
-            each place as likely as the others. One place but for `random_k`.
-        size: of the window, ≥ 1; more steps than there are is all of them. Not read for `all`.
-    """
-    sde.check_choice("window", window, WINDOWS)
-    count = int(np.sum(stochastic))
-    size = count if window == "all" else min(size, count)
-    starts = np.arange(count - size + 1 if window == "random_k" else 1)[:, None]
-    rank = np.cumsum(stochastic) - 1
-    return np.asarray(stochastic, bool) & (rank >= starts) & (rank < starts + size)
 
 
 def injected_variance(
@@ -36,16 +17,20 @@ def injected_variance(
     last_step: str = "deterministic",
     window: str = "all",
     window_size: int = 0,
+    *,
+    motion: windows.Motion | None = None,
+    clamp: float = 0.0,
 ) -> float:
     """Returns the sum of std² over the steps that inject noise, in float64, on the host.
 
-    With a `random_k` window it is the mean over the places of the window; see `window_places`.
+    With a random or moving window it is the mean over the rollouts; see `windows.places`.
     """
     sigmas = np.asarray(schedule.sigmas, np.float64)
-    _, std = sde.step_coefficients(kind, sigmas[:-1], sigmas[1:], float(eta), xp=np)
-    stochastic = sde.stochastic_steps(kind, schedule, eta, last_step)
-    coverage = window_places(stochastic, window, window_size).mean(axis=0)
-    return float(np.sum(coverage * std**2))
+    sigma, sigma_next = sigmas[:-1], sigmas[1:]
+    _, std = sde.step_coefficients(kind, sigma, sigma_next, float(eta), clamp=clamp, xp=np)
+    stochastic = sde.stochastic_steps(kind, schedule, eta, last_step, clamp=clamp)
+    masks, shares = windows.places(stochastic, window, window_size, motion)
+    return float(np.sum((shares @ masks) * std**2))
 
 
 def matched_eta(
@@ -56,19 +41,22 @@ def matched_eta(
     last_step: str = "deterministic",
     window: str = "all",
     window_size: int = 0,
+    *,
+    motion: windows.Motion | None = None,
+    clamp: float = 0.0,
 ) -> float:
     """Returns the η at which `kind` injects as much variance as `other_kind` does at `other_eta`.
 
     η means different things for different kinds and step counts; this makes them comparable. The
     variance grows with η², and with sin²(η·π/2) for `cps`. Each kind is taken over its own
-    stochastic steps in the window.
+    stochastic steps in the window; `clamp` is that of `kind`, the other has its authors'.
 
     Raises:
         ValueError: no η gives that much noise, or one of the kinds has no stochastic step.
     """
     rest = (last_step, window, window_size)
-    highest = injected_variance(kind, schedule, 1.0, *rest)
-    wanted = injected_variance(other_kind, schedule, other_eta, *rest)
+    highest = injected_variance(kind, schedule, 1.0, *rest, motion=motion, clamp=clamp)
+    wanted = injected_variance(other_kind, schedule, other_eta, *rest, motion=motion)
     for name, eta, variance in ((kind, 1.0, highest), (other_kind, other_eta, wanted)):
         if variance == 0.0:
             raise ValueError(

@@ -18,6 +18,8 @@ import numpy as np
 _INITIAL_STREAM = 0
 _STEP_STREAM = 1
 _WINDOW_STREAM = 3
+_FORWARD_STREAM = 4
+_CHOICE_STREAM = 5
 # Of the run's own key.
 _ADAPTER_STREAM = 2
 # In place of the index of a sample: what belongs to the whole group.
@@ -73,13 +75,39 @@ def step_noise(keys: jax.Array, t: Any, shape: tuple[int, ...]) -> jax.Array:
         t: step index, 0 at σ = 1; integer scalar, or [B] for a micro-batch of mixed steps.
         shape: shape of one sample's latents.
     """
+    return _normal(_step_keys(keys, _STEP_STREAM, t), shape)
+
+
+def forward_noise(keys: jax.Array, t: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Returns standard normal float32 [B, *shape] that takes a clean sample back to σ of step t.
+
+    Arguments as for `step_noise`; the numbers are independent of it.
+    """
+    return _normal(_step_keys(keys, _FORWARD_STREAM, t), shape)
+
+
+def chosen_steps(keys: jax.Array, count: int, size: int) -> jax.Array:
+    """Returns `size` of the numbers 0 ... count - 1 for each sample, without repetition.
+
+    Every subset is as likely as every other.
+
+    Args:
+        keys: typed keys[B], one per sample.
+        count: numbers to choose from.
+        size: how many, 0 to count.
+
+    Returns:
+        int32[B, size], in ascending order.
+    """
     check_keys(keys)
-    t_B = jnp.broadcast_to(jnp.asarray(t), keys.shape)
+    if not 0 <= size <= count:
+        raise ValueError(f"size={size}: must be 0 to count={count}")
 
-    def step_key(key: jax.Array, t: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(key, _STEP_STREAM), t)
+    def choose(key: jax.Array) -> jax.Array:
+        order = jax.random.permutation(jax.random.fold_in(key, _CHOICE_STREAM), count)
+        return jnp.sort(order[:size]).astype(jnp.int32)
 
-    return _normal(jax.vmap(step_key)(keys, t_B), shape)
+    return jax.vmap(choose)(keys)
 
 
 def window_starts(
@@ -108,6 +136,16 @@ def check_keys(keys: jax.Array) -> None:
     if not _is_key(keys):
         raise ValueError("keys: must be typed PRNG keys, from jax.random.key or sample_keys")
     chex.assert_rank(keys, 1)
+
+
+def _step_keys(keys: jax.Array, stream: int, t: Any) -> jax.Array:
+    check_keys(keys)
+    t_B = jnp.broadcast_to(jnp.asarray(t), keys.shape)
+
+    def step_key(key: jax.Array, t: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(key, stream), t)
+
+    return jax.vmap(step_key)(keys, t_B)
 
 
 def _normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:

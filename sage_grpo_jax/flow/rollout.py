@@ -35,6 +35,7 @@ def rollout(
     eta: Any,
     stochastic: Any,
     *,
+    clamp: float = 0.0,
     initial_latents: jax.Array | None = None,
 ) -> Trajectory:
     """Samples one video latent per key and keeps the whole chain, in float32.
@@ -50,6 +51,7 @@ def rollout(
         kind, eta: the transition of the stochastic steps, see `sde.transition`.
         stochastic: bool[T], or bool[T, B] where samples differ; the other steps follow the ODE and
             inject nothing.
+        clamp: of the stochastic steps, see `sde.step_coefficients`.
         initial_latents: f32[B, *latent_shape] at σ = 1; drawn from the keys by default.
     """
     noise_lib.check_keys(keys)
@@ -68,7 +70,7 @@ def rollout(
         t, sigma, sigma_next, timestep, is_stochastic = inputs
         velocity = velocity_fn(latents, jnp.full(keys.shape, timestep, jnp.float32))
         velocity = velocity.astype(jnp.float32)
-        mean, std = sde.transition(kind, velocity, latents, sigma, sigma_next, eta)
+        mean, std = sde.transition(kind, velocity, latents, sigma, sigma_next, eta, clamp=clamp)
         std = jnp.where(is_stochastic, std, 0.0)
         axes = (1,) * (latents.ndim - 1)  # of one sample
         noisy = is_stochastic.reshape(is_stochastic.shape + axes)

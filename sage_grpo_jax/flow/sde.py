@@ -33,13 +33,11 @@ LOG_PROBS = ("gaussian", "squared")
 LAST_STEPS = ("deterministic", "stochastic")
 REDUCTIONS = ("mean", "sum")
 
-# `precise` never looks closer than this to σ = 1, where its variance integral diverges. The value
-# is rounded to float32 so that host and device agree on which steps lie inside the clamp.
-CLAMP = float(np.float32(3e-3))
-
-# The σ at the clamp, 1 - 3e-3, is rounded too, and 1 - σ' then lies 2e-8 above CLAMP. A step that
-# ends there lies inside the clamp; without this it had a std of 2.6e-3·η that is rounding alone.
-_CLAMPED_SIGMA = float(np.float32(1.0 - 3e-3))
+# `precise` never looks closer than this to σ = 1, where its variance integral diverges, unless
+# another clamp is asked for.
+CLAMP = 3e-3
+HIGHEST_CLAMP = 0.5
+CLAMPED = ("precise", "flow")  # the kinds whose variance diverges there
 
 # A smaller std counts as 0: it is lost in the rounding of any sample it is added to, and dividing
 # by it overflows.
@@ -65,7 +63,13 @@ class StepCoefficients(NamedTuple):
 
 
 def step_coefficients(
-    kind: str, sigma: Any, sigma_next: Any, eta: Any, *, xp: ModuleType = jnp
+    kind: str,
+    sigma: Any,
+    sigma_next: Any,
+    eta: Any,
+    *,
+    clamp: float = 0.0,
+    xp: ModuleType = jnp,
 ) -> StepCoefficients:
     """Returns the coefficients of steps σ → σ', element by element, any shape.
 
@@ -76,12 +80,18 @@ def step_coefficients(
         sigma: σ at the start of the step, in (0, 1].
         sigma_next: σ' at its end, in [0, σ).
         eta: noise level, ≥ 0 (`cps`: ≤ 1). Its meaning differs between kinds.
+        clamp: how close to σ = 1 a step may look, 1 - σ ≥ clamp, where the variance of `precise`
+            and `flow` diverges; at most HIGHEST_CLAMP. 0: as their authors have it, that is CLAMP
+            for `precise`, while `flow` takes σ' for σ = 1. The other kinds have no such place and
+            do not read it.
         xp: array module, jax.numpy or numpy.
 
     Raises:
-        ValueError: unknown kind, or eta is a plain number out of range (traced: not checked).
+        ValueError: unknown kind, clamp out of range, or eta is a plain number out of range
+            (traced: not checked).
     """
     check_kind_and_eta(kind, eta)
+    check_clamp(clamp)
     if kind == "ode":
         zero = xp.zeros_like(sigma + sigma_next)
         return StepCoefficients(removed=zero, std=zero)
@@ -90,14 +100,21 @@ def step_coefficients(
         removed = 2.0 * sigma_next * xp.sin(0.25 * math.pi * eta) ** 2
         std = sigma_next * xp.sin(0.5 * math.pi * eta)
     else:
-        variance = xp.maximum(_VARIANCES[kind](sigma, sigma_next, xp), 0.0)
+        variance = xp.maximum(_VARIANCES[kind](sigma, sigma_next, clamp, xp), 0.0)
         removed = 0.5 * eta**2 * variance / xp.where(sigma > 0, sigma, 1.0)
         std = eta * _safe_sqrt(variance, xp)
     return StepCoefficients(removed, std=xp.where(std > _SMALLEST_STD, std, 0.0))
 
 
 def transition(
-    kind: str, velocity: jax.Array, sample: jax.Array, sigma: Any, sigma_next: Any, eta: Any
+    kind: str,
+    velocity: jax.Array,
+    sample: jax.Array,
+    sigma: Any,
+    sigma_next: Any,
+    eta: Any,
+    *,
+    clamp: float = 0.0,
 ) -> Transition:
     """Returns mean and std of the step σ → σ' from `sample`.
 
@@ -106,12 +123,13 @@ def transition(
         velocity: v = z - x0 predicted at `sample`, [B, ...].
         sample: x at σ, [B, ...].
         sigma, sigma_next, eta: scalars or [B], traced or not; 0 ≤ σ' < σ ≤ 1.
+        clamp: see `step_coefficients`.
 
     Computed in float32 (float64 for float64 inputs). Sources, in the order of KINDS: SAGE-GRPO's
     integrated variance, with both ends clamped; Flow-GRPO; DanceGRPO; Flow-CPS; the Euler step.
 
     Raises:
-        ValueError: unknown kind, or eta is a plain number out of range.
+        ValueError: unknown kind, or eta or clamp is a plain number out of range.
     """
     chex.assert_equal_shape([velocity, sample])
     dtype = _float_dtype(velocity, sample)
@@ -120,18 +138,20 @@ def transition(
     sigma, sigma_next, eta = (
         _per_sample(jnp.asarray(value, dtype), sample.ndim) for value in (sigma, sigma_next, eta)
     )
-    removed, std = step_coefficients(kind, sigma, sigma_next, eta)
+    removed, std = step_coefficients(kind, sigma, sigma_next, eta, clamp=clamp)
     predicted_noise = sample + (1.0 - sigma) * velocity
     mean = sample + (sigma_next - sigma) * velocity - removed * predicted_noise
     return Transition(mean=mean, std=std)
 
 
-def velocity_sensitivity(kind: str, sigma: Any, sigma_next: Any, eta: Any) -> jax.Array:
+def velocity_sensitivity(
+    kind: str, sigma: Any, sigma_next: Any, eta: Any, *, clamp: float = 0.0
+) -> jax.Array:
     """Returns λ_t = |∂mean/∂v| of steps σ → σ', element by element; shapes broadcast."""
     check_kind_and_eta(kind, eta)
     dtype = _float_dtype(sigma, sigma_next)
     sigma, sigma_next, eta = (jnp.asarray(value, dtype) for value in (sigma, sigma_next, eta))
-    removed, _ = step_coefficients(kind, sigma, sigma_next, eta)
+    removed, _ = step_coefficients(kind, sigma, sigma_next, eta, clamp=clamp)
     return (sigma - sigma_next) + removed * (1.0 - sigma)
 
 
@@ -213,7 +233,12 @@ def reduce_elements(values: jax.Array, reduction: str = "mean") -> jax.Array:
 
 
 def stochastic_steps(
-    kind: str, schedule: Schedule, eta: float, last_step: str = "deterministic"
+    kind: str,
+    schedule: Schedule,
+    eta: float,
+    last_step: str = "deterministic",
+    *,
+    clamp: float = 0.0,
 ) -> np.ndarray:
     """Returns bool[T]: the steps that inject noise, and so can be trained.
 
@@ -222,7 +247,7 @@ def stochastic_steps(
     """
     check_choice("last_step", last_step, LAST_STEPS)
     sigmas = np.asarray(schedule.sigmas, np.float64)
-    _, std = step_coefficients(kind, sigmas[:-1], sigmas[1:], float(eta), xp=np)
+    _, std = step_coefficients(kind, sigmas[:-1], sigmas[1:], float(eta), clamp=clamp, xp=np)
     noisy = std > 0
     if last_step == "deterministic":
         noisy[-1] = False
@@ -250,31 +275,45 @@ def check_kind_and_eta(kind: str, eta: Any) -> None:
         raise ValueError(f"eta={eta!r} for kind={kind!r}: must be {allowed}")
 
 
-def _precise_variance(sigma: Any, sigma_next: Any, xp: ModuleType) -> Any:
-    """Returns log(b/a) - (b - a), a = max(1 - σ, CLAMP), b = max(1 - σ', CLAMP).
+def check_clamp(clamp: float) -> None:
+    """Raises ValueError unless 0 ≤ clamp ≤ HIGHEST_CLAMP."""
+    if not 0.0 <= clamp <= HIGHEST_CLAMP:
+        raise ValueError(f"clamp={clamp!r}: must be 0 to {HIGHEST_CLAMP}")
+
+
+def _precise_variance(sigma: Any, sigma_next: Any, clamp: float, xp: ModuleType) -> Any:
+    """Returns log(b/a) - (b - a), a = max(1 - σ, c), b = max(1 - σ', c), c the clamp.
 
     Written with z = (b - a)/a as z·(1 - a) - (z - log1p(z)): the direct form cancels to nothing
     for short steps (negative in float32 at T = 1000), here every term is accurate.
     """
-    unclamped = 1.0 - sigma >= CLAMP
-    a = xp.maximum(1.0 - sigma, CLAMP)
+    # Rounded to float32 so that host and device agree on which steps lie inside the clamp. The σ
+    # at the clamp is rounded too, and 1 - σ' may then lie a little above the clamp. A step that
+    # ends there lies inside it: with c = 3e-3 it had a std of 2.6e-3·η that is rounding alone.
+    clamped_sigma = float(np.float32(1.0 - (clamp or CLAMP)))
+    clamp = float(np.float32(clamp or CLAMP))
+    unclamped = 1.0 - sigma >= clamp
+    a = xp.maximum(1.0 - sigma, clamp)
     # σ - σ' and σ are exact where (1 - σ') - (1 - σ) and 1 - a would be rounded twice. The other
-    # branch must not read 1 - σ' - CLAMP: XLA folds that into (1 - CLAMP) - σ', 4 % off in std.
-    step = xp.where(unclamped, sigma - sigma_next, xp.maximum(1.0 - sigma_next, CLAMP) - CLAMP)
-    one_minus_a = xp.where(unclamped, sigma, 1.0 - CLAMP)
+    # branch must not read 1 - σ' - c: XLA folds that into (1 - c) - σ', 4 % off in std.
+    step = xp.where(unclamped, sigma - sigma_next, xp.maximum(1.0 - sigma_next, clamp) - clamp)
+    one_minus_a = xp.where(unclamped, sigma, 1.0 - clamp)
     z = step / a
     variance = z * one_minus_a - _z_minus_log1p(z, xp)
-    return xp.where(sigma_next < _CLAMPED_SIGMA, variance, 0.0)
+    return xp.where(sigma_next < clamped_sigma, variance, 0.0)
 
 
-def _flow_variance(sigma: Any, sigma_next: Any, xp: ModuleType) -> Any:
-    """Returns σ·(σ - σ')/(1 - σ*), σ* = σ, and σ' at the first step, where σ = 1."""
-    distance = xp.where(sigma >= 1.0, 1.0 - sigma_next, 1.0 - sigma)
+def _flow_variance(sigma: Any, sigma_next: Any, clamp: float, xp: ModuleType) -> Any:
+    """Returns σ·(σ - σ')/(1 - σ*), σ* = σ, and σ' where σ = 1; or 1 - σ* = max(1 - σ, clamp)."""
+    if clamp:
+        distance = xp.maximum(1.0 - sigma, clamp)
+    else:
+        distance = xp.where(sigma >= 1.0, 1.0 - sigma_next, 1.0 - sigma)
     return sigma * (sigma - sigma_next) / xp.where(distance > 0, distance, 1.0)
 
 
-def _dance_variance(sigma: Any, sigma_next: Any, xp: ModuleType) -> Any:
-    del xp
+def _dance_variance(sigma: Any, sigma_next: Any, clamp: float, xp: ModuleType) -> Any:
+    del clamp, xp
     return sigma - sigma_next
 
 

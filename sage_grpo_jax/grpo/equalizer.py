@@ -18,7 +18,12 @@ MEDIANS = ("lower", "mean")
 
 
 def gradient_scale(
-    kind: str, schedule: Schedule, eta: float, *, log_prob: str = "gaussian"
+    kind: str,
+    schedule: Schedule,
+    eta: float,
+    *,
+    log_prob: str = "gaussian",
+    clamp: float = 0.0,
 ) -> np.ndarray:
     """Returns N_t, float64[T], 0 for steps without noise. On the host; the schedule is concrete.
 
@@ -29,7 +34,7 @@ def gradient_scale(
         raise ValueError(f"log_prob={log_prob!r}: must be one of {', '.join(sde.LOG_PROBS)}")
     sigmas = np.asarray(schedule.sigmas, np.float64)
     sigma, sigma_next = sigmas[:-1], sigmas[1:]
-    removed, std = sde.step_coefficients(kind, sigma, sigma_next, float(eta), xp=np)
+    removed, std = sde.step_coefficients(kind, sigma, sigma_next, float(eta), clamp=clamp, xp=np)
     sensitivity = (sigma - sigma_next) + removed * (1.0 - sigma)
     if log_prob == "squared":
         return sensitivity * std
@@ -44,6 +49,7 @@ def equalizer_weights(
     *,
     median: str = "lower",
     log_prob: str = "gaussian",
+    clamp: float = 0.0,
 ) -> jax.Array:
     """Returns S_t = median(N) / N_t, f32[T]; 0 for steps that are not trained or have no noise.
 
@@ -54,10 +60,11 @@ def equalizer_weights(
         median: of an even count, the `lower` middle value (as torch.median, and so the official
             code) or the `mean` of the two.
         log_prob: form of the log-probability, see `gradient_scale`.
+        clamp: of the transition, see `flow.sde.step_coefficients`.
     """
     if median not in MEDIANS:
         raise ValueError(f"median={median!r}: must be one of {', '.join(MEDIANS)}")
-    scale = gradient_scale(kind, schedule, eta, log_prob=log_prob)
+    scale = gradient_scale(kind, schedule, eta, log_prob=log_prob, clamp=clamp)
     trained = _as_mask(trained, scale) & (scale > 0)
     weights = np.zeros_like(scale)
     if trained.any():
@@ -66,12 +73,6 @@ def equalizer_weights(
         middle = lower if median == "lower" else 0.5 * (lower + upper)
         weights[trained] = middle / scale[trained]
     return _on_device(weights)
-
-
-def uniform_weights(kind: str, schedule: Schedule, eta: float, trained: np.ndarray) -> jax.Array:
-    """Returns the weights without an equalizer, f32[T]: 1 for trained steps with noise, else 0."""
-    scale = gradient_scale(kind, schedule, eta)
-    return _on_device((_as_mask(trained, scale) & (scale > 0)).astype(np.float64))
 
 
 def _as_mask(trained: np.ndarray, scale: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ import optax
 KINDS = ("none", "fixed", "stepwise", "moving", "dual", "fixed_stepwise")
 FEEDBACKS = ("tighten", "paper", "none")
 ESTIMATORS = ("closed_form", "log_ratio")
-TIME_WEIGHTS = ("uniform", "equalized")
+TIME_WEIGHTS = ("uniform", "equalized", "step_length")
 
 _FIXED_KINDS = ("fixed", "fixed_stepwise")
 _MOVING_KINDS = ("moving", "dual")
@@ -37,7 +37,7 @@ _PREVIOUS_KINDS = ("stepwise", "dual", "fixed_stepwise")
 
 @dataclasses.dataclass(frozen=True)
 class TrustRegionConfig:
-    """Settings of `trust_region`. The defaults are the official recipe's, `tighten` apart.
+    """Settings of `trust_region`. The defaults are calibrated, docs/methods.md.
 
     Attributes:
         kind: none; fixed (anchor = initial parameters); stepwise (previous parameters); moving
@@ -45,7 +45,9 @@ class TrustRegionConfig:
             fixed_stepwise.
         anchor_every: N, in applied updates.
         anchor_weight, previous_weight: beta of each reference within the KL.
-        initial_weight, final_weight, warmup_steps: linear warm-up of the weight, in updates.
+        fixed_weight: the weight that `with_fixed_weight` gives the kinds with a fixed anchor.
+        initial_weight, final_weight, warmup_steps: linear warm-up of the weight, in updates (a
+            fraction of one is possible).
         min_weight, max_weight: the range that feedback keeps the weight in.
         target_shift: d, the shift of the means that feedback aims at, in standard deviations of
             the transition (root mean square over elements): a KL of D = d²/2.
@@ -61,7 +63,9 @@ class TrustRegionConfig:
         kl_time_weight: of each step in the KLs of the references. `uniform`: the mean over
             the steps, which the last steps dominate (KL_t = N_t²·Δv²/2 for a change Δv of the
             velocity); `equalized`: times S_t², so that the same change of velocity costs the same
-            at every step, as much as at the median step.
+            at every step, as much as at the median step; `step_length`: times σ - σ', which turns
+            the std of an Euler-Maruyama step in the denominator into the diffusion coefficient
+            (Flow-GRPO).
         step_bound: an update is scaled down so that KL(π_new ‖ π) is expected to stay below this,
             from the measured KL of the last update and the lengths of both; 0: no bound.
     """
@@ -70,12 +74,13 @@ class TrustRegionConfig:
     anchor_every: int = 10
     anchor_weight: float = 1.0
     previous_weight: float = 0.1
-    initial_weight: float = 1e-7
-    final_weight: float = 1e-5
-    warmup_steps: int = 100
-    min_weight: float = 1e-7
-    max_weight: float = 100.0
-    target_shift: float = 0.015
+    fixed_weight: float = 0.04
+    initial_weight: float = 0.01
+    final_weight: float = 0.1
+    warmup_steps: float = 20.0
+    min_weight: float = 1e-3
+    max_weight: float = 30.0
+    target_shift: float = 0.02
     feedback: str = "tighten"
     history: int = 10
     high: float = 1.5
@@ -110,19 +115,27 @@ class TrustRegionConfig:
                 "0 without the previous policy in closed form (kind stepwise, dual or "
                 "fixed_stepwise, previous_estimator closed_form)",
             )
-        for name, lowest in (("anchor_every", 1), ("history", 1), ("warmup_steps", 0)):
+        for name, lowest in (("anchor_every", 1), ("history", 1)):
             value = getattr(self, name)
             self._require(
                 name, isinstance(value, int) and value >= lowest, f"an integer >= {lowest}"
             )
-        for name in ("anchor_weight", "previous_weight", "initial_weight", "min_weight", "low"):
+        for name in (
+            "anchor_weight",
+            "previous_weight",
+            "fixed_weight",
+            "initial_weight",
+            "final_weight",
+            "warmup_steps",
+            "min_weight",
+            "low",
+        ):
             self._require(name, getattr(self, name) >= 0, ">= 0")
         self._require("target_shift", self.target_shift > 0, "> 0")
         self._require("high", self.high > self.low, f"> low={self.low}")
         self._require("up", self.up >= 1, ">= 1")
         self._require("down", 0 < self.down <= 1, "in (0, 1]")
         self._require("max_weight", self.max_weight >= self.min_weight, ">= min_weight")
-        self._require("final_weight", self.final_weight >= 0, ">= 0")
         if self.feedback != "none":
             allowed = f"in [min_weight, max_weight] = [{self.min_weight}, {self.max_weight}]"
             inside = self.min_weight <= self.final_weight <= self.max_weight
@@ -131,6 +144,19 @@ class TrustRegionConfig:
     def _require(self, name: str, condition: bool, allowed: str) -> None:
         if not condition:
             raise ValueError(f"trust region: {name}={getattr(self, name)!r}: must be {allowed}")
+
+    def with_fixed_weight(self) -> TrustRegionConfig:
+        """Returns the settings in which a fixed anchor has the weight `fixed_weight` all along.
+
+        The distance to the initial parameters is what is learned: feedback that aims at a value of
+        it would forbid to learn more. Kinds without a fixed anchor stay as they are.
+        """
+        if self.kind not in _FIXED_KINDS:
+            return self
+        weight = self.fixed_weight
+        return dataclasses.replace(
+            self, initial_weight=weight, final_weight=weight, warmup_steps=0.0, feedback="none"
+        )
 
     @property
     def target(self) -> float:
@@ -299,9 +325,7 @@ def _next_weight(
 def _warmup_weight(config: TrustRegionConfig, count: jax.Array) -> jax.Array:
     if config.kind == "none":
         return jnp.zeros([], jnp.float32)
-    progress = jnp.minimum(count / max(config.warmup_steps, 1), 1.0)
-    if config.warmup_steps == 0:
-        progress = 1.0
+    progress = 1.0 if config.warmup_steps == 0 else jnp.minimum(count / config.warmup_steps, 1.0)
     change = config.final_weight - config.initial_weight
     return jnp.asarray(config.initial_weight + change * progress, jnp.float32)
 

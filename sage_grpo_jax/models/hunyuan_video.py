@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sage_grpo_jax.models import double_stream
+from sage_grpo_jax.models import double_stream, lora
 from sage_grpo_jax.models.double_stream import EPSILON
 from sage_grpo_jax.models.hunyuan_video_config import HunyuanVideoConfig, require
 from sage_grpo_jax.models.layers import (
@@ -112,8 +112,11 @@ def velocity(
       ValueError: shapes that do not fit the config.
     """
     _check_inputs(latents, timestep, condition, config)
+    blocks = None
+    if adapters is not None:
+        params, blocks = lora.split_blocks(params, adapters, scale)
     return _Transformer(config).apply(
-        {"params": params}, latents, timestep, condition, adapters, scale
+        {"params": params}, latents, timestep, condition, blocks, scale
     )
 
 
@@ -227,11 +230,9 @@ class _Transformer(nn.Module):
         if self.is_initializing():
             self._init_blocks((image, text), *shared)
         else:
-            blocks, lora_blocks = self.variables["params"]["blocks"], None
-            if adapters is not None:
-                lora_blocks = adapters["blocks"]
+            blocks = self.variables["params"]["blocks"]
             image, text = double_stream.run_blocks(
-                blocks, config, (image, text), shared, lora_blocks, scale
+                blocks, config, (image, text), shared, adapters, scale
             )
         out = _FinalLayer(config, name="final")(image[:, :num_tokens], vector)
         return unpatchify(out, grid, config.patch)

@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
+from sage_grpo_jax.common import checked_json
 from sage_grpo_jax.models.attention import IMPLEMENTATIONS
 
 CLASS_NAME = "HunyuanVideo15Transformer3DModel"
 RUNTIME_FIELDS = ("dtype", "attention", "remat", "unroll")
 DTYPES = ("float32", "bfloat16")
+TASKS = ("t2v", "i2v")
+# Far beyond every released model; what is larger comes from a damaged file.
+_BOUNDS = {
+    "in_channels": 4096,
+    "out_channels": 4096,
+    "num_attention_heads": 1024,
+    "attention_head_dim": 4096,
+    "num_layers": 1024,
+    "num_refiner_layers": 1024,
+    "patch_size": 64,
+    "patch_size_t": 64,
+    "text_embed_dim": 1 << 17,
+    "text_embed_2_dim": 1 << 17,
+    "image_embed_dim": 1 << 17,
+    "hidden_size": 1 << 17,
+    "target_size": 1 << 17,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,20 +74,25 @@ class HunyuanVideoConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "rope_axes_dim", tuple(self.rope_axes_dim))
-        for field in ("num_attention_heads", "attention_head_dim", "num_layers", "patch_size",
-                      "num_refiner_layers", "patch_size_t", "out_channels"):  # fmt: skip
-            require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
+        for field, most in _BOUNDS.items():
+            value = getattr(self, field)
+            require(value is None or 1 <= value <= most, field, value, f"1 to {most}")
         require(self.in_channels >= self.out_channels, "in_channels", self.in_channels,
                  f"at least out_channels={self.out_channels}")  # fmt: skip
         axes = self.rope_axes_dim
         require(
             len(axes) == 3
-            and all(dim % 2 == 0 for dim in axes)
+            and all(dim % 2 == 0 and dim >= 0 for dim in axes)
             and sum(axes) == self.attention_head_dim,
             "rope_axes_dim",
             axes,
             f"three even numbers that sum to attention_head_dim={self.attention_head_dim}",
         )
+        require(0 < self.rope_theta < math.inf, "rope_theta", self.rope_theta, "positive, finite")
+        width = self.hidden_size * self.mlp_ratio
+        require(1 <= width <= 1 << 20, "mlp_ratio", self.mlp_ratio,
+                 f"such that {self.hidden_size} times it is 1 to {1 << 20}")  # fmt: skip
+        require(self.task_type in TASKS, "task_type", self.task_type, f"one of {TASKS}")
         require(self.qk_norm == "rms_norm", "qk_norm", self.qk_norm, "'rms_norm'")
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {DTYPES}")
         require(self.attention in IMPLEMENTATIONS, "attention", self.attention,
@@ -88,16 +112,18 @@ class HunyuanVideoConfig:
         """From the text of a diffusers config.json; `runtime` sets dtype, attention, remat, unroll.
 
         Raises:
-          ValueError: another model's config, or fields that this model does not have.
+          ValueError: another model's config, fields that this model does not have, or values that
+            it cannot have.
         """
-        values = json.loads(text)
+        return cls.from_values(checked_json.parse(text), **runtime)
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any], **runtime: Any) -> HunyuanVideoConfig:
+        """The same, from the JSON object."""
         class_name = values.get("_class_name", CLASS_NAME)
         require(class_name == CLASS_NAME, "_class_name", class_name, CLASS_NAME)
         values = {name: value for name, value in values.items() if not name.startswith("_")}
-        known = {field.name for field in dataclasses.fields(cls)} - set(RUNTIME_FIELDS)
-        unknown = sorted(set(values) - known)
-        require(not unknown, "config.json", unknown, f"only {sorted(known)}")
-        return cls(**values, **runtime)
+        return cls(**checked_json.fields(cls, values, RUNTIME_FIELDS), **runtime)
 
     def to_json(self) -> str:
         """The text of a diffusers config.json; how to run the model is left out."""
@@ -110,4 +136,11 @@ class HunyuanVideoConfig:
 def require(condition: bool, field: str, value: Any, allowed: Any) -> None:
     """Raises a ValueError that says the field, its value and what is allowed."""
     if not condition:
-        raise ValueError(f"{field}={value}: must be {allowed}")
+        raise ValueError(f"{field}={_short(value)}: must be {allowed}")
+
+
+def _short(value: Any) -> str:
+    """A text as it is, anything else as its `repr`, and neither without end."""
+    if isinstance(value, str) and len(value) <= 120 and value.isprintable():
+        return value
+    return checked_json.shown(value)

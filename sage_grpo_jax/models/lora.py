@@ -1,9 +1,10 @@
 """Low-rank adapters (LoRA) of the DiT: W + (alpha / r) A B, over stacked layers.
 
-Adapters are a nested dict that mirrors the parameters of the blocks; where those have `kernel`
-[layers, in, out], adapters have `down` A [layers, in, r] and `up` B [layers, r, out]. The base
-weights stay frozen. The product is taken layer by layer inside the model (`merge_layer`), so that
-neither the merged weights nor their gradients ever exist for all layers at once.
+Adapters are a nested dict that mirrors the parameters; where those have `kernel` [..., in, out],
+adapters have `down` A [..., in, r] and `up` B [..., r, out]; in blocks the layers are in front. The
+base weights stay frozen. In the double-stream blocks the product is taken layer by layer inside
+the model (`merge_layer`), so that neither the merged weights nor their gradients ever exist for
+all layers at once.
 
 Source: Hu et al., arXiv 2106.09685; names of peft and diffusers: `lora_A` = A^T, `lora_B` = B^T.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -21,8 +23,23 @@ from flax import traverse_util
 
 TARGETS = ("query", "key", "value", "proj", "mlp/in", "mlp/out")
 STREAMS = ("image", "text")
+# Every dense layer of the model; some are parts that a model may lack.
+LAYERS = (
+    *(f"blocks/{stream}/{t}" for stream in STREAMS for t in (*TARGETS, "modulation/linear")),
+    *(f"text_refiner/blocks/{target}" for target in (*TARGETS, "gates/linear")),
+    "text_refiner/proj_in",
+    *(f"text_refiner/{embed}/{end}" for embed in ("time_embed", "pooled_embed")
+      for end in ("in", "out")),
+    *(f"{embed}/{end}" for embed in ("time_embed", "time_embed_r", "image_embed")
+      for end in ("in", "out")),
+    "byt5_embed/in",
+    "byt5_embed/mid",
+    "byt5_embed/out",
+    "final/modulation/linear",
+    "final/proj",
+)  # fmt: skip
 # Adapter axis names: the rank is never sharded.
-_NAMES = {"down": ("layers", "embed", None), "up": ("layers", None, "embed")}
+_NAMES = {"down": ("embed", None), "up": (None, "embed")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +49,8 @@ class LoraConfig:
     Attributes:
       rank: r, at least 1.
       alpha: the adapters are scaled by alpha / rank.
-      targets: dense layers of both streams' attention and MLP, some of `TARGETS`.
+      targets: dense layers: of `TARGETS` (in both streams of the double-stream blocks) or, one by
+        one, of `LAYERS`.
     """
 
     rank: int
@@ -45,11 +63,12 @@ class LoraConfig:
             raise ValueError(f"lora.rank: got {self.rank}; allowed: at least 1")
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"lora.alpha: got {self.alpha}; allowed: greater than 0 and finite")
-        unknown = sorted(set(self.targets) - set(TARGETS))
-        if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
+        paths = [path for target in self.targets for path in _expand(target)]
+        unknown = [target for target in self.targets if target not in (*TARGETS, *LAYERS)]
+        if unknown or not paths or len(set(paths)) < len(paths):
             raise ValueError(
-                f"lora.targets: got {self.targets}; allowed: some of {', '.join(TARGETS)}, each "
-                "once"
+                f"lora.targets: got {self.targets}; allowed: some of {', '.join(TARGETS)} for both "
+                f"streams, or single layers as {LAYERS[0]} and {LAYERS[-1]}, each once"
             )
 
     @property
@@ -59,7 +78,22 @@ class LoraConfig:
 
 def adapted_paths(lora: LoraConfig) -> list[tuple[str, ...]]:
     """Paths of the adapted layers in the parameter tree: ("blocks", "image", "mlp", "in")."""
-    return [("blocks", stream, *target.split("/")) for stream in STREAMS for target in lora.targets]
+    paths = {path for target in lora.targets for path in _expand(target)}
+    return [tuple(path.split("/")) for path in LAYERS if path in paths]
+
+
+def targets_of(paths: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """The targets that stand for these layers, as short as they get."""
+    left = {"/".join(path) for path in paths}
+    both = [target for target in TARGETS if left.issuperset(_expand(target))]
+    left -= {path for target in both for path in _expand(target)}
+    return (*both, *(path for path in LAYERS if path in left))
+
+
+def _expand(target: str) -> list[str]:
+    if target in TARGETS:
+        return [f"blocks/{stream}/{target}" for stream in STREAMS]
+    return [target]
 
 
 def abstract_adapters(params: Any, lora: LoraConfig) -> dict[str, Any]:
@@ -68,13 +102,20 @@ def abstract_adapters(params: Any, lora: LoraConfig) -> dict[str, Any]:
     Args:
       params: the model's parameters, or their shapes.
       lora: rank and targets.
+
+    Raises:
+      ValueError: targets in parts that the model has not.
     """
     flat = traverse_util.flatten_dict(params)
     shapes = {}
     for path in adapted_paths(lora):
-        layers, fan_in, fan_out = flat[(*path, "kernel")].shape
-        shapes[(*path, "down")] = (layers, fan_in, lora.rank)
-        shapes[(*path, "up")] = (layers, lora.rank, fan_out)
+        if (*path, "kernel") not in flat:
+            raise ValueError(
+                f"lora.targets: got {'/'.join(path)}; allowed: layers that the model has"
+            )
+        *layers, fan_in, fan_out = flat[(*path, "kernel")].shape
+        shapes[(*path, "down")] = (*layers, fan_in, lora.rank)
+        shapes[(*path, "up")] = (*layers, lora.rank, fan_out)
     return traverse_util.unflatten_dict(
         {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
     )
@@ -101,15 +142,41 @@ def init_adapters(params: Any, lora: LoraConfig, key: jax.Array) -> dict[str, An
     return traverse_util.unflatten_dict(adapters)
 
 
+def start_from(fresh: Any, given: Any, ratio: float) -> Any:
+    """Adapters to go on training from: those given, and fresh ones where nothing is given.
+
+    The product is that of the given ones: B is zero wherever A is fresh.
+
+    Args:
+      fresh: of `init_adapters`: the tree to be trained.
+      given: a tree of some of its layers, of the same or a lower rank; a layer that is all zero
+        counts as not given.
+      ratio: the scale of the given adapters, divided by that of the trained ones.
+    """
+    flat, found = traverse_util.flatten_dict(fresh), traverse_util.flatten_dict(given)
+    for path in [path[:-1] for path in found if path[-1] == "down"]:
+        down, up = found[(*path, "down")], found[(*path, "up")]
+        rank, new = down.shape[-1], flat[(*path, "down")]
+        is_given = jnp.any(down != 0, axis=(-2, -1), keepdims=True)
+        filled = jnp.concatenate([down, new[..., rank:]], axis=-1)
+        flat[(*path, "down")] = jnp.where(is_given, filled, new)
+        flat[(*path, "up")] = flat[(*path, "up")].at[..., :rank, :].set(ratio * up)
+    return traverse_util.unflatten_dict(flat)
+
+
 def partition_names(lora: LoraConfig) -> dict[str, Any]:
     """Logical axis names of the adapters: a tree like them."""
     return traverse_util.unflatten_dict(
-        {(*path, part): names for path in adapted_paths(lora) for part, names in _NAMES.items()}
+        {
+            (*path, part): ("layers", *names) if "blocks" in path else names
+            for path in adapted_paths(lora)
+            for part, names in _NAMES.items()
+        }
     )
 
 
 def merge_layer(block: Any, adapters: Any, scale: float) -> Any:
-    """The parameters of a block (or of stacked blocks) with the adapters added to its kernels.
+    """The parameters of a block, or of any part of the model, with the adapters in its kernels.
 
     Args:
       block: parameters; kernels [..., in, out].
@@ -129,6 +196,17 @@ def merge_layer(block: Any, adapters: Any, scale: float) -> Any:
     return traverse_util.unflatten_dict(flat)
 
 
+def split_blocks(params: Any, adapters: Any, scale: float) -> tuple[Any, Any]:
+    """Merges what lies outside the double-stream blocks; their adapters are left to them.
+
+    Returns:
+      (parameters, adapters of the blocks or None)
+    """
+    outside = {name: part for name, part in adapters.items() if name != "blocks"}
+    merged = merge_layer({name: params[name] for name in outside}, outside, scale)
+    return {**params, **merged}, adapters.get("blocks")
+
+
 def merge(params: Any, adapters: Any, scale: float) -> Any:
     """All parameters with the adapters added: W + scale * A B; for export and small models."""
-    return {**params, "blocks": merge_layer(params["blocks"], adapters["blocks"], scale)}
+    return merge_layer(params, adapters, scale)

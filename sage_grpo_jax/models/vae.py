@@ -21,9 +21,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sage_grpo_jax.common import checked_json
 from sage_grpo_jax.models import vae_layers as layers
 
 Params = dict[str, Any]
+# Far beyond the released model; what is larger comes from a damaged file.
+_BOUNDS = {
+    "in_channels": 4096,
+    "out_channels": 4096,
+    "latent_channels": 4096,
+    "layers_per_block": 32,
+}
+_MAX_WIDTH, _MAX_LEVELS, _MAX_RATIO = 1 << 16, 16, 1 << 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +104,18 @@ class VaeConfig:
 
     @classmethod
     def from_json(cls, text: str, **overrides: Any) -> VaeConfig:
-        """From the text of a diffusers `config.json`; keys starting with "_" are ignored."""
-        fields = {f.name for f in dataclasses.fields(cls)}
-        given = {k: v for k, v in json.loads(text).items() if not k.startswith("_")}
-        unknown = sorted(set(given) - fields)
-        if unknown:
-            raise ValueError(f"VAE config has unknown keys {unknown}; known are {sorted(fields)}")
-        return cls(**(given | overrides))
+        """From the text of a diffusers `config.json`; keys starting with "_" are ignored.
+
+        Raises:
+          ValueError: fields that are unknown, or values that they cannot have.
+        """
+        return cls.from_values(checked_json.parse(text), **overrides)
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any], **overrides: Any) -> VaeConfig:
+        """The same, from the JSON object."""
+        given = {name: value for name, value in values.items() if not name.startswith("_")}
+        return cls(**(checked_json.fields(cls, given, ("dtype",)) | overrides))
 
     def to_json(self) -> str:
         """The text of a diffusers `config.json`; without `dtype`, which diffusers does not know."""
@@ -113,8 +127,8 @@ class VaeConfig:
 def _validate(config: VaeConfig) -> None:
     for name in ("spatial_compression_ratio", "temporal_compression_ratio"):
         value = getattr(config, name)
-        if value < 1 or value & (value - 1):
-            raise ValueError(f"{name}={value}: must be a power of two")
+        if not 1 <= value <= _MAX_RATIO or value & (value - 1):
+            raise ValueError(f"{name}={value}: must be a power of two up to {_MAX_RATIO}")
     if config.temporal_compression_ratio > config.spatial_compression_ratio:
         raise ValueError(
             f"temporal_compression_ratio={config.temporal_compression_ratio}: must be at most "
@@ -122,9 +136,11 @@ def _validate(config: VaeConfig) -> None:
         )
     if config.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={config.dtype!r}: must be float32, bfloat16 or float16")
-    for name in ("in_channels", "out_channels", "latent_channels", "layers_per_block"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)}: must be at least 1")
+    for name, most in _BOUNDS.items():
+        if not 1 <= getattr(config, name) <= most:
+            raise ValueError(f"{name}={getattr(config, name)}: must be 1 to {most}")
+    if not 0 < config.scaling_factor < math.inf:
+        raise ValueError(f"scaling_factor={config.scaling_factor}: must be positive and finite")
     _validate_widths(config)
 
 
@@ -134,11 +150,13 @@ def _validate_widths(config: VaeConfig) -> None:
 
     def require(condition: bool, what: str) -> None:
         if not condition:
-            raise ValueError(f"block_out_channels={widths}: {what}")
+            raise ValueError(f"block_out_channels={checked_json.shown(widths)}: {what}")
 
     matching = config.downsample_match_channel or config.upsample_match_channel
     levels = config.spatial_steps + matching
-    require(len(widths) >= max(levels, 1), f"needs at least {levels} levels")
+    require(max(levels, 1) <= len(widths) <= _MAX_LEVELS, f"needs at least {levels} levels, and "
+            f"at most {_MAX_LEVELS}")  # fmt: skip
+    require(all(1 <= width <= _MAX_WIDTH for width in widths), f"each must be 1 to {_MAX_WIDTH}")
     require(
         widths[-1] % (2 * config.latent_channels) == 0,
         f"the last must be a multiple of 2 * latent_channels = {2 * config.latent_channels}",

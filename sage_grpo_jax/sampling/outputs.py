@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sage_grpo_jax.common import files
+from sage_grpo_jax.common import checked_json, files
 from sage_grpo_jax.data import media
 
 RECORDS = "samples.jsonl"
@@ -89,11 +89,12 @@ class Records:
     def _parse(self, line: str, number: int) -> dict[str, Any]:
         where = f"{self._path}, line {number}"
         try:
-            row = json.loads(line)
-            made = row["settings"]
-            _ = row["file"], row["id"], row["prompt"], row["seed"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{where}: not the record of a sample ({error!r})") from error
+            row = checked_json.parse(line)
+            made = checked_json.member(row, "settings", dict)
+            for field, hint in (("file", str), ("id", str), ("prompt", str), ("seed", int)):
+                checked_json.member(row, field, hint)
+        except ValueError as error:
+            raise ValueError(f"{where}: not the record of a sample ({error})") from error
         names = sorted(set(made) | set(self._settings))
         differing = [
             f"{name} was {made.get(name)!r}, is {self._settings.get(name)!r}"

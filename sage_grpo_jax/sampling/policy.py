@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -16,7 +15,8 @@ from sage_grpo_jax.parallel import hosts, sharding
 from sage_grpo_jax.sampling.sampler import Policy
 from sage_grpo_jax.training import checkpoint as checkpoint_lib
 from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import setup
+from sage_grpo_jax.training import input_checks, setup
+from sage_grpo_jax.weights import adapters as adapters_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,13 @@ class Source:
       weights: folder of a transformer, in place of `config.model.transformer`.
       checkpoint: workdir of a run; its newest checkpoint.
       adapters: folder of LoRA adapters for the weights.
+      ema: of the run, the moving average of its parameters.
     """
 
     weights: str | None = None
     checkpoint: str | None = None
     adapters: str | None = None
+    ema: bool = False
 
 
 def adapt_config(config: config_lib.Config, source: Source) -> config_lib.Config:
@@ -49,6 +51,8 @@ def adapt_config(config: config_lib.Config, source: Source) -> config_lib.Config
             f"--checkpoint={source.checkpoint} and --adapters={source.adapters}: both given; "
             "allowed: one of them (a run with adapters keeps them in its checkpoints)"
         )
+    if source.ema and not source.checkpoint:
+        raise ValueError("--ema: without --checkpoint there is no average; allowed: both")
     if source.weights:
         config = _replace(config, "model", transformer=source.weights)
     if source.checkpoint is None:
@@ -62,15 +66,17 @@ def adapt_config(config: config_lib.Config, source: Source) -> config_lib.Config
     file = workdir / "lora.json"
     if not file.exists():
         return _replace(config, "lora", rank=0)
-    run = _read_lora(file)
-    if not source.weights and not _same_folder(run["base"], config.model.transformer):
+    lora, base = adapters_lib.read_lora_json(file)
+    if base is None:
+        raise ValueError(f"{file}: base is missing: must be the folder of the run's weights")
+    if not source.weights and not _same_folder(base, config.model.transformer):
         raise ValueError(
-            f"--checkpoint: the adapters of {workdir} were trained on {run['base']}, the recipe "
+            f"--checkpoint: the adapters of {workdir} were trained on {base}, the recipe "
             f"has {config.model.transformer}; allowed: that recipe, or --weights=FOLDER with the "
             "same weights"
         )
-    targets = ",".join(run["targets"])
-    return _replace(config, "lora", rank=run["rank"], alpha=run["alpha"], targets=targets)
+    targets = ",".join(lora.targets)
+    return _replace(config, "lora", rank=lora.rank, alpha=lora.alpha, targets=targets)
 
 
 def load(
@@ -88,7 +94,12 @@ def load(
       ValueError, FileNotFoundError: files that are missing or do not fit.
     """
     if source.checkpoint is not None:
-        params, adapters = setup.load_policy(networks, config, mesh, source.checkpoint)
+        where = source.checkpoint
+        params, adapters = setup.load_policy(networks, config, mesh, where, source.ema)
+        try:
+            input_checks.require_finite(params if adapters is None else adapters)
+        except ValueError as error:
+            raise ValueError(f"--checkpoint: {source.checkpoint}: {error}") from error
         scale = 1.0 if adapters is None else config.lora.adapters.scale
         return Policy(params, adapters, scale)
     dtype = jnp.dtype(networks.transformer.dtype)
@@ -118,20 +129,10 @@ def describe(networks: setup.Networks, source: Source) -> dict[str, Any]:
         folder = pathlib.Path(source.checkpoint).absolute()
         steps = [p.name for p in (folder / checkpoint_lib.FOLDER).iterdir() if p.name.isdigit()]
         found |= {"checkpoint": str(folder), "step": max(map(int, steps), default=None)}
+        found |= {"ema": True} if source.ema else {}
     if source.adapters is not None:
         found["adapters"] = str(pathlib.Path(source.adapters).absolute())
     return found
-
-
-def _read_lora(file: pathlib.Path) -> dict[str, Any]:
-    """What a run wrote about its adapters."""
-    try:
-        values = json.loads(file.read_text())
-        lora_lib.LoraConfig(values["rank"], values["alpha"], tuple(values["targets"]))
-        _ = values["base"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: does not describe the adapters of a run ({error!r})") from error
-    return values
 
 
 def _same_folder(first: str, second: str) -> bool:

@@ -147,6 +147,7 @@ def make_chain(
             settings.sampler,
             settings.eta,
             settings.stochastic,
+            clamp=settings.clamp,
             initial_latents=initial_latents,
         )
         return trajectory.latents[-1]

@@ -34,6 +34,7 @@ class Settings:
       format: mp4, gif or both.
       last_step: whether a stochastic sampler's last step injects noise, as in training.
       guidance_mode: both branches in one batch, or one after the other in less memory.
+      clamp: of the sampler, see `flow.sde.step_coefficients`; the recipe's where it is its sampler.
     """
 
     sampler: str
@@ -49,6 +50,7 @@ class Settings:
     format: str = "mp4"
     last_step: str = "deterministic"
     guidance_mode: str = "batch"
+    clamp: float = 0.0
 
     @property
     def schedule(self) -> schedules.Schedule:
@@ -57,7 +59,9 @@ class Settings:
     @property
     def stochastic(self) -> np.ndarray:
         """bool [T]: the steps that inject noise."""
-        return sde.stochastic_steps(self.sampler, self.schedule, self.eta, self.last_step)
+        return sde.stochastic_steps(
+            self.sampler, self.schedule, self.eta, self.last_step, clamp=self.clamp
+        )
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -96,6 +100,8 @@ def from_config(config: config_lib.Config, **given: Any) -> Settings:
         "guidance_mode": rollout.guidance_mode,
     }
     values |= {name: value for name, value in given.items() if value is not None}
+    if values["sampler"] == rollout.sde:
+        values["clamp"] = rollout.clamp
     if values["tiling"] == "auto":
         larger = max(values["height"], values["width"]) > vae_tiling.TILE
         values["tiling"] = "official" if larger else "off"

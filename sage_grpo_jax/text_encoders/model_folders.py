@@ -4,6 +4,8 @@ import hashlib
 import pathlib
 from typing import NamedTuple
 
+from sage_grpo_jax.weights import safetensors_io
+
 _MODEL_FILE = "config.json"
 _TOKENIZER_FILE = "tokenizer_config.json"
 _IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
@@ -42,14 +44,19 @@ def fingerprint(folder: pathlib.Path) -> str:
 
     The values of the weights are not read (they are tens of GB): two fine-tunings of one model
     that were saved alike have the same fingerprint.
+
+    Raises:
+      ValueError: no weights, or files that are none.
     """
     digest = hashlib.sha256((folder / _MODEL_FILE).read_bytes())
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder}: no *.safetensors; weights in other formats are not read")
     for file in files:
-        with open(file, "rb") as stream:
-            header = stream.read(int.from_bytes(stream.read(8), "little"))
+        try:
+            header = safetensors_io.header_text(file)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
         digest.update(f"{file.name} {file.stat().st_size}".encode() + header)
     return digest.hexdigest()
 

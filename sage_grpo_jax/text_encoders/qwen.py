@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sage_grpo_jax.text_encoders import template, torch_support
+from sage_grpo_jax.text_encoders import chat_template, template, torch_support
 
 NAME = "qwen2_5_vl"
 MAX_TOKENS = 1000
@@ -40,7 +40,8 @@ class PromptTokenizer:
       template_hash: SHA-256 of the template as the tokenizer writes it.
 
     Raises:
-      ValueError: a tokenizer without chat template, or one that starts the user's turn otherwise.
+      ValueError: a tokenizer without chat template, one that starts the user's turn otherwise, or
+        one that cannot be rendered (see `chat_template`).
     """
 
     def __init__(self, folder: pathlib.Path, max_tokens: int = MAX_TOKENS):
@@ -49,9 +50,7 @@ class PromptTokenizer:
         self._tokenizer = torch_support.load_processor(transformers.AutoTokenizer, folder)
         if not getattr(self._tokenizer, "chat_template", None):
             raise ValueError(f"{folder}: the tokenizer has no chat template")
-        rendered = self._tokenizer.apply_chat_template(
-            template.conversation(_PLACEHOLDER), add_generation_prompt=True, tokenize=False
-        )
+        (rendered,) = self._render([_PLACEHOLDER])
         head = rendered.partition(_PLACEHOLDER)[0]
         if not head.endswith(template.USER_MARKER):
             raise ValueError(
@@ -69,12 +68,8 @@ class PromptTokenizer:
         Raises:
           ValueError: when the template's tokens run into the prompt's.
         """
-        rows = self._tokenizer.apply_chat_template(
-            [template.conversation(prompt) for prompt in prompts],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-        )["input_ids"]
+        rendered = self._render(prompts)
+        rows = self._tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
         for prompt, ids in zip(prompts, rows, strict=True):
             if ids[: self.crop_start] != self._head:
                 raise ValueError(
@@ -83,6 +78,15 @@ class PromptTokenizer:
                 )
         limit = self.crop_start + self._max_tokens
         return [Tokens(ids[:limit], len(ids) > limit) for ids in rows]
+
+    def _render(self, prompts: Sequence[str]) -> list[str]:
+        """Prompts in the template; the same text as the tokenizer's `apply_chat_template`."""
+        conversations = [template.conversation(prompt) for prompt in prompts]
+        try:
+            chat = self._tokenizer.get_chat_template()  # a ValueError: several, none is the default
+            return chat_template.render(chat, conversations, self._tokenizer.special_tokens_map)
+        except ValueError as error:
+            raise ValueError(f"{self._folder}: {error}") from error
 
 
 class PromptEncoder:

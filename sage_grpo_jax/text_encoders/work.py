@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sage_grpo_jax.common import files, folders
+from sage_grpo_jax.common import checked_json, files, folders
 from sage_grpo_jax.common.progress import Progress
 from sage_grpo_jax.data.embedding_records import DTYPES
 
@@ -96,9 +96,9 @@ class WorkFolder:
 def read_settings(path: pathlib.Path) -> dict[str, Any]:
     """The settings that a work folder belongs to."""
     try:
-        return json.loads((path / SETTINGS).read_text())
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{path / SETTINGS} cannot be read: {error}; pass --noresume") from error
+        return checked_json.load(path / SETTINGS)
+    except ValueError as error:
+        raise ValueError(f"{error}; pass --noresume") from error
 
 
 @dataclasses.dataclass(frozen=True)

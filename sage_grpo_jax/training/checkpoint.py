@@ -7,16 +7,19 @@ all. One that was damaged all the same (a copy that was cut off, a broken disk, 
 is put aside for the one before it.
 """
 
+import functools
 import json
 import logging as std_logging
 import os
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from flax import traverse_util
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 from orbax.checkpoint import v1 as ocp
@@ -25,8 +28,10 @@ from sage_grpo_jax.common import files
 from sage_grpo_jax.common.files import StorageError
 from sage_grpo_jax.parallel import hosts
 from sage_grpo_jax.training import checksums
+from sage_grpo_jax.weights import orbax_reading, sources, store
 
 FOLDER = "checkpoints"
+EMA = "ema"  # name of the moving average in the state
 DAMAGED = "damaged"  # where unusable checkpoints go, beside FOLDER
 # In the record, as JSON: one string is one file, whatever the number of arrays. Another way to sum
 # will need another name: checkpoints with checksums of an unknown kind count as without.
@@ -118,7 +123,8 @@ class Checkpoints:
         own = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
         for step in _of_first_process(own):
             wanted = {"state": abstract_state, "data": iterator, "record": None}
-            loaded, reason = _load(self._folder / str(step), wanted)
+            folder = self._folder / str(step)
+            loaded, reason = _load(folder, functools.partial(_read, folder, wanted))
             if loaded is not None:
                 self._put_aside(damaged)
                 # Restored buffers may share memory with the reader; the update gives its own away.
@@ -204,15 +210,17 @@ def _of_first_process(steps: list[int]) -> list[int]:
 
 
 def _load(
-    folder: pathlib.Path, wanted: dict[str, Any], partial: bool = False
+    folder: pathlib.Path, read: Callable[[], dict[str, Any]]
 ) -> tuple[dict[str, Any] | None, str]:
     """(content, "") of one checkpoint, or (None, why it cannot be used): the same on all processes.
 
-    Args: see `_read`; among what is wanted are the state and the record.
+    Args:
+      folder: of the checkpoint.
+      read: its content, among it the state (or part of it) and the record.
     """
     content, reason = None, None
     try:
-        content = _read(folder, wanted, partial)
+        content = read()
     except Exception as error:  # what orbax raises depends on the file that is damaged
         reason = f"{type(error).__name__}: {_one_line(error)}"
     # Before the checksums: they are computed together.
@@ -224,7 +232,7 @@ def _load(
     return content, ""
 
 
-def _read(folder: pathlib.Path, wanted: dict[str, Any], partial: bool) -> dict[str, Any]:
+def _read(folder: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint holds, without waiting for other processes.
 
     Orbax lets them meet before and after it reads; a process that cannot read does not come, and
@@ -234,15 +242,32 @@ def _read(folder: pathlib.Path, wanted: dict[str, Any], partial: bool) -> dict[s
     Args:
       folder: of one checkpoint.
       wanted: abstract values by name, as for `ocp.load_checkpointables`.
-      partial: whether trees may lack branches of what is stored.
     """
     context = ocp.Context()
     index = multihost.process_index()
     context.multiprocessing.primary_host = index
     context.multiprocessing.active_processes = {index}
-    context.pytree.loading.partial_load = partial
     with context:
         return ocp.load_checkpointables(folder, wanted)
+
+
+def _read_part(folder: pathlib.Path, name: str, abstract: Any) -> dict[str, Any]:
+    """The record of a checkpoint, and only one part of its state: {"state": {name: ..}, ..}.
+
+    Arrays that orbax does not read: of damaged ones it tells in many lines, from several threads.
+
+    Args:
+      folder: of one checkpoint.
+      name: of the part.
+      abstract: nested dict of ShapeDtypeStructs with shardings, all of one dtype.
+    """
+    expected = traverse_util.flatten_dict(abstract)
+    (dtype,) = {leaf.dtype for leaf in expected.values()}
+    source = orbax_reading.OrbaxSource(folder, ("state", name), dtypes=(dtype.name,))
+    store.check_tree(source, {path: leaf.shape for path, leaf in expected.items()}, folder)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    part = sources.to_devices(source, shardings, dtype)
+    return {"state": {name: part}, **_read(folder, {"record": None})}
 
 
 def _difference(saved: str | None, tree: Any, folder: pathlib.Path) -> str | None:
@@ -296,12 +321,13 @@ def _one_line(error: Exception, length: int = 300) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-def restore_params(path: str | pathlib.Path, abstract_params: Any) -> Any:
+def restore_params(path: str | pathlib.Path, abstract_params: Any, ema: bool = False) -> Any:
     """Only the parameters of a run's newest checkpoint.
 
     Args:
       path: the workdir of a run, or its `checkpoints` folder.
       abstract_params: ShapeDtypeStructs with shardings.
+      ema: their moving average instead.
 
     Raises:
       FileNotFoundError: no complete checkpoint there.
@@ -318,11 +344,24 @@ def restore_params(path: str | pathlib.Path, abstract_params: Any) -> Any:
     if latest is None:
         raise FileNotFoundError(f"{folder}: no complete checkpoint")
     folder = folder / str(latest.step)
-    wanted = {"state": {"params": abstract_params}, "record": None}
-    content, reason = _load(folder, wanted, partial=True)
+    name = EMA if ema else "params"
+    if ema and not _has_average(folder):
+        raise ValueError(
+            f"{path}: the run keeps no moving average of its parameters; allowed: the parameters "
+            "themselves, or a run with config.ema.decay above 0"
+        )
+    content, reason = _load(folder, functools.partial(_read_part, folder, name, abstract_params))
     if content is None:
         raise ValueError(
             f"{folder}: the checkpoint is damaged, or of another model ({reason}). Allowed: a "
             "whole one; where this folder is moved away, the one before it is taken"
         )
-    return content["state"]["params"]
+    return content["state"][name]
+
+
+def _has_average(folder: pathlib.Path) -> bool:
+    """Whether a checkpoint holds a moving average; what cannot be read counts as one that may."""
+    try:
+        return ocp.checkpointables_metadata(folder).metadata["state"].get(EMA) is not None
+    except (OSError, ValueError, KeyError):
+        return True  # `_load` tells what is wrong

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.training import config as config_lib
+from sage_grpo_jax.training import micro_losses, ratio, setup
 from sage_grpo_jax.training import recipe as recipe_lib
-from sage_grpo_jax.training import setup
 from sage_grpo_jax.training import update as update_lib
 
 
@@ -44,7 +44,7 @@ def lower_programs(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[s
     starts = shape((batch,), jnp.int32, rows)
     latent_shape = programs.recipe.latent_shape
     trajectory = shape(
-        (config.rollout.num_steps + 1, batch, *latent_shape),
+        (1 if programs.recipe.is_forward else config.rollout.num_steps + 1, batch, *latent_shape),
         jnp.float32,
         sharding.batch_sharding(mesh, 1),
     )
@@ -60,8 +60,9 @@ def lower_programs(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[s
         shape((batch,), bool, rows),
         starts,
     )
-    frozen = update_lib.Frozen(condition(1, whole), setup.abstract_base(networks, config, mesh))
+    frozen = micro_losses.Frozen(condition(1, whole), setup.abstract_base(networks, config, mesh))
     scalar = shape((), jnp.float32, whole)
+    old = ratio.abstract_old_means(programs.recipe, mesh)
     arguments = {
         "rollout": (state.params, condition(batch, rows), frozen, keys, starts),
         "decode": (
@@ -69,7 +70,7 @@ def lower_programs(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[s
             shape((batch, *latent_shape), jnp.float32, rows),
             shape((), jnp.int32, whole),
         ),
-        "update": (state, update_batch, frozen, scalar),
+        "update": (state, update_batch, frozen, ratio.Tolerances(scalar, scalar), old),
     }
     with jax.set_mesh(mesh):
         return {
@@ -77,5 +78,5 @@ def lower_programs(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[s
             "decode": programs.decode.lower(
                 *arguments["decode"], size=recipe_lib.decode_batch(config, mesh)
             ),
-            "update": programs.update.plain.lower(*arguments["update"]),
+            "update": programs.update.lower(*arguments["update"]),
         }

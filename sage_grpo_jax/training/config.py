@@ -12,7 +12,7 @@ from typing import Any
 
 import ml_collections
 
-from sage_grpo_jax.flow import injected_noise, schedules, sde
+from sage_grpo_jax.flow import injected_noise, schedules, sde, windows
 from sage_grpo_jax.grpo import trust_region as trust_region_lib
 from sage_grpo_jax.models import lora as lora_lib
 from sage_grpo_jax.training import config_checks
@@ -49,9 +49,10 @@ class DataConfig:
     """The prompts: embeddings from `encode_prompts`, or text for the small world's encoder."""
 
     # cache:FOLDER of encode_prompts; with text_encoder=words also FILE.{txt,csv,jsonl}, or
-    # moving_shapes:train | moving_shapes:held_out
+    # moving_shapes:SPLIT with train | validation | test | held_out (the last two) | all
     train_prompts: str = ""
-    eval_prompts: str = ""
+    eval_prompts: str = ""  # choices are made on these: while a run trains, and between runs
+    test_prompts: str = ""  # what is reported: sampled before and after, never in between; "": none
     text_encoder: str = "words"  # words: the small world's word embeddings; cache: encoded before
     max_text_tokens: int = 16  # static length; 0: the smallest bucket that holds every prompt
 
@@ -71,10 +72,19 @@ class RolloutConfig:
     sde: str = "precise"
     eta: float = 0.5
     eta_match: EtaMatch = dataclasses.field(default_factory=EtaMatch)
-    # The steps that inject noise and are trained: all, the first window_size of them, or so many
-    # in a row at a random place (the same within a group); the others follow the ODE.
+    # How close to σ = 1 precise and flow look, where their variance diverges: 1 - σ >= clamp; 0: as
+    # their authors have it.
+    clamp: float = 0.0
+    # The steps that inject noise: all; the first window_size of them; so many in a row, at a random
+    # place (the same within a group) or one that moves with the rollouts: progressive, decay,
+    # dynamic. The others follow the ODE.
     window: str = "all"
     window_size: int = 0
+    window_motion: windows.Motion = dataclasses.field(default_factory=windows.Motion)
+    # The share of the steps that inject noise at which a sample is trained: the first of them, or
+    # random ones of its own.
+    trained_fraction: float = 1.0
+    trained_choice: str = "first"  # first | random
     same_initial_noise: bool = False  # within a group
     num_steps: int = 20
     shift: float = 5.0
@@ -119,14 +129,16 @@ class AdvantageConfig:
 
     epsilon: float = 1e-4
     clip: float = 5.0
-    std_floor: float = 0.0  # of a group, in reward units
+    std_floor: float = 0.0  # in reward units
+    # What they are divided by: group | group_unbiased (over one less) | global, of all samples.
+    std: str = "group"
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     """The policy loss."""
 
-    objective: str = "ppo"  # ppo | reinforce
+    objective: str = "ppo"  # ppo | reinforce | nft (on the forward process, see NftConfig)
     clip_range: float = 1e-4
     equalizer: bool = True
     median: str = "lower"  # lower | mean: of an even number of steps
@@ -134,11 +146,36 @@ class LossConfig:
     log_prob_reduction: str = "mean"  # mean | sum, over the elements of a sample
     step_reduction: str = "mean"  # mean | sum, over the trained steps
     updates_per_rollout: int = 1
+    split_updates: bool = False  # each update takes its share of the samples; False: all of them
+    guidance_gradient: str = "both"  # both | condition: the branches that get a gradient
     micro_batch: int = 16  # samples in one forward and backward pass
-    # Largest |ratio - 1| before the first update of a rollout. Where elements are summed and the
-    # action is stop, times their number.
+    # Largest |ratio - 1| before the first update of a rollout; at most a tenth of clip_range.
     ratio_tolerance: float = 1e-6
-    ratio_action: str = "stop"  # stop | replay | log: what happens above it
+    # Largest distance of the rollout's means from the update's, root mean square over the elements
+    # of a sample, in standard deviations of the step; 0: by the precision of the model.
+    rollout_tolerance: float = 0.0
+    ratio_action: str = "stop"  # stop | log (and apply): what happens above one of them
+
+
+@dataclasses.dataclass(frozen=True)
+class NftConfig:
+    """DiffusionNFT: the loss of `loss.objective=nft`, and the policy that samples for it."""
+
+    beta: float = 1.0  # of the implicit policies v_old ± beta·(v - v_old)
+    adaptive: bool = True  # every sample and noise level weighs about the same
+    # The sampling policy is an average of the trained one that keeps min(rate·(n - start), limit)
+    # of itself after n updates: at first the trained policy itself.
+    decay_start: int = 0
+    decay_rate: float = 0.001
+    decay_limit: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class EmaConfig:
+    """A moving average of the policy, part of the checkpoints; evaluated on request."""
+
+    decay: float = 0.0  # at most, min(decay, (1 + n)/(10 + n)) after n updates; 0: no average
+    every: int = 1  # applied updates from one step of the average to the next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +202,8 @@ class LoraConfig:
 
     rank: int = 0  # 0: all weights are trained
     alpha: float = 0.0  # adapters are scaled by alpha / rank; 0: alpha = 2 * rank
-    targets: str = ",".join(lora_lib.TARGETS)  # layers of both streams
+    targets: str = ",".join(lora_lib.TARGETS)  # of both streams, or paths: blocks/image/query
+    init: str = ""  # folder or file of adapters that the run starts from; "": fresh ones
     base_dtype: str = "auto"  # of the frozen weights; auto: the compute dtype
     learning_rate: float = 0.0  # 0: that of the optimizer
 
@@ -183,12 +221,15 @@ class EvalConfig:
     """The evaluation on fixed prompts and seeds."""
 
     every: int = 50  # 0: only at the start and at the end
+    weights: str = "trained"  # trained | ema: whose videos are scored
     num_prompts: int = 32
-    samples_per_prompt: int = 1
+    num_test_prompts: int = 0  # of data.test_prompts; 0: all of them
+    samples_per_prompt: int = 1  # from 2 on the diversity within a prompt is measured
     num_steps: int = 20
     seed: int = 12345
     manifold_distance: bool = False  # only the moving-shapes world knows its manifold
-    sheet_prompts: int = 8  # clips in the contact sheet and the animation
+    shape_identity: bool = False  # how often its captioned shape is seen: of that world too
+    sheet_prompts: int = 8  # the first prompts, one clip of each, in contact sheet and animation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,10 +272,12 @@ class Config:
     rewards: RewardsConfig = dataclasses.field(default_factory=RewardsConfig)
     advantage: AdvantageConfig = dataclasses.field(default_factory=AdvantageConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    nft: NftConfig = dataclasses.field(default_factory=NftConfig)
     trust_region: trust_region_lib.TrustRegionConfig = dataclasses.field(
         default_factory=trust_region_lib.TrustRegionConfig
     )
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    ema: EmaConfig = dataclasses.field(default_factory=EmaConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
@@ -251,6 +294,12 @@ class Config:
         """Of what is trained: the adapters where there are any."""
         return (self.lora.rank and self.lora.learning_rate) or self.optimizer.learning_rate
 
+    @property
+    def averages(self) -> tuple[str, ...]:
+        """The moving averages that the learner's state has, see `state.AVERAGES`."""
+        kept = {"ema": self.ema.decay > 0, "sampling": self.loss.objective == "nft"}
+        return tuple(name for name, wanted in kept.items() if wanted)
+
 
 def default_config() -> ml_collections.ConfigDict:
     """Every field of `Config` with its default, locked, for recipes to start from."""
@@ -265,7 +314,8 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
     """
     result = _build(Config, config.to_dict(), "config")
     config_checks.validate(result)
-    return _with_matched_eta(result)
+    region = result.trust_region.with_fixed_weight()
+    return _with_matched_eta(dataclasses.replace(result, trust_region=region))
 
 
 def _with_matched_eta(config: Config) -> Config:
@@ -274,7 +324,9 @@ def _with_matched_eta(config: Config) -> Config:
     if not match.kind:
         return config
     schedule = schedules.host_schedule(rollout.num_steps, rollout.shift)
-    stochastic = sde.stochastic_steps(rollout.sde, schedule, 1.0, rollout.last_step)
+    stochastic = sde.stochastic_steps(
+        rollout.sde, schedule, 1.0, rollout.last_step, clamp=rollout.clamp
+    )
     config_checks.require_stochastic(rollout, stochastic)
     try:
         eta = injected_noise.matched_eta(
@@ -285,6 +337,8 @@ def _with_matched_eta(config: Config) -> Config:
             last_step=rollout.last_step,
             window=rollout.window,
             window_size=rollout.window_size,
+            motion=rollout.window_motion,
+            clamp=rollout.clamp,
         )
     except ValueError as error:
         raise ValueError(f"config.rollout.eta_match: {error}") from error

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sage_grpo_jax.data import moving_shapes_spec as spec
-from sage_grpo_jax.flow import guidance, injected_noise, sde
-from sage_grpo_jax.grpo import equalizer, loss
+from sage_grpo_jax.flow import guidance, sde, windows
+from sage_grpo_jax.grpo import advantage, equalizer, loss
 from sage_grpo_jax.models import attention
 from sage_grpo_jax.rewards.backends import BACKENDS
 from sage_grpo_jax.training.methods import METHODS
 
 if TYPE_CHECKING:
-    from sage_grpo_jax.training.config import Config, RewardsConfig, RolloutConfig
+    from sage_grpo_jax.training.config import Config, LossConfig, RewardsConfig, RolloutConfig
 
 _CHOICES = {
     "model.compute_dtype": ("float32", "bfloat16"),
@@ -29,18 +29,22 @@ _CHOICES = {
     "data.text_encoder": ("words", "cache"),
     "rollout.sde": sde.KINDS,
     "rollout.eta_match.kind": ("", "precise", "flow", "dance", "cps"),
-    "rollout.window": injected_noise.WINDOWS,
+    "rollout.window": windows.WINDOWS,
+    "rollout.trained_choice": ("first", "random"),
     "rollout.guidance_mode": guidance.MODES,
     "rollout.last_step": sde.LAST_STEPS,
-    "loss.objective": loss.OBJECTIVES,
+    "advantage.std": advantage.STDS,
+    "loss.objective": (*loss.OBJECTIVES, "nft"),
+    "loss.guidance_gradient": guidance.GRADIENTS,
     "loss.median": equalizer.MEDIANS,
     "loss.log_prob": sde.LOG_PROBS,
     "loss.log_prob_reduction": sde.REDUCTIONS,
     "loss.step_reduction": ("mean", "sum"),
-    "loss.ratio_action": ("stop", "replay", "log"),
+    "loss.ratio_action": ("stop", "log"),
     "optimizer.name": ("adamw", "muon"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "lora.base_dtype": ("auto", "float32", "bfloat16"),
+    "eval.weights": ("trained", "ema"),
 }
 # field -> (lowest, highest); None: no bound.
 _RANGES: dict[str, tuple[float | None, float | None]] = {
@@ -52,7 +56,9 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "data.max_text_tokens": (0, None),
     "rollout.eta": (0, 2),
     "rollout.eta_match.eta": (0, 2),
+    "rollout.clamp": (0, sde.HIGHEST_CLAMP),
     "rollout.window_size": (0, 1000),
+    "rollout.trained_fraction": (0, 1),
     "rollout.num_steps": (1, 1000),
     "rollout.shift": (0.1, 20),
     "rollout.guidance": (0, None),
@@ -74,6 +80,13 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "loss.updates_per_rollout": (1, None),
     "loss.micro_batch": (1, None),
     "loss.ratio_tolerance": (0, None),
+    # Other noise alone is √2 away.
+    "loss.rollout_tolerance": (0, 1),
+    "nft.decay_start": (0, None),
+    "nft.decay_rate": (0, None),
+    "nft.decay_limit": (0, 1),
+    "ema.decay": (0, 1),
+    "ema.every": (1, None),
     "optimizer.b1": (0, 1),
     "optimizer.b2": (0, 1),
     "optimizer.warmup_steps": (0, None),
@@ -86,6 +99,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "lora.learning_rate": (0, None),
     "eval.every": (0, None),
     "eval.num_prompts": (1, None),
+    "eval.num_test_prompts": (0, None),
     "eval.samples_per_prompt": (1, None),
     "eval.num_steps": (1, 1000),
     "eval.seed": (0, 2**32 - 1),
@@ -99,11 +113,19 @@ _POSITIVE = (
     "rewards.budget_seconds",
     "advantage.clip",
     "loss.clip_range",
+    "rollout.trained_fraction",
+    "nft.beta",
     "optimizer.learning_rate",
     "optimizer.grad_clip",
     "optimizer.eps",
 )
-
+_BELOW_ONE = (
+    "optimizer.b1",
+    "optimizer.b2",
+    "optimizer.momentum",
+    "ema.decay",
+    "nft.decay_limit",
+)
 
 _VARIANT = re.compile(r"(480p|720p)_(t2v|i2v)(_distilled|_step_distilled)?")
 
@@ -163,24 +185,19 @@ def _validate_together(config: Config) -> None:
         _ = config.lora.adapters
     except ValueError as error:
         raise ValueError(f"config.{error}") from error
-    matched = bool(rollout.eta_match.kind)  # eta is not read
-    if rollout.sde == "ode" or (rollout.eta == 0 and not matched):
+    if config.lora.init and not config.lora.rank:
         raise ValueError(
-            f"config.rollout: sde={rollout.sde!r} with eta={rollout.eta} samples without noise, "
-            "so there is nothing to learn from; allowed: precise, flow, dance or cps with eta > 0"
+            f"config.lora.init: got {config.lora.init!r} with lora.rank=0; allowed: adapters for a "
+            "run that trains adapters"
         )
-    if (rollout.window == "all") != (rollout.window_size == 0):
-        raise ValueError(
-            f"config.rollout: window={rollout.window!r} with window_size={rollout.window_size}; "
-            "allowed: all with 0, first_k and random_k with at least 1"
-        )
-    if matched and rollout.eta_match.eta == 0:
-        raise ValueError("config.rollout.eta_match.eta: got 0; allowed: more than 0")
-    if rollout.sde == "cps" and rollout.eta > 1 and not matched:
-        raise ValueError(f"config.rollout.eta: got {rollout.eta}; allowed with sde=cps: 0 to 1")
-    for name in ("b1", "b2", "momentum"):
-        if (value := getattr(config.optimizer, name)) == 1:
-            raise ValueError(f"config.optimizer.{name}: got {value}; allowed: below 1")
+    _validate_sampler(config)
+    for path in _BELOW_ONE:
+        if (value := _get(config, path)) == 1:
+            raise ValueError(f"config.{path}: got {value}; allowed: below 1")
+    _validate_ratio(config.loss)
+    _validate_updates(config)
+    if config.loss.objective == "nft":
+        _validate_forward(config)
     if config.batch_size % config.loss.micro_batch:
         raise ValueError(
             f"config.loss.micro_batch: got {config.loss.micro_batch}; allowed: a divisor of "
@@ -198,7 +215,93 @@ def _validate_together(config: Config) -> None:
             f"config.eval.manifold_distance: got True with clips of {clip}; allowed: clips of the "
             f"moving-shapes world, {world}, or False"
         )
+    if config.eval.shape_identity and clip[1:] != world[1:]:
+        raise ValueError(
+            f"config.eval.shape_identity: got True with frames of {clip[1:]}; allowed: frames of "
+            f"the moving-shapes world, {world[1:]}, or False"
+        )
     _validate_rewards(config.rewards)
+
+
+def _validate_sampler(config: Config) -> None:
+    rollout = config.rollout
+    matched = bool(rollout.eta_match.kind)  # eta is not read
+    noiseless = rollout.sde == "ode" or (rollout.eta == 0 and not matched)
+    if noiseless and config.loss.objective != "nft":
+        raise ValueError(
+            f"config.rollout: sde={rollout.sde!r} with eta={rollout.eta} samples without noise, "
+            "so there is nothing to learn from; allowed: precise, flow, dance or cps with eta > 0, "
+            "or loss.objective=nft"
+        )
+    if noiseless and rollout.same_initial_noise:
+        raise ValueError(
+            f"config.rollout.same_initial_noise: got True with sde={rollout.sde!r} and "
+            f"eta={rollout.eta}, which makes the videos of a group equal; allowed: False"
+        )
+    if (rollout.window == "all") != (rollout.window_size == 0):
+        raise ValueError(
+            f"config.rollout: window={rollout.window!r} with window_size={rollout.window_size}; "
+            "allowed: all with 0, the others with at least 1"
+        )
+    if matched and rollout.eta_match.eta == 0:
+        raise ValueError("config.rollout.eta_match.eta: got 0; allowed: more than 0")
+    if rollout.sde == "cps" and rollout.eta > 1 and not matched:
+        raise ValueError(f"config.rollout.eta: got {rollout.eta}; allowed with sde=cps: 0 to 1")
+    if rollout.clamp and rollout.sde not in sde.CLAMPED:
+        raise ValueError(
+            f"config.rollout.clamp: got {rollout.clamp} with sde={rollout.sde!r}, which does not "
+            f"read it; allowed: 0, or sde={' or '.join(sde.CLAMPED)}"
+        )
+
+
+def _validate_updates(config: Config) -> None:
+    loss = config.loss
+    pieces = config.batch_size // loss.micro_batch
+    if loss.split_updates and loss.updates_per_rollout == 1:
+        raise ValueError(
+            "config.loss.split_updates: got True with updates_per_rollout=1; allowed: at least 2 "
+            "updates, or False"
+        )
+    if loss.split_updates and pieces % loss.updates_per_rollout:
+        raise ValueError(
+            f"config.loss.updates_per_rollout: got {loss.updates_per_rollout} with split_updates; "
+            f"allowed: a divisor of the {pieces} micro-batches of a rollout (config.loss."
+            f"micro_batch = {loss.micro_batch} of {config.batch_size} samples)"
+        )
+    if config.eval.weights == "ema" and not config.ema.decay:
+        raise ValueError(
+            "config.eval.weights: got 'ema' with config.ema.decay=0, where there is no average; "
+            "allowed: trained, or a decay above 0"
+        )
+
+
+def _validate_forward(config: Config) -> None:
+    """What has no meaning for a loss on clean samples, noised again."""
+    region = config.trust_region
+    previous = region.previous_estimator if region.penalises_motion else "closed_form"
+    for path, value, allowed in (
+        ("rollout.eta_match.kind", config.rollout.eta_match.kind, ""),
+        ("rollout.window", config.rollout.window, "all"),
+        ("loss.equalizer", config.loss.equalizer, False),
+        ("loss.log_prob_reduction", config.loss.log_prob_reduction, "mean"),
+        ("trust_region.kl_time_weight", region.kl_time_weight, "uniform"),
+        ("trust_region.previous_estimator", previous, "closed_form"),
+        ("debug.shadow", config.debug.shadow, False),
+    ):
+        if value != allowed:
+            raise ValueError(
+                f"config.{path}: got {value!r} with loss.objective=nft, which has no transitions; "
+                f"allowed: {allowed!r}"
+            )
+
+
+def _validate_ratio(loss: LossConfig) -> None:
+    highest = loss.clip_range / 10
+    if loss.ratio_tolerance > highest * (1 + 1e-9):  # 1e-6 is more than 1e-5 / 10 by one bit
+        raise ValueError(
+            f"config.loss.ratio_tolerance: got {loss.ratio_tolerance:g}; allowed: at most a tenth "
+            f"of config.loss.clip_range = {loss.clip_range:g}, that is {highest:g}"
+        )
 
 
 def require_stochastic(rollout: RolloutConfig, stochastic: np.ndarray) -> None:

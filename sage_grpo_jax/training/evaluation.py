@@ -1,6 +1,7 @@
 """The evaluation: fixed prompts, fixed seeds, the ODE sampler; numbers, sheets and animations."""
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
@@ -17,14 +18,20 @@ from sage_grpo_jax.training import learner as learner_lib
 class Evaluation:
     """What an evaluation found."""
 
-    metrics: dict[str, float]  # names start with eval/
+    split: str  # "eval" or "test"
+    metrics: dict[str, float]  # names start with the split
     videos: np.ndarray  # uint8 [N, F, H, W, 3]
     prompts: list[str]
     scores: dict[str, np.ndarray]  # dimension -> [N]; NaN where the reward failed
 
 
-def evaluate(learner: learner_lib.Learner, params: Any, prompts: conditions.PromptBatch):
-    """Samples, scores and measures the evaluation prompts.
+def evaluate(
+    learner: learner_lib.Learner,
+    params: Any,
+    prompts: conditions.PromptBatch,
+    split: str = "eval",
+) -> Evaluation:
+    """Samples, scores and measures evaluation or test prompts.
 
     The noise depends on `eval.seed`, prompt and sample only, so every evaluation of a run (and of
     another run) starts from the same noise.
@@ -33,6 +40,7 @@ def evaluate(learner: learner_lib.Learner, params: Any, prompts: conditions.Prom
       learner: gives programs and scorer.
       params: the policy's parameters.
       prompts: N prompts, `eval.samples_per_prompt` of each already repeated.
+      split: what the names of the metrics start with, "eval" or "test".
     """
     config = learner.config
     size = config.batch_size
@@ -57,7 +65,13 @@ def evaluate(learner: learner_lib.Learner, params: Any, prompts: conditions.Prom
         {n: np.concatenate([p.values[n] for p in parts])[:count] for n in parts[0].values},
         np.concatenate([p.valid for p in parts])[:count],
     )
-    return Evaluation(_metrics(config, scores, videos), videos, prompts.prompts, scores.values)
+    found = {
+        **_reward_metrics(config, scores, prompts.ids),
+        **_diversity(videos, prompts.ids),
+        **_world_metrics(config, videos, prompts.prompts),
+    }
+    metrics = {f"{split}/{name}": value for name, value in found.items()}
+    return Evaluation(split, metrics, videos, prompts.prompts, scores.values)
 
 
 def _occurrence(ids: list[str]) -> np.ndarray:
@@ -70,32 +84,80 @@ def _occurrence(ids: list[str]) -> np.ndarray:
     return np.array(numbers, np.uint32)
 
 
-def _metrics(config, scores: learner_lib.Scores, videos: np.ndarray) -> dict[str, float]:
+def _groups(ids: list[str]) -> list[np.ndarray]:
+    """The rows of every prompt, in the order of first appearance."""
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(ids):
+        rows.setdefault(name, []).append(row)
+    return [np.array(group) for group in rows.values()]
+
+
+def _reward_metrics(config, scores: learner_lib.Scores, ids: list[str]) -> dict[str, float]:
+    """Mean rewards, and the standard error of the overall one over the prompts.
+
+    Samples of one prompt are alike, so that the error is that of the prompts' means.
+    """
     weights = dataclasses.asdict(config.rewards.weights)
     values = learner_lib.reward_metrics(scores, weights)
-    overall = scores.weighted(dict.fromkeys(weights, 1.0))[scores.valid]
-    if len(overall) > 1:
-        values["reward/overall_standard_error"] = float(overall.std(ddof=1) / len(overall) ** 0.5)
+    overall = scores.weighted(dict.fromkeys(weights, 1.0))
+    groups = [group[scores.valid[group]] for group in _groups(ids)]
+    means = np.array([overall[group].mean() for group in groups if len(group)])
+    if len(means) > 1:
+        error = means.std(ddof=1) / len(means) ** 0.5
+        values["reward/overall_standard_error"] = float(error)
+    return values
+
+
+def _diversity(videos: np.ndarray, ids: list[str]) -> dict[str, float]:
+    """How different the samples of one prompt are: the mean distance of their pairs.
+
+    The distance of two clips is the root mean square difference of their pixels, black 0 and
+    white 1. A policy that gives every noise the same clip has 0, however good that clip is.
+    """
+    distances = []
+    for group in _groups(ids):
+        clips = videos[group].astype(np.float32).reshape(len(group), -1) / 255
+        for row in range(len(clips) - 1):
+            distances += list(np.sqrt(((clips[row + 1 :] - clips[row]) ** 2).mean(axis=1)))
+    return {"diversity": float(np.mean(distances))} if distances else {}
+
+
+def _world_metrics(config, videos: np.ndarray, captions: list[str]) -> dict[str, float]:
+    """What only the moving-shapes world knows of its clips."""
+    found = {}
     if config.eval.manifold_distance:
-        # Only the moving-shapes world knows its manifold.
         from sage_grpo_jax.data import moving_shapes
 
-        distance = np.asarray(moving_shapes.manifold_distance(videos))
-        values["manifold_distance"] = float(distance.mean())
-    return {f"eval/{name}": value for name, value in values.items()}
+        found["manifold_distance"] = float(np.mean(moving_shapes.manifold_distance(videos)))
+    if config.eval.shape_identity:
+        from sage_grpo_jax.data import shape_recognition
+
+        identity = shape_recognition.identity(videos, captions)
+        found |= {f"shape/{name}": value for name, value in identity._asdict().items()}
+    return found
 
 
 def save_samples(result: Evaluation, workdir: pathlib.Path, name: str, config) -> bytes:
-    """Writes `samples/NAME.png` and `.gif`; returns the GIF."""
-    count = min(config.eval.sheet_prompts, len(result.videos))
+    """Writes `samples/NAME.png`, `.gif` and `.json`; returns the GIF.
+
+    The pictures show one clip of each of the first `eval.sheet_prompts` prompts, which were drawn
+    by `eval.seed` before anything was sampled. The JSON has the rewards of every sample.
+    """
     folder = workdir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    videos = result.videos[:count]
+    rows = [group[0] for group in _groups(result.prompts)][: config.eval.sheet_prompts]
+    videos = result.videos[rows]
     scale = max(1, 96 // config.video.height)
     total = sum(result.scores.values())
-    captions = [f"{p}   {s:+.2f}" for p, s in zip(result.prompts, total, strict=True)]
-    sheet = media.contact_sheet(videos, captions[:count], scale=scale)
+    captions = [f"{result.prompts[row]}   {total[row]:+.2f}" for row in rows]
+    sheet = media.contact_sheet(videos, captions, scale=scale)
     media.write_picture(folder / f"{name}.png", sheet)
     gif = media.encode_gif(media.tile(videos, columns=4), config.video.fps, scale)
     files.write_atomically(folder / f"{name}.gif", gif)
+    scores = {
+        dimension: [float(v) if np.isfinite(v) else None for v in values]
+        for dimension, values in result.scores.items()
+    }
+    table = json.dumps({"prompts": result.prompts, "rewards": scores})
+    files.write_atomically(folder / f"{name}.json", table.encode())
     return gif

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from sage_grpo_jax.models import attention
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.training import checkpoint, setup
+from sage_grpo_jax.training import checkpoint, setup, starting_adapters
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import recipe as recipe_lib
 from sage_grpo_jax.weights import store
@@ -28,6 +28,8 @@ def check(config: config_lib.Config) -> tuple[setup.Networks, jax.sharding.Mesh]
     mesh = make_mesh(config)
     recipe_lib.check_mesh(config, mesh)
     _check_attention(networks, mesh)
+    shapes = setup.abstract_params(networks.transformer)
+    starting_adapters.check(config.lora, networks.transformer, shapes)
     check_weights(networks)
     return networks, mesh
 
@@ -103,6 +105,8 @@ def loading(field: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
+        if str(error).startswith("config."):
+            raise
         raise ValueError(f"config.model.{field}: {error}") from error
 
 

@@ -16,16 +16,15 @@ from sage_grpo_jax.grpo import advantage
 from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.parallel import hosts, sharding
 from sage_grpo_jax.rewards import types as reward_types
-from sage_grpo_jax.training import conditions, optimizers, shadow
+from sage_grpo_jax.training import conditions, micro_losses, optimizers, shadow, step_plan
 from sage_grpo_jax.training import programs as programs_lib
+from sage_grpo_jax.training import ratio as ratio_lib
 from sage_grpo_jax.training import recipe as recipe_lib
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training import update as update_lib
 from sage_grpo_jax.training.conditions import PromptBatch
 
-
-class NumericsError(RuntimeError):
-    """The run can't go on in these numerics; nothing was applied."""
+NumericsError = ratio_lib.NumericsError
 
 
 class RewardModelChangedError(RuntimeError):
@@ -105,7 +104,8 @@ class Learner:
         self._mesh = mesh
         self._check_interrupt = check_interrupt
         self._rows = sharding.batch_sharding(mesh)
-        self.frozen = update_lib.Frozen(self.condition(negative, sharding.replicated(mesh)), base)
+        whole = sharding.replicated(mesh)
+        self.frozen = micro_losses.Frozen(self.condition(negative, whole), base)
         self._shadow = shadow.Shadow(self.recipe) if self.config.debug.shadow else None
 
     def step(
@@ -121,7 +121,7 @@ class Learner:
           The next state (step + 1) and the metrics of the step.
 
         Raises:
-          NumericsError: the ratio gate failed.
+          NumericsError: the gate on ratio and rollout failed.
         """
         timer, started = PhaseTimer(), time.perf_counter()
         samples = batch.repeat(self.config.rollout.group_size)
@@ -129,7 +129,8 @@ class Learner:
         starts = self.window_starts(batch, int(state.step))
         condition = self.condition(samples)
         with timer("rollout"):
-            trajectory = self.programs.rollout(state.params, condition, self.frozen, keys, starts)
+            policy = state.sampled
+            trajectory = self.programs.rollout(policy, condition, self.frozen, keys, starts)
             jax.block_until_ready(trajectory)
         self._check_interrupt()
         scores = self.score(trajectory.latents[-1], samples, f"step{int(state.step)}", timer)
@@ -180,18 +181,15 @@ class Learner:
 
     def window_starts(self, batch: PromptBatch, step: int) -> jax.Array:
         """Where the window of trained steps starts, int32 [P·G]; the same within a group."""
-        group, places = self.config.rollout.group_size, self.recipe.window_places
         hashes = np.array([noise.prompt_hash(i) for i in batch.ids], np.uint32)
-        slots = np.arange(len(batch.ids), dtype=np.uint32)
-        starts = noise.window_starts(self.config.seed, step, slots, hashes, places)
-        return hosts.to_global(np.repeat(starts, group), self._rows)
+        starts = step_plan.window_starts(self.recipe.plan, self.config, step, hashes)
+        return hosts.to_global(np.repeat(starts, self.config.rollout.group_size), self._rows)
 
     def sample(self, params: Any, batch: PromptBatch, keys: jax.Array) -> jax.Array:
         """Clean latents of the evaluation sampler (ODE); float32 [B, t, h, w, C]."""
         condition = self.condition(batch)
         keys = hosts.to_global(keys, self._rows)
-        starts = hosts.to_global(np.zeros(len(batch.ids), np.int32), self._rows)
-        return self.programs.sample(params, condition, self.frozen, keys, starts).latents[-1]
+        return self.programs.sample(params, condition, self.frozen, keys)
 
     def score(
         self, latents: jax.Array, samples: PromptBatch, name: str, timer: PhaseTimer
@@ -278,15 +276,17 @@ class Learner:
         config = self.config
         shape = (-1, config.rollout.group_size)
         weighted = scores.weighted(dataclasses.asdict(config.rewards.weights))
+        grouped = jnp.asarray(weighted.reshape(shape)), jnp.asarray(scores.valid.reshape(shape))
         advantages = advantage.group_advantages(
-            jnp.asarray(weighted.reshape(shape)),
-            jnp.asarray(scores.valid.reshape(shape)),
+            *grouped,
             config.advantage.epsilon,
             config.advantage.clip,
             std_floor=config.advantage.std_floor,
+            std=config.advantage.std,
         )
         advantages = np.asarray(advantages).reshape(-1)
         metrics = reward_metrics(scores, dataclasses.asdict(config.rewards.weights))
+        metrics["reward/group_std"] = float(advantage.group_std(*grouped))
         metrics["advantage/nonzero_fraction"] = float(np.mean(advantages != 0))
         return advantages, metrics
 
@@ -305,65 +305,41 @@ class Learner:
     def update(
         self, state: state_lib.LearnerState, batch: update_lib.UpdateBatch
     ) -> tuple[state_lib.LearnerState, dict[str, float]]:
-        """`updates_per_rollout` updates; the first one passes the ratio gate.
+        """`updates_per_rollout` updates; the first one passes the gate of `ratio.check`.
 
         Raises:
-          NumericsError: |ratio - 1| above `loss.ratio_tolerance` and `ratio_action` is "stop".
+          NumericsError: see there.
         """
-        loss, tolerance = self.config.loss, self._ratio_tolerance()
-        metrics: dict[str, float] = {}
-        for index in range(loss.updates_per_rollout):
-            limit = tolerance if index == 0 else np.float32(np.inf)
-            state, device_metrics = self.programs.update(state, batch, self.frozen, limit)
-            values = _floats(device_metrics)
-            if index == 0 and not values["update/ratio_in_tolerance"]:
-                batch = self._replayed(state, batch, values)
-                state, device_metrics = self.programs.update(
-                    state, batch, self.frozen, np.float32(np.inf)
-                )
-                # The metric keeps the mismatch that made the replay necessary.
-                mismatch = values["ratio/max_deviation"]
-                values = {**_floats(device_metrics), "ratio/rollout_mismatch": mismatch}
-            for name in ("loss", "gradient", "params"):
-                if not values[f"update/finite_{name}"]:
-                    logging.warning("update skipped: the %s is not finite", name)
-            self._warn_about_epsilon(values)
+        limits = ratio_lib.tolerances(self.config)
+        old, metrics = self.programs.no_means(), {}
+        for index in range(self.config.loss.updates_per_rollout):
+            state, values, old = self.programs.update(state, batch, self.frozen, limits, old)
             # With several updates the metrics of the last one tell how far the policy has gone.
-            metrics = values
+            metrics = self._floats(values)
+            if index == 0 and not self.recipe.is_forward:
+                ratio_lib.check(self.config, metrics)
+            for name in ("loss", "gradient", "params"):
+                if not metrics[f"update/finite_{name}"]:
+                    logging.warning("update skipped: the %s is not finite", name)
+            self._warn_about_epsilon(metrics)
         return state, _public(metrics)
 
-    def _ratio_tolerance(self) -> np.float32:
-        loss = self.config.loss
-        if loss.ratio_action == "log":
-            return np.float32(np.inf)
-        if loss.ratio_action == "stop":
-            # As strict for a sum as for the mean: its rounding grows with it, as its signal does.
-            return np.float32(loss.ratio_tolerance * self.recipe.summed_elements)
-        return np.float32(loss.ratio_tolerance)
+    def _floats(self, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+        """Plain numbers; a metric [T] becomes one of each step that may be trained."""
+        values = {}
+        for name, value in jax.device_get(dict(metrics)).items():
+            if np.ndim(value) == 0:
+                values[name] = float(value)
+            else:
+                steps = np.flatnonzero(self.recipe.trained)
+                values |= {f"{name}_{t:02d}": float(value[t]) for t in steps}
+        return values
 
     def _warn_about_epsilon(self, values: dict[str, float]) -> None:
         eps = self.config.optimizer.eps
         text = optimizers.warn_about_epsilon(values["grad/rms_over_eps"], eps)
         if text is not None:
             logging.log_every_n(logging.WARNING, "%s", 50, text)
-
-    def _replayed(self, state, batch, values) -> update_lib.UpdateBatch:
-        deviation = values["ratio/max_deviation"]
-        text = (
-            f"before the first update the ratio is off 1 by {deviation:.2e} "
-            f"(config.loss.ratio_tolerance = {self.config.loss.ratio_tolerance:g}; here at most "
-            f"{self._ratio_tolerance():.2g})"
-        )
-        if not np.isfinite(deviation):
-            raise NumericsError(f"{text}: the model's output is not finite")
-        if self.config.loss.ratio_action == "stop":
-            raise NumericsError(
-                f"{text}: rollout and update disagree. Nothing was applied. Allowed: a higher "
-                "tolerance, or ratio_action=replay (recompute the old means) or log"
-            )
-        logging.info("%s: replaying the old means", text)
-        means = self.programs.replay(state.params, batch, self.frozen)
-        return batch._replace(mean_old=means)
 
     def condition(
         self, batch: PromptBatch, place: jax.sharding.Sharding | None = None
@@ -387,10 +363,6 @@ def reward_metrics(scores: Scores, weights: Mapping[str, float]) -> dict[str, fl
         **{f"reward/{name.lower()}": mean(values) for name, values in scores.values.items()},
         "reward/valid_fraction": float(np.mean(valid)),
     }
-
-
-def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
-    return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
 
 
 def _public(values: dict[str, float]) -> dict[str, float]:

@@ -210,16 +210,24 @@ class _Run:
         return step == self.config.num_steps or (every > 0 and step % every == 0)
 
     def _evaluate(self, step: int) -> dict[str, float]:
+        """The evaluation prompts; before the first and after the last step the test prompts too."""
         started = time.perf_counter()
-        result = evaluation.evaluate(self.learner, self.state.params, self.prompts.evaluation)
+        found = self._evaluate_split(step, "eval", self.prompts.evaluation)
+        if self.prompts.test is not None and step in (0, self.config.num_steps):
+            found |= self._evaluate_split(step, "test", self.prompts.test)
+        return {**found, "time/eval": time.perf_counter() - started}
+
+    def _evaluate_split(self, step: int, split: str, prompts) -> dict[str, float]:
+        params = self.state.ema if self.config.eval.weights == "ema" else self.state.params
+        result = evaluation.evaluate(self.learner, params, prompts, split)
         if self.writer is not None:
-            gif = evaluation.save_samples(result, self.workdir, f"step_{step:06d}", self.config)
+            name = f"{'' if split == 'eval' else 'test_'}step_{step:06d}"
+            gif = evaluation.save_samples(result, self.workdir, name, self.config)
             frames = result.videos.shape[2:4]
-            self.writer.write_animation(step, "eval/videos", gif, *frames)
-            self._note(
-                f"evaluation at step {step}: overall {result.metrics['eval/reward/overall']:+.3f}"
-            )
-        return {**result.metrics, "time/eval": time.perf_counter() - started}
+            self.writer.write_animation(step, f"{split}/videos", gif, *frames)
+            overall = result.metrics[f"{split}/reward/overall"]
+            self._note(f"{split} at step {step}: overall {overall:+.3f}")
+        return result.metrics
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self.writer is None:
@@ -284,10 +292,6 @@ def skip_reason(values: dict[str, float]) -> str:
 
 def summarise(rows: list[dict[str, Any]], config: config_lib.Config) -> dict[str, Any]:
     """First and last evaluation, seconds by phase, from the rows of metrics.jsonl."""
-    evaluations = [
-        {name: value for name, value in row.items() if name.startswith("eval/")} for row in rows
-    ]
-    evaluations = [e for e in evaluations if e]
     seconds: dict[str, float] = {}
     for row in rows:
         for name, value in row.items():
@@ -298,9 +302,16 @@ def summarise(rows: list[dict[str, Any]], config: config_lib.Config) -> dict[str
         "method": config.method,
         "seed": config.seed,
         "steps": rows[-1]["step"] if rows else 0,
-        # Both empty where somebody has removed metrics.jsonl.
-        "eval": {"first": evaluations[0], "last": evaluations[-1]}
-        if evaluations
-        else {"first": {}, "last": {}},
+        "eval": _first_and_last(rows, "eval"),
+        "test": _first_and_last(rows, "test"),
         "time": seconds,
     }
+
+
+def _first_and_last(rows: list[dict[str, Any]], split: str) -> dict[str, dict[str, float]]:
+    """The first and the last evaluation of a split; both empty where there is none."""
+    found = [
+        {name: value for name, value in row.items() if name.startswith(f"{split}/")} for row in rows
+    ]
+    found = [values for values in found if values] or [{}]
+    return {"first": found[0], "last": found[-1]}

@@ -178,19 +178,29 @@ def _records(data: bytes) -> Iterator[tuple[bytes, event_pb2.Event]]:
 
 
 class Progress:
-    """A line per step: rewards, phases, time left. Rewrites one line in a terminal."""
+    """A line per step: rewards, phases, time left. Rewrites one line in a terminal.
 
-    def __init__(self, total: int, first: int, stream=None) -> None:
+    The first step compiles and says nothing about the others: the time left is known after the
+    second one.
+    """
+
+    def __init__(self, total: int, first: int, stream=None, clock=time.monotonic) -> None:
         self._total = total
         self._first = first
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
-        self._start = time.monotonic()
+        self._clock = clock
+        self._warm: float | None = None  # when the first step was finished
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Reports a finished step."""
-        done = step - self._first
-        left = (time.monotonic() - self._start) / max(done, 1) * (self._total - step)
+        now = self._clock()
+        left = "time left after the next step"
+        if self._warm is None:
+            self._warm = now
+        else:
+            seconds = (now - self._warm) / (step - self._first - 1)
+            left = f"{format_seconds(seconds * (self._total - step))} left"
         phases = " ".join(
             f"{name} {values[f'time/{name}']:.1f}"
             for name in ("rollout", "decode", "reward", "update")
@@ -201,7 +211,7 @@ class Progress:
             f"  valid {100 * values.get('reward/valid_fraction', math.nan):.0f} %"
             f"  kl {values.get('kl/total', math.nan):.2e}"
             f"  grad {values.get('grad/norm', math.nan):.2e}"
-            f"  [{phases} s]  {format_seconds(left)} left"
+            f"  [{phases} s]  {left}"
         )
         self._write(f"\r\x1b[K{text}" if self._terminal else f"{text}\n")
 

@@ -77,6 +77,17 @@ class VaeStageConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SharpenStageConfig(VaeStageConfig):
+    """The decoder on denoised latents: noise levels are uniform from 0 to `max_sigma`."""
+
+    max_sigma: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(0 < self.max_sigma < 1, self, "max_sigma", "0 < value < 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentsStageConfig:
     """How many training clips are encoded once, and how many at a time."""
 
@@ -107,8 +118,19 @@ class FlowStageConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillStageConfig(FlowStageConfig):
+    """Guidance distillation; `guidance` 1 changes nothing."""
+
+    guidance: float = 2.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.guidance >= 1, self, "guidance", "at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Samples of held-out captions after the last stage, with the ODE sampler."""
+    """Samples of validation captions after the last stage, with the ODE sampler."""
 
     sampling_steps: tuple[int, ...] = (10, 40)
     shift: float = 3.0
@@ -140,6 +162,8 @@ class PretrainConfig:
     decoder: VaeStageConfig
     latents: LatentsStageConfig
     flow: FlowStageConfig
+    distill: DistillStageConfig
+    sharpen: SharpenStageConfig
     report: ReportConfig
 
     def __post_init__(self):
@@ -154,6 +178,8 @@ _SECTIONS = {
     "decoder": VaeStageConfig,
     "latents": LatentsStageConfig,
     "flow": FlowStageConfig,
+    "distill": DistillStageConfig,
+    "sharpen": SharpenStageConfig,
     "report": ReportConfig,
 }
 

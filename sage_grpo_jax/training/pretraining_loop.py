@@ -32,6 +32,21 @@ class Phase(NamedTuple):
     loss_fn: LossFn
 
 
+class Streams(NamedTuple):
+    """One PRNG key for every use of randomness in a run."""
+
+    vae_init: jax.Array
+    vae: jax.Array
+    latents: jax.Array
+    flow_init: jax.Array
+    flow: jax.Array
+    report: jax.Array
+    polish: jax.Array
+    decoder: jax.Array
+    distill: jax.Array
+    sharpen: jax.Array
+
+
 class TrainState(NamedTuple):
     """Parameters, their moving average and the optimizer's state; `step` counts updates done."""
 

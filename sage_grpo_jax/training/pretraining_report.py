@@ -1,4 +1,4 @@
-"""Judges pretrained models: reconstructions, samples of held-out captions, contact sheets."""
+"""Judges pretrained models: reconstructions, samples of validation captions, contact sheets."""
 
 import pathlib
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_grpo_jax.data import media, moving_shapes, word_embeddings
+from sage_grpo_jax.data import media, moving_shapes, shape_recognition, word_embeddings
 from sage_grpo_jax.flow import noise, rollout, schedules
 from sage_grpo_jax.models import hunyuan_video, vae
 from sage_grpo_jax.rewards.backends.moving_shapes import MovingShapesBackend
@@ -31,11 +31,12 @@ class Pipeline(NamedTuple):
 def judge(
     pipeline: Pipeline, config: ReportConfig, key: jax.Array, workdir: pathlib.Path
 ) -> dict[str, float]:
-    """Measures real clips, reconstructions and held-out samples; writes contact sheets.
+    """Measures real clips, reconstructions and validation samples; writes contact sheets.
 
-    Returns: reconstruction error, manifold distances and mean normalised rewards by name.
+    Returns: reconstruction error, manifold distances, mean normalised rewards and how often the
+    captioned shape is seen, by name.
     """
-    captions = spread(moving_shapes.held_out_captions(), config.num_samples)
+    captions = spread(moving_shapes.split_captions("validation"), config.num_samples)
     real = moving_shapes.render(moving_shapes.parameters_from_captions(captions, key))
     decoded = reconstruct(pipeline, real)
     numbers = {
@@ -56,6 +57,8 @@ def judge(
         numbers[f"manifold_distance/{name}"] = float(distance.mean())
         say(f"export: manifold distance of {name}: {distance.mean():.5f}")
         numbers |= mean_rewards(clips, captions, name)
+        identity = shape_recognition.identity(clips, captions)
+        numbers |= {f"shape_{key}/{name}": value for key, value in identity._asdict().items()}
         rows = np.unique(np.linspace(0, len(clips) - 1, config.sheet_rows).round().astype(int))
         shown = [captions[row] for row in rows]
         sheet = media.contact_sheet(clips[rows], shown, config.sheet_frames)

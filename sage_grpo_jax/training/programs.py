@@ -17,22 +17,11 @@ from sage_grpo_jax.flow import noise, schedules
 from sage_grpo_jax.flow import rollout as rollout_lib
 from sage_grpo_jax.models import frames
 from sage_grpo_jax.parallel import sharding
+from sage_grpo_jax.training import micro_losses, step_plan
+from sage_grpo_jax.training import ratio as ratio_lib
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training import update as update_lib
 from sage_grpo_jax.training.recipe import Recipe
-
-
-@dataclasses.dataclass(frozen=True)
-class UpdatePrograms:
-    """The update, compiled for batches without and with replayed means."""
-
-    plain: Callable
-    with_means: Callable
-
-    def __call__(self, state, batch: update_lib.UpdateBatch, frozen, tolerance):
-        """See `update.make_update`."""
-        program = self.plain if batch.mean_old is None else self.with_means
-        return program(state, batch, frozen, tolerance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,46 +33,53 @@ class Programs:
     sample: Callable
     decode: Callable
     finite: Callable
-    update: UpdatePrograms
-    replay: Callable
+    update: Callable
+    no_means: Callable  # () -> the old means before the first update of a rollout, or None
 
 
-def make_rollout(recipe: Recipe, *, kind: str, schedule: schedules.Schedule, stochastic):
-    """(params, condition [B], frozen, keys [B], starts int32 [B]) -> Trajectory."""
+def make_rollout(recipe: Recipe):
+    """(params, condition [B], frozen, keys [B], starts int32 [B]) -> Trajectory.
+
+    That of the forward process holds its last state only, [1, B, ...].
+    """
     config = recipe.config.rollout
 
     def rollout(params, condition, frozen, keys, starts):
-        velocity = update_lib.velocity_fn(recipe, params, condition, frozen, schedule)
-        steps, initial = stochastic, None
-        if kind != "ode" and recipe.window_places > 1:
-            steps = in_window(stochastic, starts, recipe.positions)
-        if kind != "ode" and config.same_initial_noise:
+        initial = None
+        if config.same_initial_noise:
             first = jnp.repeat(keys[:: config.group_size], config.group_size)
             initial = noise.initial_noise(first, recipe.latent_shape)
-        return rollout_lib.rollout(
-            velocity,
+        trajectory = rollout_lib.rollout(
+            micro_losses.velocity_fn(recipe, params, condition, frozen),
             keys,
             recipe.latent_shape,
-            schedule,
-            kind,
+            recipe.schedule,
+            config.sde,
             config.eta,
-            steps,
+            step_plan.noisy_steps(recipe.plan, starts),
+            clamp=config.clamp,
             initial_latents=initial,
         )
+        if recipe.is_forward:
+            return trajectory._replace(latents=trajectory.latents[-1:])
+        return trajectory
 
     return rollout
 
 
-def in_window(trained: np.ndarray, starts: jax.Array, size: int) -> jax.Array:
-    """Which steps of each sample lie in its window; bool [T, B].
+def make_sample(recipe: Recipe):
+    """(params, condition [B], frozen, keys [B]) -> clean latents [B, ...] of the evaluation."""
+    config = recipe.config
+    schedule = schedules.make_schedule(config.eval.num_steps, config.rollout.shift)
+    deterministic = np.zeros(config.eval.num_steps, bool)
 
-    Args:
-      trained: bool [T]; windows count these steps only.
-      starts: int32 [B].
-      size: steps in a window.
-    """
-    rank = jnp.asarray(np.cumsum(trained) - 1)[:, None]
-    return jnp.asarray(trained)[:, None] & (rank >= starts) & (rank < starts + size)
+    def sample(params, condition, frozen, keys):
+        velocity = micro_losses.velocity_fn(recipe, params, condition, frozen, schedule)
+        return rollout_lib.rollout(
+            velocity, keys, recipe.latent_shape, schedule, "ode", 0.0, deterministic
+        ).latents[-1]
+
+    return sample
 
 
 def make_decode(recipe: Recipe):
@@ -121,36 +117,22 @@ def build(
     whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     trajectory = rollout_lib.Trajectory(sharding.batch_sharding(mesh, 1), whole)
     placed = state_lib.shardings_of(state)
-    frozen = update_lib.Frozen(whole, state_lib.shardings_of(base))
-    batch = update_lib.UpdateBatch(trajectory.latents, rows, rows, rows, rows, rows, None)
-    replayed = batch._replace(mean_old=trajectory.latents)
-    evaluation = schedules.make_schedule(recipe.config.eval.num_steps, recipe.config.rollout.shift)
-    update = update_lib.make_update(recipe, tx)
-
-    plain, with_means = (
-        jax.jit(
-            update,
-            donate_argnums=0,
-            in_shardings=(placed, layout, frozen, whole),
-            out_shardings=(placed, whole),
-        )
-        for layout in (batch, replayed)
-    )
-
-    def jit_rollout(**kwargs):
-        return jax.jit(
-            make_rollout(recipe, **kwargs),
-            in_shardings=(placed.params, rows, frozen, rows, rows),
-            out_shardings=trajectory,
-        )
+    frozen = micro_losses.Frozen(whole, state_lib.shardings_of(base))
+    batch = update_lib.UpdateBatch(trajectory.latents, rows, rows, rows, rows, rows)
+    old = ratio_lib.abstract_old_means(recipe, mesh)
+    old_placed = state_lib.shardings_of(old)
 
     return Programs(
         recipe=recipe,
-        rollout=jit_rollout(
-            kind=recipe.config.rollout.sde, schedule=recipe.schedule, stochastic=recipe.trained
+        rollout=jax.jit(
+            make_rollout(recipe),
+            in_shardings=(placed.params, rows, frozen, rows, rows),
+            out_shardings=trajectory,
         ),
-        sample=jit_rollout(
-            kind="ode", schedule=evaluation, stochastic=np.zeros(recipe.config.eval.num_steps, bool)
+        sample=jax.jit(
+            make_sample(recipe),
+            in_shardings=(placed.params, rows, frozen, rows),
+            out_shardings=rows,
         ),
         decode=jax.jit(
             make_decode(recipe),
@@ -158,10 +140,16 @@ def build(
             out_shardings=rows,
         ),
         finite=jax.jit(frames.finite_samples, out_shardings=whole),
-        update=UpdatePrograms(plain, with_means),
-        replay=jax.jit(
-            update_lib.make_replay(recipe),
-            in_shardings=(placed.params, batch, frozen),
-            out_shardings=trajectory.latents,
+        # One program for all updates of a rollout: what the first one records, the later ones
+        # compare with means of the same rounding.
+        update=jax.jit(
+            update_lib.make_update(recipe, tx),
+            donate_argnums=(0, 4),
+            in_shardings=(placed, batch, frozen, whole, old_placed),
+            out_shardings=(placed, whole, old_placed),
+        ),
+        no_means=jax.jit(
+            lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), old),
+            out_shardings=old_placed,
         ),
     )

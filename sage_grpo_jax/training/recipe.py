@@ -5,12 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 
-from sage_grpo_jax.flow import injected_noise, schedules, sde
+from sage_grpo_jax.flow import schedules
 from sage_grpo_jax.grpo import equalizer
 from sage_grpo_jax.models import hunyuan_video, vae
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import config_checks
+from sage_grpo_jax.training import step_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,16 +20,29 @@ class Recipe:
     config: config_lib.Config
     transformer: hunyuan_video.HunyuanVideoConfig
     vae: vae.VaeConfig
-    schedule: schedules.Schedule
-    trained: np.ndarray  # bool [T]: steps that may be stochastic, and are then trained
+    plan: step_plan.StepPlan
     weights: np.ndarray  # float32 [T]: S_t, or 1 without the equalizer
     kl_weights: np.ndarray  # float32 [T]: of the KLs to the references
-    positions: int  # how many steps of a sample are trained; fewer than `trained` with random_k
 
     @property
-    def window_places(self) -> int:
-        """At how many places the window of trained steps may start; 1 unless random."""
-        return int(self.trained.sum()) - self.positions + 1
+    def schedule(self) -> schedules.Schedule:
+        """Of the rollout."""
+        return self.plan.schedule
+
+    @property
+    def trained(self) -> np.ndarray:
+        """The steps that are trained, in some rollout; bool [T]."""
+        return self.plan.trained
+
+    @property
+    def positions(self) -> int:
+        """How many steps of a sample are trained."""
+        return self.plan.positions
+
+    @property
+    def is_forward(self) -> bool:
+        """Whether the loss is that of the forward process, on clean samples."""
+        return self.config.loss.objective == "nft"
 
     @property
     def summed_elements(self) -> int:
@@ -72,65 +85,42 @@ def make_recipe(
             f"config.model: the transformer makes {transformer.out_channels} latent channels, "
             f"the VAE decodes {vae_config.latent_channels}; allowed: networks that fit"
         )
-    schedule, trained, positions = trained_steps(config)
-    weights = step_weights(config, schedule, trained)
-    kl_weights = step_kl_weights(config, schedule, trained)
-    return Recipe(
-        config, transformer, vae_config, schedule, trained, weights, kl_weights, positions
-    )
+    plan = step_plan.plan_steps(config)
+    weights, kl_weights = step_weights(config, plan), step_kl_weights(config, plan)
+    return Recipe(config, transformer, vae_config, plan, weights, kl_weights)
 
 
-def trained_steps(config: config_lib.Config) -> tuple[schedules.Schedule, np.ndarray, int]:
-    """(schedule, steps that may be trained bool [T], how many of them each sample trains).
+def step_weights(config: config_lib.Config, plan: step_plan.StepPlan) -> np.ndarray:
+    """S_t of every step, 0 where nothing is trained; float32 [T]."""
+    if not config.loss.equalizer:
+        return plan.trained.astype(np.float32)
+    return _equalized(config, plan, config.loss.log_prob)
 
-    Raises:
-      ValueError: there is no stochastic step, or fewer than the window has.
-    """
+
+def step_kl_weights(config: config_lib.Config, plan: step_plan.StepPlan) -> np.ndarray:
+    """The weight of every step in the KLs, see `TrustRegionConfig.kl_time_weight`; float32 [T]."""
+    kind, trained = config.trust_region.kl_time_weight, plan.trained.astype(np.float32)
+    if kind == "equalized":
+        # Whatever the form of the log-probability, the KL is that of the Gaussian transitions.
+        return _equalized(config, plan, "gaussian") ** 2
+    if kind == "step_length":
+        return trained * -np.diff(np.asarray(plan.schedule.sigmas, np.float64)).astype(np.float32)
+    return trained
+
+
+def _equalized(config: config_lib.Config, plan: step_plan.StepPlan, log_prob: str) -> np.ndarray:
     rollout = config.rollout
-    schedule = schedules.make_schedule(rollout.num_steps, rollout.shift)
-    trained = sde.stochastic_steps(rollout.sde, schedule, rollout.eta, last_step=rollout.last_step)
-    config_checks.require_stochastic(rollout, trained)
-    count = int(trained.sum())
-    if rollout.window_size > count:
-        raise ValueError(
-            f"config.rollout.window_size: got {rollout.window_size}; allowed: at most the {count} "
-            f"stochastic steps of {rollout.num_steps}"
-        )
-    positions = rollout.window_size or count
-    if rollout.window == "first_k":
-        (trained,) = injected_noise.window_places(trained, "first_k", positions)
-    return schedule, trained, positions
-
-
-def step_weights(
-    config: config_lib.Config, schedule: schedules.Schedule, trained: np.ndarray
-) -> np.ndarray:
-    """S_t of every step; float32 [T]."""
-    rollout, loss = config.rollout, config.loss
-    if not loss.equalizer:
-        return np.asarray(equalizer.uniform_weights(rollout.sde, schedule, rollout.eta, trained))
     return np.asarray(
         equalizer.equalizer_weights(
             rollout.sde,
-            schedule,
+            plan.schedule,
             rollout.eta,
-            trained,
-            median=loss.median,
-            log_prob=loss.log_prob,
+            plan.trained,
+            median=config.loss.median,
+            log_prob=log_prob,
+            clamp=rollout.clamp,
         )
     )
-
-
-def step_kl_weights(
-    config: config_lib.Config, schedule: schedules.Schedule, trained: np.ndarray
-) -> np.ndarray:
-    """The weight of every step in the KLs: 1, or S_t² of the Gaussian transitions; float32 [T]."""
-    rollout = config.rollout
-    arguments = (rollout.sde, schedule, rollout.eta, trained)
-    if config.trust_region.kl_time_weight == "uniform":
-        return np.asarray(equalizer.uniform_weights(*arguments))
-    # Whatever the form of the log-probability, the KL is that of the Gaussian transitions.
-    return np.asarray(equalizer.equalizer_weights(*arguments, median=config.loss.median)) ** 2
 
 
 def _check_sizes(video: config_lib.VideoConfig, vae_config: vae.VaeConfig) -> None:

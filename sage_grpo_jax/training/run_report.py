@@ -15,16 +15,23 @@ from sage_grpo_jax.data import media
 from sage_grpo_jax.training import metrics
 from sage_grpo_jax.training import workdir as workdir_lib
 
-OVERALL = "eval/reward/overall"
-DISTANCE = "eval/manifold_distance"
+OVERALL = "reward/overall"
+DISTANCE = "manifold_distance"
+SHAPE = "shape/clips"
 ROWS = (
     ("reward overall", OVERALL),
-    ("reward weighted", "eval/reward/weighted"),
-    ("reward VQ", "eval/reward/vq"),
-    ("reward MQ", "eval/reward/mq"),
-    ("reward TA", "eval/reward/ta"),
+    ("reward weighted", "reward/weighted"),
+    ("reward VQ", "reward/vq"),
+    ("reward MQ", "reward/mq"),
+    ("reward TA", "reward/ta"),
     ("manifold distance", DISTANCE),
+    ("shape right: clips", SHAPE),
+    ("shape right: frames", "shape/frames"),
+    ("... first frames", "shape/first_frame"),
+    ("diversity", "diversity"),
 )
+# Split -> what it is called in tables.
+SPLITS = {"eval": "validation prompts", "test": "test prompts"}
 WINDOW = 9  # steps that the curves average over
 PHASES = ("rollout", "decode", "reward", "update", "eval")
 UNKNOWN = "–"  # in tables: not measured, or without a single valid reward
@@ -43,30 +50,61 @@ class RunRecord:
         rows = [row for row in self.rows if _is_number(row.get(name))]
         return np.array([row["step"] for row in rows]), np.array([row[name] for row in rows])
 
-    def evaluation(self, when: str) -> dict[str, float]:
-        """What the `first` or the `last` evaluation measured; empty where there was none."""
-        values = self.summary["eval"].get(when) or {}
-        return {name: value for name, value in values.items() if value is not None}
+    @property
+    def reported(self) -> str:
+        """The split that results are reported on: the test prompts, where the run has some."""
+        return "test" if self.evaluation("last", "test") else "eval"
 
-    def before_after(self, name: str) -> tuple[float, float] | None:
+    def evaluation(self, when: str, split: str) -> dict[str, float]:
+        """What the `first` or the `last` evaluation of a split measured; empty without one."""
+        values = self.summary.get(split, {}).get(when) or {}
+        return {
+            name.removeprefix(f"{split}/"): value
+            for name, value in values.items()
+            if value is not None
+        }
+
+    def before_after(self, name: str, split: str = "eval") -> tuple[float, float] | None:
         """A metric of the first and of the last evaluation; None unless both have it."""
-        first, last = self.evaluation("first").get(name), self.evaluation("last").get(name)
-        return None if first is None or last is None else (first, last)
+        pair = [self.evaluation(when, split).get(name) for when in ("first", "last")]
+        return None if None in pair else tuple(pair)
 
-    def gain(self) -> float | None:
-        """Rise of the overall reward on the evaluation prompts."""
-        pair = self.before_after(OVERALL)
+    def gain(self, split: str = "eval") -> float | None:
+        """Rise of the overall reward on a split; choices are made on the default one."""
+        pair = self.before_after(OVERALL, split)
         return None if pair is None else pair[1] - pair[0]
 
-    def distance_ratio(self) -> float | None:
+    def distance_ratio(self, split: str = "eval") -> float | None:
         """Relative change of the distance to the manifold."""
-        pair = self.before_after(DISTANCE)
+        pair = self.before_after(DISTANCE, split)
         return None if pair is None or pair[0] == 0 else pair[1] / pair[0] - 1
 
-    def gain_error(self) -> float:
-        """Standard error of the gain over the prompts, as if both evaluations were independent."""
+    def gain_error(self, split: str = "eval") -> float:
+        """Standard error of the gain over the prompts.
+
+        Of the changes prompt by prompt, where the samples' rewards are there (the noise is that of
+        the first evaluation); else as if both evaluations were independent.
+        """
+        changes = self._changes(split)
+        if len(changes) > 1:
+            return standard_error(changes)
         name = f"{OVERALL}_standard_error"
-        return math.hypot(*(self.evaluation(when).get(name, 0.0) for when in ("first", "last")))
+        errors = [self.evaluation(when, split).get(name, 0.0) for when in ("first", "last")]
+        return math.hypot(*errors)
+
+    def _changes(self, split: str) -> list[float]:
+        """The change of the overall reward of every prompt; empty where it is not known."""
+        found = self.samples(split, ".json")
+        if found is None:
+            return []
+        first, last = (_rewards_by_prompt(path) for path in found)
+        return [last[prompt] - first[prompt] for prompt in first if prompt in last]
+
+    def samples(self, split: str, suffix: str) -> tuple[pathlib.Path, pathlib.Path] | None:
+        """The files of the first and the last evaluation of a split; None unless both are there."""
+        pattern = {"eval": "step_*", "test": "test_step_*"}[split] + suffix
+        found = sorted((self.workdir / "samples").glob(pattern))
+        return (found[0], found[-1]) if found else None
 
 
 def read_run(workdir: pathlib.Path) -> RunRecord:
@@ -87,6 +125,26 @@ def read_run(workdir: pathlib.Path) -> RunRecord:
     return RunRecord(workdir, summary, rows)
 
 
+def _rewards_by_prompt(path: pathlib.Path) -> dict[str, float]:
+    """The mean overall reward of every prompt that has one, from a `samples/*.json`.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    table = workdir_lib.read_object(path, "--runs")
+    try:
+        rewards = np.array(list(table["rewards"].values()), np.float64).sum(axis=0)
+        found: dict[str, list[float]] = {}
+        for prompt, reward in zip(table["prompts"], rewards, strict=True):
+            found.setdefault(prompt, []).append(reward)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"--runs: {path}: {error!r}; allowed: the samples of an evaluation"
+        ) from error
+    means = {prompt: float(np.mean(values)) for prompt, values in found.items()}
+    return {prompt: mean for prompt, mean in means.items() if math.isfinite(mean)}
+
+
 def _check_summary(summary: dict[str, Any], path: pathlib.Path) -> None:
     kinds = {"method": str, "seed": int, "steps": int, "eval": dict, "time": dict}
     for name, kind in kinds.items():
@@ -94,7 +152,9 @@ def _check_summary(summary: dict[str, Any], path: pathlib.Path) -> None:
             found = f"is {summary[name]!r}" if name in summary else "is missing"
             raise ValueError(f"--runs: {path}: {name} {found}; allowed: the summary of a run")
     groups = {"time": summary["time"]}
-    groups |= {f"eval.{when}": summary["eval"].get(when) or {} for when in ("first", "last")}
+    # Runs of before have no test prompts.
+    for split in (split for split in SPLITS if isinstance(summary.get(split), dict)):
+        groups |= {f"{split}.{w}": summary[split].get(w) or {} for w in ("first", "last")}
     for name, values in groups.items():
         numbers = isinstance(values, dict) and all(
             value is None or _is_number(value) for value in values.values()
@@ -123,50 +183,62 @@ def standard_error(values: Sequence[float]) -> float:
 
 def table(run: RunRecord) -> str:
     """Before, after, change and its standard errors; then seconds by phase. Plain text."""
-    lines = [f"{'held-out prompts':<20}{'before':>10}{'after':>10}{'change':>10}"]
-    for label, name in ROWS:
-        if (pair := run.before_after(name)) is not None:
-            first, last = pair
-            lines.append(f"{label:<20}{first:>10.4f}{last:>10.4f}{last - first:>+10.4f}")
-    if len(lines) == 1:
-        lines = ["no evaluation before and after has a value"]
-    gain, error = run.gain(), run.gain_error()
-    if gain is not None and error:
-        lines.append(f"overall reward: {gain / error:+.1f} standard errors over the prompts")
+    lines = [line for split in SPLITS for line in _split_lines(run, split)]
+    lines = lines or ["no evaluation before and after has a value"]
     seconds = run.summary["time"]
     phases = [f"{p} {progress.format_seconds(seconds.get(f'time/{p}') or 0.0)}" for p in PHASES]
     lines.append(f"time by phase: {', '.join(phases)} ({run.summary['steps']} steps)")
     return "\n".join(lines)
 
 
+def _split_lines(run: RunRecord, split: str) -> list[str]:
+    """The lines of one split in `table`; none where nothing was measured."""
+    lines = [f"{SPLITS[split]:<20}{'before':>10}{'after':>10}{'change':>10}"]
+    for label, name in ROWS:
+        if (pair := run.before_after(name, split)) is not None:
+            first, last = pair
+            lines.append(f"{label:<20}{first:>10.4f}{last:>10.4f}{last - first:>+10.4f}")
+    gain, error = run.gain(split), run.gain_error(split)
+    if gain is not None and error:
+        lines.append(f"overall reward: {gain / error:+.1f} standard errors over the prompts")
+    return lines if len(lines) > 1 else []
+
+
 def seeds_table(runs: Sequence[RunRecord]) -> str:
-    """Markdown: every run, then mean and standard error over runs."""
+    """Markdown: every run on the split it reports, then mean and standard error over runs."""
     lines = [
         "| seed | reward before | after | change | change / s.e. "
-        "| manifold before | after | change |",
-        "|---|---|---|---|---|---|---|---|",
+        "| manifold before | after | change | shape right before | after |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [f"| {' | '.join(_seed_cells(run))} |" for run in runs]
-    gains = [gain for run in runs if (gain := run.gain()) is not None]
-    ratios = [ratio for run in runs if (ratio := run.distance_ratio()) is not None]
+    gains = [gain for run in runs if (gain := run.gain(run.reported)) is not None]
+    ratios = [r for run in runs if (r := run.distance_ratio(run.reported)) is not None]
     if len(runs) > 1:
         error = standard_error(gains) if len(gains) > 1 else 0.0
         in_errors = f"{np.mean(gains) / error:+.1f} (over seeds)" if error else UNKNOWN
         distance = f"{100 * np.mean(ratios):+.1f} %" if ratios else UNKNOWN
-        lines.append(f"| mean | | | {mean_with_error(gains)} | {in_errors} | | | {distance} |")
+        pairs = [pair for run in runs if (pair := run.before_after(SHAPE, run.reported))]
+        shape = [mean_with_error([pair[i] for pair in pairs]) for i in (0, 1)]
+        lines.append(
+            f"| mean | | | {mean_with_error(gains)} | {in_errors} | | | {distance} "
+            f"| {' | '.join(shape)} |"
+        )
     return "\n".join(lines)
 
 
 def _seed_cells(run: RunRecord) -> list[str]:
     """The cells of one run in `seeds_table`."""
     cells = [str(run.summary["seed"])]
-    gain, error = run.gain(), run.gain_error()
-    cells += [f"{value:.3f}" for value in run.before_after(OVERALL) or ()] or [UNKNOWN] * 2
+    split = run.reported
+    gain, error = run.gain(split), run.gain_error(split)
+    cells += [f"{value:.3f}" for value in run.before_after(OVERALL, split) or ()] or [UNKNOWN] * 2
     cells.append(UNKNOWN if gain is None else f"{gain:+.3f}")
     cells.append(f"{gain / error:+.1f}" if gain is not None and error else UNKNOWN)
-    cells += [f"{value:.4f}" for value in run.before_after(DISTANCE) or ()] or [UNKNOWN] * 2
-    ratio = run.distance_ratio()
+    cells += [f"{value:.4f}" for value in run.before_after(DISTANCE, split) or ()] or [UNKNOWN] * 2
+    ratio = run.distance_ratio(split)
     cells.append(UNKNOWN if ratio is None else f"{100 * ratio:+.1f} %")
+    cells += [f"{v:.3f}" for v in run.before_after(SHAPE, split) or ()] or [UNKNOWN] * 2
     return cells
 
 
@@ -181,9 +253,9 @@ def write_curve(runs: Sequence[RunRecord], path: pathlib.Path) -> None:
     for i, run in enumerate(runs):
         label = f"{run.summary['method']}, seed {run.summary['seed']}"
         _plot_smoothed(axes[0], run, "reward/overall", f"C{i}", label)
-        held_out = f"{label}: held-out"
-        steps, values = run.series("eval/reward/overall")
-        axes[0].plot(steps, values, color=f"C{i}", label=held_out, marker="o", linestyle="--")
+        steps, values = run.series(f"{run.reported}/{OVERALL}")
+        text = f"{label}: {SPLITS[run.reported]}"
+        axes[0].plot(steps, values, color=f"C{i}", label=text, marker="o", linestyle="--")
         for j, name in enumerate(("vq", "mq", "ta")):
             text = name.upper() if i == 0 else None
             _plot_smoothed(axes[1], run, f"reward/{name}", f"C{j}", text)
@@ -222,15 +294,18 @@ def moving_average(values: np.ndarray) -> np.ndarray:
 
 
 def write_before_after(run: RunRecord, out: pathlib.Path) -> bool:
-    """`before_after.png` and `.gif`: the same prompts and noise, first and last evaluation.
+    """`before_after.png` and `.gif`: the same prompts and noise, before and after the run.
+
+    The prompts are the first ones of the split that is reported, in the order that `eval.seed`
+    draws them: nobody has chosen them.
 
     Returns:
       Whether the run has samples; without any, nothing is written.
     """
-    found = sorted((run.workdir / "samples").glob("step_*.png"))
-    if not found:
+    found = run.samples(run.reported, ".png")
+    if found is None:
         return False
-    first, last = found[0], found[-1]
+    first, last = found
     titles = ("before", f"after {run.summary['steps']} steps")
     pictures = [Image.open(p).convert("RGB") for p in (first, last)]
     media.write_picture(out / "before_after.png", _side_by_side(pictures, titles))

@@ -20,7 +20,7 @@ from sage_grpo_jax.models import hunyuan_video, lora, vae
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.text_encoders import qwen
 from sage_grpo_jax.training import checkpoint as checkpoint_lib
-from sage_grpo_jax.training import conditions, optimizers
+from sage_grpo_jax.training import conditions, optimizers, starting_adapters
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import programs as programs_lib
 from sage_grpo_jax.training import recipe as recipe_lib
@@ -96,25 +96,30 @@ def make_abstract_state(
         names = hunyuan_video.partition_names(networks.transformer)
     else:
         shapes, names = lora.abstract_adapters(shapes, adapters), lora.partition_names(adapters)
-    return state_lib.abstract_state(optimizers.make_optimizer(config), shapes, names, mesh)
+    tx = optimizers.make_optimizer(config)
+    return state_lib.abstract_state(tx, shapes, names, mesh, config.averages)
 
 
 def fresh_state(
     networks: Networks, config: config_lib.Config, mesh: jax.sharding.Mesh
 ) -> state_lib.LearnerState:
-    """The state at step 0: loaded weights or fresh adapters, empty optimizer, trust region."""
-    tx = optimizers.make_optimizer(config)
+    """The state at step 0: loaded weights or adapters, empty optimizer, trust region."""
+    tx, averages = optimizers.make_optimizer(config), config.averages
     shardings = state_lib.shardings_of(make_abstract_state(networks, config, mesh))
     adapters = config.lora.adapters
     if adapters is None:
-        init = jax.jit(lambda params: state_lib.init_state(tx, params), out_shardings=shardings)
+        init = jax.jit(
+            lambda params: state_lib.init_state(tx, params, averages), out_shardings=shardings
+        )
         return init(load_transformer(networks, mesh))
     shapes = abstract_params(networks.transformer)
+    given, ratio = starting_adapters.load(config.lora, networks.transformer, mesh)
 
-    def init_adapters(key):
-        return state_lib.init_state(tx, lora.init_adapters(shapes, adapters, key))
+    def init_adapters(key, given):
+        fresh = lora.init_adapters(shapes, adapters, key)
+        return state_lib.init_state(tx, lora.start_from(fresh, given, ratio), averages)
 
-    return jax.jit(init_adapters, out_shardings=shardings)(noise.adapter_key(config.seed))
+    return jax.jit(init_adapters, out_shardings=shardings)(noise.adapter_key(config.seed), given)
 
 
 def load_policy(
@@ -122,6 +127,7 @@ def load_policy(
     config: config_lib.Config,
     mesh: jax.sharding.Mesh,
     checkpoint: str | pathlib.Path | None = None,
+    ema: bool = False,
 ) -> tuple[Any, Any]:
     """The policy of a run, or of a recipe that has not started.
 
@@ -130,18 +136,20 @@ def load_policy(
       config: of the run; its `lora` decides what a checkpoint holds.
       mesh: the device mesh.
       checkpoint: workdir of a run, for its newest checkpoint; None for the recipe's own weights.
+      ema: whether the moving average of the run is wanted; not read without a checkpoint.
 
     Returns:
       (weights, adapters): what `hunyuan_video.velocity` takes; adapters None where there are none.
 
     Raises:
       FileNotFoundError: no complete checkpoint there.
+      ValueError: a damaged one, or a run without a moving average.
     """
     base = load_base(networks, config, mesh)
     if checkpoint is None:
         return (load_transformer(networks, mesh) if base is None else base), None
     abstract = make_abstract_state(networks, config, mesh)
-    trained = checkpoint_lib.restore_params(checkpoint, abstract.params)
+    trained = checkpoint_lib.restore_params(checkpoint, abstract.params, ema=ema)
     return (trained, None) if base is None else (base, trained)
 
 
@@ -166,17 +174,14 @@ def read_prompts(source: str, field: str) -> list[prompts_lib.Prompt]:
             return prompts_lib.read_prompts(source)
         except (OSError, ValueError) as error:
             raise ValueError(f"config.data.{field}: {error}") from error
-    splits = {
-        "train": moving_shapes_spec.train_captions,
-        "held_out": moving_shapes_spec.held_out_captions,
-    }
     split = source.removeprefix(WORLD)
-    if split not in splits:
+    if split not in moving_shapes_spec.SPLITS:
         raise ValueError(
             f"config.data.{field}: got {source!r}; allowed: a prompts file, "
-            + ", ".join(WORLD + name for name in splits)
+            + ", ".join(WORLD + name for name in moving_shapes_spec.SPLITS)
         )
-    return [prompts_lib.Prompt(text.replace(" ", "_"), text) for text in splits[split]()]
+    captions = moving_shapes_spec.split_captions(split)
+    return [prompts_lib.Prompt(text.replace(" ", "_"), text) for text in captions]
 
 
 def open_cache(
@@ -259,6 +264,7 @@ class Prompts:
     fingerprint: str  # of the training prompts: the iterator's position fits these only
     encoder: embedding_cache.Encoder  # of all embeddings
     evaluation: conditions.PromptBatch
+    test: conditions.PromptBatch | None  # None: the recipe has no test prompts
     negative: conditions.PromptBatch
 
     def __iter__(self) -> Iterator[conditions.PromptBatch]:
@@ -274,24 +280,21 @@ def open_prompts(config: config_lib.Config, workdir: pathlib.Path, networks: Net
     """
     # This reward reads the caption: on any other it would fail for every clip.
     whole = config.rewards.spawn and config.rewards.backend == "moving_shapes"
-    train, evaluation = (
-        open_cache(config, field, workdir, networks, whole_captions=whole)
-        for field in ("train_prompts", "eval_prompts")
-    )
-    if differing := evaluation.encoder.differences(train.encoder):
-        raise ValueError(
-            f"config.data.eval_prompts: {config.data.eval_prompts} comes from another encoder than "
-            f"config.data.train_prompts: {differing}; allowed: embeddings of the same encoder"
-        )
-    if config.eval.num_prompts > len(evaluation):
-        raise ValueError(
-            f"config.eval.num_prompts: got {config.eval.num_prompts}; allowed: at most the "
-            f"{len(evaluation)} prompts of {config.data.eval_prompts}"
-        )
-    shapes = _static_shapes(config, networks, train, evaluation)
-    fixed = embedding_cache.make_prompt_iterator(
-        evaluation, config.eval.num_prompts, config.eval.seed, repeat=False, **shapes
-    )
+    train = open_cache(config, "train_prompts", workdir, networks, whole_captions=whole)
+    fixed = {
+        field: open_cache(config, field, workdir, networks, whole_captions=whole)
+        for field in ("eval_prompts", "test_prompts")
+        if getattr(config.data, field) or field == "eval_prompts"
+    }
+    counts = {"eval_prompts": config.eval.num_prompts}
+    for field, cache in fixed.items():
+        counts.setdefault(field, config.eval.num_test_prompts or len(cache))
+        _check_fixed(config, field, cache, counts[field], train)
+    shapes = _static_shapes(config, networks, train, *fixed.values())
+    batches = {
+        field: _fixed_batch(cache, counts[field], config.eval, shapes)
+        for field, cache in fixed.items()
+    }
     negative = embedding_cache.pad_entries([train.negative], **shapes)
     logging.info("%d training prompts, %d evaluation prompts", len(train), config.eval.num_prompts)
     return Prompts(
@@ -300,9 +303,45 @@ def open_prompts(config: config_lib.Config, workdir: pathlib.Path, networks: Net
         ),
         fingerprint=train.fingerprint,
         encoder=train.encoder,
-        evaluation=next(conditions.batches(fixed)).repeat(config.eval.samples_per_prompt),
+        evaluation=batches["eval_prompts"],
+        test=batches.get("test_prompts"),
         negative=next(conditions.batches(iter([negative]))),
     )
+
+
+def _check_fixed(
+    config: config_lib.Config,
+    field: str,
+    cache: embedding_cache.EmbeddingCache,
+    count: int,
+    train: embedding_cache.EmbeddingCache,
+) -> None:
+    """Refuses evaluation or test prompts of another encoder, or too few of them."""
+    source = getattr(config.data, field)
+    if differing := cache.encoder.differences(train.encoder):
+        raise ValueError(
+            f"config.data.{field}: {source} comes from another encoder than "
+            f"config.data.train_prompts: {differing}; allowed: embeddings of the same encoder"
+        )
+    if count > len(cache):
+        number = {"eval_prompts": "num_prompts", "test_prompts": "num_test_prompts"}[field]
+        raise ValueError(
+            f"config.eval.{number}: got {count}; allowed: at most the {len(cache)} prompts of "
+            f"{source}"
+        )
+
+
+def _fixed_batch(
+    cache: embedding_cache.EmbeddingCache,
+    count: int,
+    settings: config_lib.EvalConfig,
+    shapes: dict[str, int | None],
+) -> conditions.PromptBatch:
+    """`count` prompts, the same in every run, each `samples_per_prompt` times in a row."""
+    chosen = embedding_cache.make_prompt_iterator(
+        cache, count, settings.seed, repeat=False, **shapes
+    )
+    return next(conditions.batches(chosen)).repeat(settings.samples_per_prompt)
 
 
 def _static_shapes(

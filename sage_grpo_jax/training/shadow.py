@@ -6,13 +6,13 @@ computation that shares as little with it as it can:
   * the velocity is the same network, but every float32 or bfloat16 intermediate, also those that
     the layers ask for by name, is float64: the traced program is evaluated with wider types
     (`float64.in_float64`), so that no layer has to know about it;
-  * everything behind the velocity (transition, log-ratio, policy loss, KL) is written a second time
-    from the textbook: differences of log-probabilities, `exp`, variances as printed. What `flow/`
-    and `grpo/` rewrite for the sake of float32 is not needed here.
+  * everything else is written a second time from the papers in `shadow_formulas`, and the samples,
+    steps, mask, normaliser, weights and λ of the micro-batch are worked out again from config and
+    rollout: none of it is taken from the update.
 
-Constants (schedule, weights, eta, the noise that was drawn) are the float32 numbers of the run: the
-deviation is that of the arithmetic, not of the inputs. The float32 side is the loss function of the
-update program, compiled by itself. Meant for small runs: parameters and references go to the host.
+Schedule, eta and the noise that was drawn are the float32 numbers of the run: the deviation is that
+of the arithmetic, not of the inputs. The float32 side is the loss function of the update program,
+compiled by itself. Meant for small runs: rollout, parameters and references go to the host.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_grpo_jax.flow import noise, sde
+from sage_grpo_jax.flow import noise
 from sage_grpo_jax.grpo import trust_region
 from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.parallel import sharding
-from sage_grpo_jax.training import float64
+from sage_grpo_jax.training import float64, micro_losses, shadow_formulas
+from sage_grpo_jax.training import ratio as ratio_lib
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training import update as update_lib
 from sage_grpo_jax.training.recipe import Recipe
@@ -41,7 +42,7 @@ from sage_grpo_jax.training.recipe import Recipe
 class Sides(NamedTuple):
     """What both computations of a micro-batch give."""
 
-    log_ratio: Any  # [m]
+    log_ratio: Any  # [m], of the policy to the rollout
     loss: Any  # []
     gradient: Any  # tree of the trained parameters
 
@@ -70,17 +71,19 @@ class Shadow:
         self._mesh = mesh_lib.make_mesh(1, 1, 1, devices=[device])
         self._float32 = jax.jit(functools.partial(_float32_side, recipe))
         self._float64: Callable | None = None
+        self._controller = shadow_formulas.Controller(recipe.config.trust_region)
 
     def __call__(
         self,
         state: state_lib.LearnerState,
         batch: update_lib.UpdateBatch,
-        frozen: update_lib.Frozen,
+        frozen: micro_losses.Frozen,
     ) -> dict[str, float]:
         """Deviations at the micro-batch whose turn it is; before the update, which donates `state`.
 
         Returns:
-          shadow/log_ratio: largest |difference| of the log-ratios.
+          shadow/log_ratio: largest |difference| of the log-ratios of policy and rollout; the
+            rollout's own rounding is in both.
           shadow/loss: |difference| of the losses over the mean |A|·S_t plus the KL penalty: the
             loss itself is a sum of terms that cancel.
           shadow/gradient: norm of the difference over the norm of the float64 gradient.
@@ -88,20 +91,62 @@ class Shadow:
         recipe = self._recipe
         pieces = recipe.config.batch_size // recipe.config.loss.micro_batch
         turn = int(state.step) % (recipe.positions * pieces)
-        place = np.int32(turn // pieces), np.int32(turn % pieces)
-        found, inputs = jax.device_get(self._float32(state, batch, frozen, *place))
+        position, piece = turn // pieces, turn % pieces
+        inputs = self._inputs(state, batch, frozen, position, piece)
+        sides = self._float32(state, batch, frozen, np.int32(position), np.int32(piece))
+        found = jax.device_get(sides)
         with jax.set_mesh(self._mesh):
             exact, scale = self._exact(inputs)
         return deviations(found, exact, scale)
 
+    def _inputs(self, state, batch, frozen, position: int, piece: int) -> _Inputs:
+        """The micro-batch and its constants from config and rollout, on the host."""
+        recipe, config = self._recipe, self._recipe.config
+        size = config.loss.micro_batch
+        rows = np.arange(size) * (config.batch_size // size) + piece  # see `update.split_batch`
+        sigmas = np.asarray(recipe.schedule.sigmas, np.float64)
+        noisy = shadow_formulas.noisy_steps(config, sigmas)
+        trained = shadow_formulas.trained_steps(config, noisy)
+        window, positions = shadow_formulas.window_and_positions(config, noisy)
+        keys = batch.keys[rows]
+        place = np.full(size, position)
+        if config.rollout.trained_choice == "random":
+            place = np.asarray(noise.chosen_steps(keys, window, positions))[:, position]
+        step = noisy[np.asarray(batch.starts)[rows] + place]
+        valid, latents = np.asarray(batch.valid), np.asarray(batch.latents)
+        of_sample = valid[rows].reshape(-1, *[1] * (latents.ndim - 2))
+        region = trust_region.find_state(state.opt_state)
+        weight = self._controller.weight(
+            int(region.count), np.asarray(region.history), float(region.weight)
+        )
+        references = [region.anchor] * config.trust_region.has_anchor
+        references += [region.previous] * config.trust_region.has_previous
+        return _Inputs(
+            trained=jax.device_get(state.params),
+            base=jax.device_get(frozen.base),
+            negative=jax.device_get(frozen.negative),
+            condition=jax.tree.map(lambda x: np.asarray(x)[rows], batch.condition),
+            latents=np.where(of_sample, latents[step, rows], 0),
+            next_latents=np.where(of_sample, latents[step + 1, rows], 0),
+            noise=np.asarray(noise.step_noise(keys, step, recipe.latent_shape)),
+            advantages=np.asarray(batch.advantages)[rows],
+            valid=valid[rows],
+            step=step,
+            weights=shadow_formulas.policy_weights(config, sigmas, trained)[step],
+            kl_weights=shadow_formulas.kl_weights(config, sigmas, trained)[step],
+            references=tuple(jax.device_get(references)),
+            kl_weight=np.float64(weight),
+            normalizer=np.float64(max(valid.sum() * positions, 1)),
+        )
+
     def _exact(self, inputs: _Inputs) -> tuple[Sides, float]:
         if self._float64 is None:
             # Traced with the float32 inputs: the program of the network as the update has it.
-            recipe, micro = self._recipe, inputs.micro
-            timestep = np.zeros(micro.latents.shape[0], np.float32)
-            network = inputs.trained, inputs.base, inputs.negative, micro.condition
+            recipe = self._recipe
+            timestep = np.zeros(inputs.latents.shape[0], np.float32)
+            network = inputs.trained, inputs.base, inputs.negative, inputs.condition
             program = _velocity_program(recipe)
-            velocity = float64.in_float64(program, *network, micro.latents, timestep)
+            velocity = float64.in_float64(program, *network, inputs.latents, timestep)
             self._float64 = jax.jit(lambda values: _float64_side(recipe, velocity, values))
         with jax.enable_x64(True):
             wide = jax.tree.map(float64.widen, inputs)
@@ -127,60 +172,35 @@ def deviations(found: Sides, exact: Sides, scale: float) -> dict[str, float]:
 
 
 class _Inputs(NamedTuple):
-    """Everything that the float64 side needs, as the run has it; on the host."""
+    """Everything that the float64 side needs; on the host. m samples, a step each."""
 
     trained: Any
     base: Any  # with LoRA the frozen weights, else None
     negative: hunyuan_video.Condition
-    micro: update_lib.MicroBatch  # keys dropped
-    noise: jax.Array  # [m, ...], as drawn in the rollout
+    condition: hunyuan_video.Condition
+    latents: np.ndarray  # x_t [m, ...]; 0 where not valid, as x_{t+1}
+    next_latents: np.ndarray
+    noise: np.ndarray  # [m, ...], as drawn in the rollout
+    advantages: np.ndarray  # [m]
+    valid: np.ndarray  # bool [m]
+    step: np.ndarray  # integers [m]
+    weights: np.ndarray  # of the policy loss, [m]
+    kl_weights: np.ndarray  # [m]
     references: tuple[Any, ...]  # parameters
-    kl_weight: jax.Array
-    normalizer: jax.Array
+    kl_weight: np.ndarray  # λ
+    normalizer: np.ndarray
 
 
-def _float32_side(recipe: Recipe, state, batch, frozen, position, piece) -> tuple[Sides, _Inputs]:
-    """The update's own loss, gradient and log-ratio at one micro-batch, and its inputs."""
-    region = trust_region.find_state(state.opt_state)
-    references = trust_region.references(region, recipe.config.trust_region)
-    normalizer = jnp.maximum(jnp.sum(batch.valid) * recipe.positions, 1).astype(jnp.float32)
-    micro = update_lib._micro_batch(recipe, batch, position, piece)
-
-    def loss(params, micro, recipe):
-        return update_lib._micro_loss(
-            params, micro, frozen, references, region.weight, normalizer, recipe
-        )
-
-    (total, _), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, micro, recipe)
-    log_ratio = _log_ratio_in_loss(recipe, state.params, micro, loss, normalizer)
-    inputs = _Inputs(
-        trained=state.params,
-        base=frozen.base,
-        negative=frozen.negative,
-        micro=micro._replace(keys=None),
-        noise=noise.step_noise(micro.keys, micro.step, recipe.latent_shape),
-        references=tuple(reference.params for reference in references),
-        kl_weight=region.weight,
-        normalizer=normalizer,
-    )
-    return Sides(log_ratio, total, gradient), inputs
-
-
-def _log_ratio_in_loss(recipe: Recipe, params, micro, loss, normalizer) -> jax.Array:
-    """The log-ratios [m] that the update's loss works with, without a second way to compute them.
-
-    The REINFORCE loss is -Σ A·S·log-ratio / normalizer: its derivative by the advantage of a sample
-    tells that sample's log-ratio.
-    """
-    config = recipe.config
-    reinforce = dataclasses.replace(config.loss, objective="reinforce")
-    linear = dataclasses.replace(recipe, config=dataclasses.replace(config, loss=reinforce))
-
-    def of_advantages(advantages):
-        return loss(params, micro._replace(advantages=advantages), linear)[0]
-
-    weights = jnp.asarray(recipe.weights)[micro.step] * update_lib._step_factor(recipe)
-    return -jax.grad(of_advantages)(micro.advantages) * normalizer / weights
+def _float32_side(recipe: Recipe, state, batch, frozen, position, piece) -> Sides:
+    """The update's own loss, gradient and log-ratio at one micro-batch."""
+    given = update_lib.loss_inputs(recipe, state, frozen, jnp.sum(batch.valid))
+    micro = update_lib.take_micro_batch(recipe, batch, position, piece)
+    loss = functools.partial(micro_losses.policy_micro_loss, recipe=recipe)
+    (total, _), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, micro, given)
+    draw = noise.step_noise(micro.keys, micro.step, recipe.latent_shape)
+    new = micro_losses.transition(recipe, state.params, micro, frozen)
+    log_ratio = ratio_lib.rollout_log_ratio(recipe, draw, new.mean, micro.next_latents, new.std)
+    return Sides(jnp.where(micro.counts, log_ratio, 0.0), total, gradient)
 
 
 def _velocity_program(recipe: Recipe) -> Callable:
@@ -192,108 +212,61 @@ def _velocity_program(recipe: Recipe) -> Callable:
     recipe = dataclasses.replace(recipe, transformer=transformer)
 
     def velocity(trained, base, negative, condition, latents, timestep):
-        frozen = update_lib.Frozen(negative, base)
-        return update_lib.velocity_fn(recipe, trained, condition, frozen)(latents, timestep)
+        frozen = micro_losses.Frozen(negative, base)
+        gradient = recipe.config.loss.guidance_gradient
+        policy = micro_losses.velocity_fn(recipe, trained, condition, frozen, gradient=gradient)
+        return policy(latents, timestep)
 
     return velocity
 
 
 def _float64_side(recipe: Recipe, velocity: Callable, inputs: _Inputs) -> tuple[Sides, jax.Array]:
-    """The same quantities from the textbook, and the scale that the loss is judged by."""
-    config, micro = recipe.config, inputs.micro
-    shape = (-1,) + (1,) * (micro.latents.ndim - 1)
-    count = micro.latents.shape[0]
-    step = jnp.broadcast_to(micro.step, (count,))
-    sigmas = np.asarray(recipe.schedule.sigmas, np.float64)
-    sigma, sigma_next = (jnp.asarray(sigmas)[step + i].reshape(shape) for i in (0, 1))
-    timestep = jnp.asarray(np.asarray(recipe.schedule.timesteps, np.float64))[step]
-    weights = jnp.asarray(np.asarray(recipe.weights, np.float64))[step]
-    weights = weights * (recipe.positions if config.loss.step_reduction == "sum" else 1)
-    masked = jnp.where(micro.valid, 1.0, 0.0)
+    """The same quantities from the papers, and the scale that the loss is judged by."""
+    config, rollout = recipe.config, recipe.config.rollout
+    shape = (-1,) + (1,) * (inputs.latents.ndim - 1)
+    sigmas = jnp.asarray(np.asarray(recipe.schedule.sigmas, np.float64))
+    sigma, sigma_next = (sigmas[inputs.step + i].reshape(shape) for i in (0, 1))
+    timestep = jnp.asarray(np.asarray(recipe.schedule.timesteps, np.float64))[inputs.step]
+    masked = jnp.where(inputs.valid, 1.0, 0.0)
 
     def transition(trained):
-        v = velocity(
-            trained, inputs.base, inputs.negative, micro.condition, micro.latents, timestep
+        network = trained, inputs.base, inputs.negative, inputs.condition
+        v = velocity(*network, inputs.latents, timestep)
+        return shadow_formulas.transition(
+            rollout.sde, v, inputs.latents, sigma, sigma_next, rollout.eta, rollout.clamp
         )
-        return plain_transition(
-            config.rollout.sde, v, micro.latents, sigma, sigma_next, config.rollout.eta
+
+    def log_ratio_to(mean_old, mean, std):
+        sample = mean_old + std * inputs.noise
+        return shadow_formulas.log_prob(config.loss, sample, mean, std) - shadow_formulas.log_prob(
+            config.loss, sample, mean_old, std
         )
 
     def loss(trained):
         mean, std = transition(trained)
-        mean_old = micro.mean_old
-        if mean_old is None:
-            mean_old = micro.next_latents - std * inputs.noise
-        log_ratio = plain_log_prob(config.loss, micro.next_latents, mean, std) - plain_log_prob(
-            config.loss, micro.next_latents, mean_old, std
-        )
-        per_sample = plain_policy_loss(config.loss, log_ratio, micro.advantages) * weights
-        penalty = _plain_penalty(recipe, mean, std, log_ratio, inputs, transition)
-        total = jnp.sum(masked * (per_sample + inputs.kl_weight * penalty)) / inputs.normalizer
-        size = jnp.abs(micro.advantages) * weights + inputs.kl_weight * jnp.abs(penalty)
-        return total, (jnp.where(micro.valid, log_ratio, 0.0), jnp.sum(masked * size))
+        # The first update of a rollout is taken to the policy itself, see `ratio`.
+        log_ratio = log_ratio_to(jax.lax.stop_gradient(mean), mean, std)
+        gain = shadow_formulas.policy_loss(config.loss, log_ratio, inputs.advantages)
+        penalty = _penalty(config, mean, std, log_ratio, inputs, transition)
+        total = gain * inputs.weights + inputs.kl_weight * penalty
+        size = jnp.abs(inputs.advantages) * inputs.weights + inputs.kl_weight * jnp.abs(penalty)
+        of_rollout = log_ratio_to(inputs.next_latents - std * inputs.noise, mean, std)
+        shown = jnp.where(inputs.valid, of_rollout, 0.0), jnp.sum(masked * size)
+        return jnp.sum(masked * total) / inputs.normalizer, shown
 
     (total, (log_ratio, size)), gradient = jax.value_and_grad(loss, has_aux=True)(inputs.trained)
     return Sides(log_ratio, total, gradient), size / inputs.normalizer
 
 
-def plain_transition(
-    kind: str, velocity: Any, sample: Any, sigma: Any, sigma_next: Any, eta: float
-) -> tuple[jax.Array, jax.Array]:
-    """(mean, std) of a step as the papers print it; float64, see `flow.sde.transition`."""
-    dt = sigma_next - sigma
-    clean, predicted_noise = sample - sigma * velocity, sample + (1 - sigma) * velocity
-    if kind == "cps":
-        angle = eta * math.pi / 2
-        turned = sigma_next * (math.cos(angle) * predicted_noise)
-        return (1 - sigma_next) * clean + turned, sigma_next * math.sin(angle)
-    if kind == "precise":
-        start = jnp.maximum(1 - sigma, sde.CLAMP)
-        end = jnp.maximum(1 - sigma_next, sde.CLAMP)
-        variance = eta**2 * (jnp.log(end / start) - (end - start))
-    elif kind == "flow":
-        # At σ = 1 its diffusion coefficient is infinite; Flow-GRPO takes the next σ there.
-        distance = jnp.where(sigma >= 1, 1 - sigma_next, 1 - sigma)
-        variance = eta**2 * sigma / distance * -dt
-    else:
-        variance = eta**2 * -dt
-    score = -predicted_noise / sigma
-    return sample + dt * velocity + variance * score / 2, jnp.sqrt(variance)
-
-
-def plain_log_prob(loss: Any, sample: Any, mean: Any, std: Any) -> jax.Array:
-    """Log-probability [m] up to constants that do not depend on the mean; float64."""
-    squares = -((sample - mean) ** 2)
-    density = squares if loss.log_prob == "squared" else squares / (2 * std**2)
-    axes = tuple(range(1, density.ndim))
-    return density.sum(axes) if loss.log_prob_reduction == "sum" else density.mean(axes)
-
-
-def plain_policy_loss(loss: Any, log_ratio: Any, advantages: Any) -> jax.Array:
-    """The loss [m] of every sample, before the time weight; float64."""
-    if loss.objective == "reinforce":
-        return -advantages * log_ratio
-    ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1 - loss.clip_range, 1 + loss.clip_range)
-    return -jnp.minimum(advantages * ratio, advantages * clipped)
-
-
-def _plain_penalty(recipe: Recipe, mean, std, log_ratio, inputs: _Inputs, transition) -> jax.Array:
+def _penalty(config, mean, std, log_ratio, inputs: _Inputs, transition) -> jax.Array:
     """Σ beta·KL [m] of the references, or of Eq. 15 for the previous policy."""
-    region, total = recipe.config.trust_region, jnp.zeros_like(log_ratio)
-    count = inputs.micro.latents.shape[0]
-    time_weights = jnp.asarray(np.asarray(recipe.kl_weights, np.float64))[
-        jnp.broadcast_to(inputs.micro.step, (count,))
-    ]
-    axes = tuple(range(1, mean.ndim))
+    region, total = config.trust_region, jnp.zeros_like(log_ratio)
     betas = [region.anchor_weight] * region.has_anchor
     betas += [region.previous_weight] * region.has_previous
     for beta, reference in zip(betas, inputs.references, strict=True):
         reference_mean = jax.lax.stop_gradient(transition(reference)[0])
-        divergence = (mean - reference_mean) ** 2 / (2 * std**2)
-        summed = recipe.config.loss.log_prob_reduction == "sum"
-        divergence = divergence.sum(axes) if summed else divergence.mean(axes)
-        total += beta * time_weights * divergence
+        distance = (mean - reference_mean) ** 2 / (2 * std**2)
+        total += beta * inputs.kl_weights * shadow_formulas.reduced(config.loss, distance)
     if region.penalises_motion and not region.has_previous:
         total -= region.previous_weight * log_ratio
     return total

@@ -22,7 +22,7 @@ from typing import Any
 import ml_collections
 
 from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import metrics, recipe
+from sage_grpo_jax.training import metrics, step_plan
 from sage_grpo_jax.training import workdir as workdir_lib
 
 SWEEP_FILE = "sweep.json"
@@ -148,7 +148,7 @@ def _make_point(
     try:
         copy.update_from_flattened_dict(overrides)
         validated = config_lib.from_config_dict(copy)
-        recipe.trained_steps(validated)
+        step_plan.plan_steps(validated)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"point {index} of the sweep, {overrides}: {error}") from error
     folder = workdir / "runs" / f"{index:03d}_{_slug(overrides)}"
@@ -169,16 +169,23 @@ def flags_of(overrides: Overrides) -> list[str]:
 def forward_passes(config: config_lib.Config) -> tuple[int, int]:
     """Transformer passes of a step (one sample, one branch each): of the rollout, of the update.
 
-    A backward pass counts as two; a reference of the KL penalty as one.
+    A backward pass counts as two; a reference of the penalty, and the policy that sampled in the
+    forward-process loss, as one.
     """
-    rollout, region = config.rollout, config.trust_region
+    rollout, region, loss = config.rollout, config.trust_region, config.loss
+    forward = loss.objective == "nft"
     branches = 1 if rollout.guidance == 1.0 else 2
-    trained = min(rollout.window_size or rollout.num_steps, rollout.num_steps)
-    references = region.has_anchor + region.has_previous
-    update = config.batch_size * trained * branches * (3 + references)
+    with_gradient = 1 if loss.guidance_gradient == "condition" else branches
+    others = region.has_anchor + region.has_previous + forward
+    entry = branches * (1 + others) + 2 * with_gradient
+    updates = float(loss.updates_per_rollout)
+    if loss.split_updates:
+        # The first update goes through all samples, to record the means of the later ones.
+        updates = 1.0 if forward else 2.0 - 1.0 / updates
+    trained = step_plan.plan_steps(config).positions
     return (
         config.batch_size * rollout.num_steps * branches,
-        update * config.loss.updates_per_rollout,
+        round(config.batch_size * trained * entry * updates),
     )
 
 

@@ -10,82 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sage_grpo_jax.flow import guidance, noise, schedules, sde
-from sage_grpo_jax.flow import rollout as rollout_lib
-from sage_grpo_jax.grpo import kl, loss, trust_region
+from sage_grpo_jax.grpo import averaging, loss, trust_region
 from sage_grpo_jax.models import hunyuan_video
-from sage_grpo_jax.training import conditions
+from sage_grpo_jax.training import micro_losses, step_plan
+from sage_grpo_jax.training import ratio as ratio_lib
 from sage_grpo_jax.training import state as state_lib
+from sage_grpo_jax.training.micro_losses import Frozen, LossInputs, MicroBatch
 from sage_grpo_jax.training.recipe import Recipe
 
 
 class UpdateBatch(NamedTuple):
     """One rollout as the update sees it; B samples, T steps."""
 
-    latents: jax.Array  # float32 [T+1, B, t, h, w, C]: the trajectory
+    # float32 [T+1, B, t, h, w, C]: the trajectory; for the forward process its last state alone.
+    latents: jax.Array
     keys: jax.Array  # typed keys [B]: the noise is drawn again from them
     condition: hunyuan_video.Condition  # leaves [B, ...]
     advantages: jax.Array  # float32 [B]
     valid: jax.Array  # bool [B]: the reward arrived
     starts: jax.Array  # int32 [B]: where the window of trained steps starts
-    mean_old: jax.Array | None = None  # [K, B, ...]: replayed means of the K trained steps; None:
-    # from the noise
-
-
-class MicroBatch(NamedTuple):
-    """The part of an `UpdateBatch` that goes through the model at once: m samples, a step each."""
-
-    step: jax.Array  # int32 [], or [m] where samples are at different steps
-    latents: jax.Array  # x_t [m, ...]
-    next_latents: jax.Array  # x_{t+1} [m, ...]
-    keys: jax.Array  # [m]
-    condition: hunyuan_video.Condition
-    advantages: jax.Array  # [m]
-    valid: jax.Array  # [m]
-    mean_old: jax.Array | None  # [m, ...]
-
-
-class Frozen(NamedTuple):
-    """What the policy needs besides the trained parameters."""
-
-    negative: hunyuan_video.Condition  # the one unconditional prompt, leaves [1, ...]
-    base: Any = None  # the weights under the adapters; None: all weights are trained
-
-
-def velocity_fn(
-    recipe: Recipe,
-    trained: Any,
-    condition: hunyuan_video.Condition,
-    frozen: Frozen,
-    schedule: schedules.Schedule | None = None,
-):
-    """(latents, timestep) -> velocity of the policy, with guidance.
-
-    Args:
-      recipe: the constants.
-      trained: all parameters, or the adapters where `frozen` holds their base.
-      condition: of B samples.
-      frozen: negative prompt and base.
-      schedule: of the sampler; None for that of the rollout. Only a model that knows where its step
-        ends (use_meanflow) looks at it.
-    """
-    schedule = recipe.schedule if schedule is None else schedule
-    negative = conditions.unconditional(condition, frozen.negative)
-    params, adapters, scale = trained, None, 1.0
-    if frozen.base is not None:
-        params, adapters, scale = frozen.base, trained, recipe.config.lora.adapters.scale
-
-    def model(latents, timestep, branch):
-        if recipe.transformer.use_meanflow:
-            branch = branch._replace(timestep_r=schedules.next_timestep(schedule, timestep))
-        with jax.default_matmul_precision(recipe.config.model.matmul_precision):
-            return hunyuan_video.velocity(
-                params, latents, timestep, branch, recipe.transformer, adapters, scale
-            )
-
-    rollout = recipe.config.rollout
-    guided = guidance.guided(model, rollout.guidance, mode=rollout.guidance_mode)
-    return lambda latents, timestep: guided(latents, timestep, condition, negative)
 
 
 def split_batch(tree: Any, size: int) -> Any:
@@ -101,7 +44,7 @@ def split_batch(tree: Any, size: int) -> Any:
     return jax.tree.map(split, tree)
 
 
-def _micro_batch(
+def take_micro_batch(
     recipe: Recipe, batch: UpdateBatch, position: jax.Array, piece: jax.Array
 ) -> MicroBatch:
     """A piece of the samples at the `position`-th of their trained steps."""
@@ -110,17 +53,17 @@ def _micro_batch(
     def take(x):
         return split_batch(x, size)[piece]
 
-    valid = take(batch.valid)
-    steps = jnp.asarray(np.flatnonzero(recipe.trained), jnp.int32)
-    random = recipe.window_places > 1
-    step = steps[take(batch.starts) + position] if random else steps[position]
+    valid, starts, keys = take(batch.valid), take(batch.starts), take(batch.keys)
+    step = step_plan.trained_step(recipe.plan, position, starts, keys)
 
-    def at(x, step):
-        """x[step] of the piece, for one step or one of each sample."""
-        if not random:
-            return take(x[step])
-        pieces = split_batch(jnp.moveaxis(x, 0, 1), size)[piece]  # [m, T + 1, ...]
-        return jax.vmap(lambda states, t: states[t])(pieces, step)
+    def state(after):
+        """The states after `after` steps, for one step or one of each sample."""
+        if recipe.is_forward:
+            return take(batch.latents[-1])
+        if not recipe.plan.varies:
+            return take(batch.latents[after])
+        pieces = split_batch(jnp.moveaxis(batch.latents, 0, 1), size)[piece]  # [m, T + 1, ...]
+        return jax.vmap(lambda states, t: states[t])(pieces, after)
 
     def clean(x):
         # The latents of a masked sample may be NaN, and 0 · NaN in the backward pass is NaN.
@@ -128,115 +71,120 @@ def _micro_batch(
 
     return MicroBatch(
         step=step,
-        latents=clean(at(batch.latents, step)),
-        next_latents=clean(at(batch.latents, step + 1)),
-        keys=take(batch.keys),
+        latents=clean(state(step)),
+        next_latents=clean(state(step + 1)),
+        keys=keys,
         condition=jax.tree.map(take, batch.condition),
         advantages=take(batch.advantages),
         valid=valid,
-        mean_old=None if batch.mean_old is None else clean(take(batch.mean_old[position])),
+        counts=valid,
     )
 
 
-def _transition(recipe: Recipe, params: Any, micro: MicroBatch, frozen: Frozen) -> sde.Transition:
-    """The transition of the policy `params` at the states of a micro-batch."""
-    config, schedule = recipe.config.rollout, recipe.schedule
-    count = micro.latents.shape[0]
-    velocity = velocity_fn(recipe, params, micro.condition, frozen)
-    timestep = jnp.broadcast_to(jnp.asarray(schedule.timesteps)[micro.step], (count,))
-    sigmas = jnp.asarray(schedule.sigmas)
-    return sde.transition(
-        config.sde,
-        velocity(micro.latents, timestep),
-        micro.latents,
-        sigmas[micro.step],
-        sigmas[micro.step + 1],
-        config.eta,
-    )
-
-
-def _micro_loss(params, micro: MicroBatch, frozen, references, kl_weight, normalizer, recipe):
-    """Policy loss and KL of one micro-batch, both divided by the fixed `normalizer`."""
-    new = _transition(recipe, params, micro, frozen)
-    if micro.mean_old is None:
-        draw = noise.step_noise(micro.keys, micro.step, recipe.latent_shape)
-        mean_old = rollout_lib.behaviour_mean(micro.next_latents, draw, new.std)
-    else:
-        mean_old = micro.mean_old
-        draw = (micro.next_latents - mean_old) / new.std
-    config = recipe.config.loss
-    log_ratio = sde.log_ratio(
-        draw,
-        new.mean,
-        mean_old,
-        new.std,
-        log_prob=config.log_prob,
-        reduction=config.log_prob_reduction,
-    )
-    weights = jnp.asarray(recipe.weights)[micro.step]
-    policy_loss, metrics = loss.policy_loss(
-        log_ratio[:, None],
-        micro.advantages,
-        weights.reshape(-1, 1) * _step_factor(recipe),
-        config.clip_range,
-        mask=micro.valid[:, None],
-        objective=config.objective,
-        normalizer=normalizer,
-    )
-    penalty = jnp.zeros(())
-    for name, divergence, beta in _divergences(recipe, new, log_ratio, references, micro, frozen):
-        divergence = jnp.sum(jnp.where(micro.valid, divergence, 0.0)) / normalizer
-        metrics[f"kl/{name}"] = divergence
-        penalty += beta * divergence
-    total = policy_loss + kl_weight * penalty
-    metrics |= {"loss/policy": policy_loss, "loss/total": total, "kl/total": penalty}
-    return total, jax.lax.stop_gradient(metrics)
-
-
-def _step_factor(recipe: Recipe) -> float:
-    """What turns the mean over the trained steps into what the recipe asks for."""
-    return float(recipe.positions) if recipe.config.loss.step_reduction == "sum" else 1.0
-
-
-def _divergences(recipe, new: sde.Transition, log_ratio, references, micro: MicroBatch, frozen):
-    """(name, divergence [m], beta) for every term of the KL penalty."""
-    region, reduction = recipe.config.trust_region, recipe.config.loss.log_prob_reduction
-    for name, reference, beta in references:
-        mean = jax.lax.stop_gradient(_transition(recipe, reference, micro, frozen).mean)
-        divergence = kl.gaussian_kl(new.mean, mean, new.std, reduction=reduction)
-        yield name, divergence * jnp.asarray(recipe.kl_weights)[micro.step], beta
-    if region.penalises_motion and not region.has_previous:
-        # Eq. 15: the mean of log π_old - log π over the samples of π_old.
-        yield "previous", -log_ratio, region.previous_weight
-
-
-def _gradients(recipe: Recipe, state: state_lib.LearnerState, batch: UpdateBatch, frozen):
-    """Gradient and metrics of the whole rollout, accumulated over (step, sample) micro-batches."""
-    config = recipe.config
+def loss_inputs(
+    recipe: Recipe, state: state_lib.LearnerState, frozen: Frozen, count: jax.Array
+) -> LossInputs:
+    """The inputs of an update over `count` samples."""
     region = trust_region.find_state(state.opt_state)
-    references = trust_region.references(region, config.trust_region)
+    return LossInputs(
+        frozen=frozen,
+        references=trust_region.references(region, recipe.config.trust_region),
+        kl_weight=region.weight,
+        normalizer=jnp.maximum(count * recipe.positions, 1).astype(jnp.float32),
+        sampling=state.sampled if recipe.is_forward else None,
+    )
+
+
+def _share(recipe: Recipe, piece: Any, turn: Any) -> jax.Array:
+    """Whether the samples of a piece belong to update `turn` of a rollout; bool like `piece`.
+
+    With split updates sample b is trained in update b mod U, and so a part of every group is:
+    whichever, as the members of a group are drawn alike.
+    """
+    if not recipe.config.loss.split_updates:
+        return jnp.full(jnp.shape(piece), True)
+    # The samples of piece p are p + n·row, n the number of pieces, which U divides.
+    return piece % recipe.config.loss.updates_per_rollout == turn
+
+
+def _where_needed(recipe: Recipe, entry, index, recorded, old: ratio_lib.OldMeans | None):
+    """`entry(index, recorded)`; nothing of it for the samples that an update has no use for.
+
+    The first update of a rollout goes through all of them: it records the means of those that the
+    later updates are trained on, in the same program as theirs.
+    """
+    if not recipe.config.loss.split_updates:
+        return entry(index, recorded)
+    needed = _share(recipe, index[1], old.turn)
+    if not recipe.is_forward:
+        needed |= ~old.known
+
+    def nothing(index, recorded):
+        shapes = jax.eval_shape(entry, index, recorded)
+        grads, result = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        none = None if recipe.is_forward else ratio_lib.no_mismatch(recipe)
+        return grads, result._replace(mismatch=none, mean_old=recorded)
+
+    return jax.lax.cond(needed, entry, nothing, index, recorded)
+
+
+def _gradients(
+    recipe: Recipe,
+    state: state_lib.LearnerState,
+    batch: UpdateBatch,
+    frozen: Frozen,
+    old: ratio_lib.OldMeans | None,
+):
+    """Gradient of the samples of an update, accumulated over (step, sample) micro-batches.
+
+    Returns (gradient, metrics, weight of the KL, the old means for the next update or None).
+    """
+    config = recipe.config
     pieces = config.batch_size // config.loss.micro_batch
-    normalizer = jnp.maximum(jnp.sum(batch.valid) * recipe.positions, 1).astype(jnp.float32)
+    turn = None if old is None else old.turn
+    valid = split_batch(batch.valid, config.loss.micro_batch)  # [pieces, m]
+    mine = valid & _share(recipe, jnp.arange(pieces), turn)[:, None]
+    inputs = loss_inputs(recipe, state, frozen, jnp.sum(mine))
+    micro_loss = micro_losses.policy_micro_loss
+    if recipe.is_forward:
+        micro_loss = micro_losses.forward_micro_loss
 
-    def loss_fn(params, micro):
-        return _micro_loss(params, micro, frozen, references, region.weight, normalizer, recipe)
+    def loss_fn(params, micro, recorded):
+        known = None if old is None else old.known
+        return micro_loss(params, micro, inputs, recipe, recorded, known)
 
-    def body(totals, index):
-        micro = _micro_batch(recipe, batch, index[0], index[1])
-        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, micro)
-        grads = jax.tree.map(jnp.add, totals[0], grads)
-        return (grads, loss.accumulate_metrics(totals[1], metrics)), None
+    def entry(index, recorded):
+        """(gradient, MicroResult) of a micro-batch."""
+        micro = take_micro_batch(recipe, batch, *index)
+        micro = micro._replace(counts=micro.valid & _share(recipe, index[1], turn))
+        (_, result), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, micro, recorded
+        )
+        return grads, result
 
-    index = np.indices((recipe.positions, pieces)).reshape(2, -1).T
-    first = jnp.zeros((), jnp.int32)
-    micro = jax.eval_shape(lambda: _micro_batch(recipe, batch, first, first))
-    shapes = jax.eval_shape(lambda m: loss_fn(state.params, m)[1], micro)
+    def body(totals, scanned):
+        index, recorded = scanned
+        grads, result = _where_needed(recipe, entry, index, recorded, old)
+        totals = (
+            jax.tree.map(jnp.add, totals[0], grads),
+            loss.accumulate_metrics(totals[1], result.metrics),
+            jax.tree.map(jnp.maximum, totals[2], result.mismatch),
+        )
+        return totals, None if old is None else result.mean_old
+
+    index = jnp.asarray(np.indices((recipe.positions, pieces)).reshape(2, -1), jnp.int32)
+    scanned = (tuple(index), None if old is None else old.means)
+    _, shapes = jax.eval_shape(lambda: entry(*jax.tree.map(lambda x: x[0], scanned)))
     init = (
         jax.tree.map(jnp.zeros_like, state.params),
-        {k: jnp.full(s.shape, 0.0, s.dtype) for k, s in shapes.items()},
+        {k: jnp.full(s.shape, 0.0, s.dtype) for k, s in shapes.metrics.items()},
+        None if recipe.is_forward else ratio_lib.no_mismatch(recipe),
     )
-    (grads, metrics), _ = jax.lax.scan(body, init, jnp.asarray(index, jnp.int32))
-    return grads, metrics, region.weight
+    (grads, metrics, mismatch), means = jax.lax.scan(body, init, scanned)
+    if mismatch is not None:
+        metrics |= ratio_lib.mismatch_metrics(mismatch)
+    recorded = None if old is None else ratio_lib.OldMeans(means, old.turn + 1)
+    return grads, metrics, inputs.kl_weight, recorded
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -244,73 +192,80 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
-def make_update(recipe: Recipe, tx: optax.GradientTransformationExtraArgs):
-    """(state, batch, frozen, tolerance) -> (state, metrics).
+def _averages(
+    recipe: Recipe, state: state_lib.LearnerState, params: Any, count: jax.Array, is_last: Any
+) -> dict[str, Any]:
+    """The moving averages after an applied update; by name, those that the state has.
 
-    The update is applied only if loss, gradient and new parameters are finite and no ratio is
-    further than `tolerance` from 1; otherwise the state comes back unchanged (`update/applied` 0).
+    Args:
+      recipe: the constants.
+      state: before the update.
+      params: after it.
+      count: applied updates, this one included.
+      is_last: whether it is the last one of its rollout; the policy that samples changes then.
+    """
+    averages, ema, ramp = {}, recipe.config.ema, recipe.config.nft
+    if state.ema is not None:
+        decay = averaging.warmed_up(count, ema.decay)
+        decay = jnp.where(count % ema.every == 0, decay, 1.0)
+        averages["ema"] = averaging.mix(state.ema, params, decay)
+    if state.sampling is not None:
+        decay = averaging.ramp(count, ramp.decay_start, ramp.decay_rate, ramp.decay_limit)
+        averages["sampling"] = averaging.mix(state.sampling, params, jnp.where(is_last, decay, 1.0))
+    return averages
+
+
+def make_update(recipe: Recipe, tx: optax.GradientTransformationExtraArgs):
+    """(state, batch, frozen, tolerances, old) -> (state, metrics, old).
+
+    The update is applied only if loss, gradient and new parameters are finite, and the first one of
+    a rollout only if it starts at ratio 1 and the rollout was that of its parameters (`tolerances`,
+    see `ratio.Tolerances`); otherwise the state comes back unchanged (`update/applied` 0).
+
+    `old` is `ratio.OldMeans` of no update for the first update of a rollout and handed from one to
+    the next, or None with one update a rollout.
     """
 
-    def update(state, batch, frozen, tolerance):
-        grads, metrics, kl_weight = _gradients(recipe, state, batch, frozen)
-        # Targets and bounds of the trust region are KLs per element, whatever is in the loss.
-        per_element = {
-            name: metrics[f"kl/{name}"] / recipe.summed_elements
-            for name in ("total", "previous")
-            if f"kl/{name}" in metrics
-        }
+    def update(state, batch, frozen, tolerances, old):
+        grads, metrics, kl_weight, recorded = _gradients(recipe, state, batch, frozen, old)
         updates, opt_state = tx.update(
-            grads,
-            state.opt_state,
-            state.params,
-            kl=per_element["total"],
-            kl_previous=per_element.get("previous"),
+            grads, state.opt_state, state.params, **_measured_kl(recipe, metrics)
         )
-        new = state_lib.LearnerState(
-            optax.apply_updates(state.params, updates), opt_state, state.step
-        )
+        params = optax.apply_updates(state.params, updates)
+        is_last = old is None or old.turn == recipe.config.loss.updates_per_rollout - 1
+        count = trust_region.find_state(opt_state).count
+        averages = _averages(recipe, state, params, count, is_last)
+        new = state._replace(params=params, opt_state=opt_state, **averages)
         checks = {
             "update/finite_loss": jnp.isfinite(metrics["loss/total"]),
             "update/finite_gradient": all_finite(grads),
-            "update/finite_params": all_finite(new.params),
-            "update/ratio_in_tolerance": metrics["ratio/max_deviation"] <= tolerance,
+            "update/finite_params": all_finite(params),
         }
+        if not recipe.is_forward:
+            checks["update/ratio_in_tolerance"] = ratio_lib.in_tolerance(metrics, tolerances, old)
         applied = jnp.all(jnp.stack(list(checks.values())))
         state = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, state)
         norm = optax.tree.norm(grads)
-        count = sum(x.size for x in jax.tree.leaves(grads))
+        size = sum(x.size for x in jax.tree.leaves(grads))
         metrics |= {
             "grad/norm": norm,
             # Adam divides by |g| + eps: below 1 the step is no longer scale-free.
-            "grad/rms_over_eps": norm / np.sqrt(count) / recipe.config.optimizer.eps,
+            "grad/rms_over_eps": norm / np.sqrt(size) / recipe.config.optimizer.eps,
             "kl/weight": kl_weight,
             "update/applied": applied,
             **checks,
         }
-        return state, metrics
+        return state, metrics, recorded
 
     return update
 
 
-def make_replay(recipe: Recipe):
-    """(params, batch, frozen) -> transition means [K, B, ...] by the update's own forward pass.
-
-    Where low precision makes the update program disagree with the rollout, its means replace those
-    of the rollout, so that the ratio starts at 1.
-    """
-    size = recipe.config.loss.micro_batch
-
-    def replay(params, batch, frozen):
-        pieces = jnp.arange(recipe.config.batch_size // size)
-
-        def at_position(position):
-            def piece_mean(piece):
-                micro = _micro_batch(recipe, batch, position, piece)
-                return _transition(recipe, params, micro, frozen).mean
-
-            means = jnp.moveaxis(jax.lax.map(piece_mean, pieces), 0, 1)
-            return means.reshape(batch.latents.shape[1:])
-
-        return jax.lax.map(at_position, jnp.arange(recipe.positions))
-
-    return replay
+def _measured_kl(recipe: Recipe, metrics: loss.Metrics) -> dict[str, Any]:
+    """What the trust region is told of an update."""
+    # Its targets and bounds are KLs per element, whatever is in the loss.
+    elements = recipe.summed_elements
+    previous = metrics.get("kl/previous")
+    return {
+        "kl": metrics["kl/total"] / elements,
+        "kl_previous": None if previous is None else previous / elements,
+    }

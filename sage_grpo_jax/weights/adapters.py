@@ -1,8 +1,6 @@
-"""LoRA adapters in and out: diffusers' and peft's files, and folders of ours.
+"""LoRA adapters in and out: diffusers' and peft's files (`adapter_files`), and folders of ours.
 
-In diffusers' form a folder holds pytorch_lora_weights.safetensors: for each adapted layer A
-(`lora_A.weight` [r, in]) and B (`lora_B.weight` [out, r]), below "transformer."; rank and alpha are
-JSON in the file's metadata. Source: `diffusers/loaders/{peft,lora_base}.py`.
+We write diffusers' form: a folder with pytorch_lora_weights.safetensors.
 """
 
 from __future__ import annotations
@@ -10,42 +8,32 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from flax import traverse_util
+from absl import logging
 
-from sage_grpo_jax.common import folders
+from sage_grpo_jax.common import checked_json, folders
 from sage_grpo_jax.common.byte_progress import Progress
 from sage_grpo_jax.models import lora as lora_lib
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.models.lora import LoraConfig
 from sage_grpo_jax.weights import (
+    adapter_files,
     configs,
     orbax_io,
-    safetensors_io,
+    orbax_reading,
     store,
-    tables,
-    transformer_keys,
     writing,
 )
-from sage_grpo_jax.weights.key_table import Path, Row, Shape
-from sage_grpo_jax.weights.sources import Source, TensorSource, TreeSource, to_devices
-from sage_grpo_jax.weights.stored_tensor import StoredTensor
+from sage_grpo_jax.weights.adapter_files import Opened, adapter_shapes
+from sage_grpo_jax.weights.key_table import Row
+from sage_grpo_jax.weights.sources import FiniteSource, Source, TreeSource, to_devices
 
 FORMATS = ("peft", "orbax")
 LORA_FILE = "lora.json"
-_STEM = "pytorch_lora_weights"
-_METADATA = "lora_adapter_metadata"
-_PREFIX = "transformer."
-_PREFIXES = (_PREFIX, "base_model.model.")  # diffusers' and peft's own
 _SUFFIXES = {"down": ".lora_A.weight", "up": ".lora_B.weight"}
-_ALPHA = ".alpha"
-# Settings of peft under which the product is not alpha / r * B A of whole layers.
-_PLAIN = ("use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern",
-          "layers_to_transform", "modules_to_save")  # fmt: skip
 
 
 def save_adapters(
@@ -80,8 +68,11 @@ def load_adapters(
 ) -> tuple[dict[str, Any], LoraConfig]:
     """Adapters of a folder or file that diffusers, peft or `save_adapters` wrote.
 
+    They may be of any dense layers of the model, of some blocks only, of different ranks: what the
+    file has not is zero, and a warning names it.
+
     Args:
-      path: a folder, or one safetensors file.
+      path: a folder, or one file.
       config: of the model that they belong to.
       shardings: tree of shardings like the adapters; None: default device.
 
@@ -89,10 +80,18 @@ def load_adapters(
       (float32 adapters, their rank, alpha and targets)
 
     Raises:
-      ValueError: unreadable files; layers that the model has not, or that no target covers.
+      ValueError: unreadable files; layers that the model has not; values that are not finite.
     """
-    source, lora = open_adapters(path, config)
-    return to_devices(source, shardings, np.float32), lora
+    opened = open_adapters(path, config)
+    if opened.untrained and jax.process_index() == 0:
+        logging.warning("%s", describe_untrained(path, opened))
+    source = FiniteSource(opened.source, f"adapters {path}")
+    return to_devices(source, shardings, np.float32), opened.lora
+
+
+def describe_untrained(path: str | os.PathLike, opened: Opened) -> str:
+    """A line about what adapters leave as it is in the base."""
+    return f"the adapters {path} do not train: {opened.untrained}"
 
 
 def write(
@@ -120,52 +119,36 @@ def write(
         rows = adapter_rows(config, lora)
         writing.write_tensors(
             folder,
-            _STEM,
+            adapter_files.STEM,
             rows,
             source,
             dtype,
             progress,
-            metadata={_METADATA: _metadata(lora, rows)},
+            metadata={adapter_files.METADATA: _metadata(lora, rows)},
         )
 
 
-def open_adapters(path: str | os.PathLike, config: HunyuanVideoConfig) -> tuple[Source, LoraConfig]:
+def open_adapters(path: str | os.PathLike, config: HunyuanVideoConfig) -> Opened:
     """Adapters to be read by slices, and what they are; see `load_adapters`."""
     path = pathlib.Path(path)
-    if orbax_io.is_orbax(path):
-        lora, _ = read_lora_json(path / LORA_FILE)
-        source: Source = orbax_io.OrbaxSource(path / orbax_io.PARAMS)
-        store.check_tree(source, adapter_shapes(config, lora), path / LORA_FILE)
-        return source, lora
-    file = _find_file(path)
-    tensors, header = safetensors_io.read_file(file)
-    alphas = {name: t for name, t in tensors.items() if name.endswith(_ALPHA)}
-    tensors = {_plain(name): t for name, t in tensors.items() if name not in alphas}
-    try:
-        lora = _describe(config, tensors, alphas, _read_metadata(file, header))
-        rows, shapes = adapter_rows(config, lora, prefix=""), adapter_shapes(config, lora)
-        return TensorSource(rows, shapes, tensors), lora
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+    if not orbax_io.is_orbax(path):
+        return adapter_files.open_file(path, config)
+    lora, _ = read_lora_json(path / LORA_FILE)
+    source = orbax_reading.OrbaxSource(path / orbax_io.PARAMS)
+    store.check_tree(source, adapter_shapes(config, lora), path / LORA_FILE)
+    return Opened(source, lora, "")
 
 
-def adapter_shapes(config: HunyuanVideoConfig, lora: LoraConfig) -> dict[Path, Shape]:
-    """The shape of each adapter, by path."""
-    shapes = traverse_util.unflatten_dict(
-        {
-            path: jax.ShapeDtypeStruct(shape, np.float32)
-            for path, shape in tables.parameter_shapes(config).items()
-        }
-    )
-    flat = traverse_util.flatten_dict(lora_lib.abstract_adapters(shapes, lora))
-    return {path: leaf.shape for path, leaf in flat.items()}
-
-
-def adapter_rows(config: HunyuanVideoConfig, lora: LoraConfig, prefix: str = _PREFIX) -> list[Row]:
+def adapter_rows(config: HunyuanVideoConfig, lora: LoraConfig) -> list[Row]:
     """Key table of adapters in diffusers' layout."""
-    modules = _modules(config)
+    rows = adapter_files.module_rows(config)
     return [
-        Row((*path, part), f"{prefix}{modules[path]}{suffix}", "linear", config.num_layers)
+        Row(
+            (*path, part),
+            f"{adapter_files.PREFIX}{adapter_files.module_name(rows[path])}{suffix}",
+            "linear",
+            rows[path].stacked,
+        )
         for path in lora_lib.adapted_paths(lora)
         for part, suffix in _SUFFIXES.items()
     ]
@@ -177,12 +160,15 @@ def read_lora_json(file: pathlib.Path) -> tuple[LoraConfig, str | None]:
     Raises:
       ValueError: not there, or not one.
     """
+    values = checked_json.load(file)
     try:
-        values = json.loads(file.read_text())
-        lora = LoraConfig(int(values["rank"]), float(values["alpha"]), tuple(values["targets"]))
-        return lora, values.get("base")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: no description of adapters: {error!r}") from error
+        rank = checked_json.member(values, "rank", int)
+        alpha = checked_json.member(values, "alpha", float)
+        targets = checked_json.member(values, "targets", list[str])
+        base = checked_json.typed(values.get("base"), str | None, "base")
+        return LoraConfig(rank, float(alpha), tuple(targets)), base
+    except ValueError as error:
+        raise ValueError(f"{file}: no description of adapters: {error}") from error
 
 
 def _to_json(lora: LoraConfig) -> str:
@@ -190,20 +176,10 @@ def _to_json(lora: LoraConfig) -> str:
     return json.dumps(values, indent=2) + "\n"
 
 
-def _modules(config: HunyuanVideoConfig) -> dict[Path, str]:
-    """Names of the layers that can be adapted, with {i} for the block."""
-    rows = {row.ours: row for row in transformer_keys.diffusers_rows(config)}
-    every = LoraConfig(1, 1.0)
-    return {
-        path: rows[(*path, "kernel")].theirs.removesuffix(".weight")
-        for path in lora_lib.adapted_paths(every)
-    }
-
-
 def _metadata(lora: LoraConfig, rows: list[Row]) -> str:
     """What diffusers builds peft's LoraConfig of."""
-    suffix = _SUFFIXES["down"]
-    modules = [name.removeprefix(_PREFIX).removesuffix(suffix)
+    prefix, suffix = adapter_files.PREFIX, _SUFFIXES["down"]
+    modules = [name.removeprefix(prefix).removesuffix(suffix)
                for row in rows if row.theirs.endswith(suffix) for name in row.names()]  # fmt: skip
     whole = lora.alpha == int(lora.alpha)
     values = {
@@ -216,76 +192,4 @@ def _metadata(lora: LoraConfig, rows: list[Row]) -> str:
         "use_rslora": False,
         "use_dora": False,
     }
-    return json.dumps({f"{_PREFIX}{k}": v for k, v in values.items()}, indent=2, sort_keys=True)
-
-
-def _read_metadata(file: pathlib.Path, header: Mapping[str, str]) -> dict[str, Any]:
-    """peft's settings from the file's metadata, or from peft's own adapter_config.json."""
-    beside = file.parent / "adapter_config.json"
-    if _METADATA in header:
-        text = header[_METADATA]
-    elif beside.is_file():
-        text = beside.read_text()
-    else:
-        return {}
-    try:
-        return {_plain(key): value for key, value in json.loads(text).items()}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: metadata of the adapters: not JSON: {error}") from error
-
-
-def _describe(
-    config: HunyuanVideoConfig,
-    tensors: Mapping[str, StoredTensor],
-    alphas: Mapping[str, StoredTensor],
-    metadata: Mapping[str, Any],
-) -> LoraConfig:
-    """Rank, alpha and targets of a file."""
-    special = {key: metadata[key] for key in _PLAIN if metadata.get(key)}
-    if special:
-        raise ValueError(f"settings {special}: only plain adapters of one rank are supported")
-    targets = [
-        target
-        for target in lora_lib.TARGETS
-        if any(_first_name(config, stream, target) in tensors for stream in lora_lib.STREAMS)
-    ]
-    ranks = {t.shape[0]: name for name, t in tensors.items()
-             if name.endswith(_SUFFIXES["down"]) and t.shape}  # fmt: skip
-    if not targets or not ranks:
-        raise ValueError(f"no adapters of this model; tensors begin with {sorted(tensors)[:3]}")
-    if len(ranks) > 1:
-        raise ValueError(f"ranks differ: {', '.join(f'{n}: {r}' for r, n in ranks.items())}")
-    rank = next(iter(ranks))
-    if metadata.get("r", rank) != rank:
-        raise ValueError(f"r={metadata['r']} in the metadata, the tensors have rank {rank}")
-    found = {float(tensor.read().reshape(())): name for name, tensor in alphas.items()}
-    if metadata.get("lora_alpha") is not None:
-        found.setdefault(float(metadata["lora_alpha"]), "metadata")
-    if len(found) > 1:
-        raise ValueError(f"alphas differ: {', '.join(f'{n}: {a}' for a, n in found.items())}")
-    # Without alpha diffusers takes the rank: scale 1.
-    return LoraConfig(rank, next(iter(found), float(rank)), tuple(targets))
-
-
-def _first_name(config: HunyuanVideoConfig, stream: str, target: str) -> str:
-    module = _modules(config)[("blocks", stream, *target.split("/"))]
-    return module.format(i=0) + _SUFFIXES["down"]
-
-
-def _plain(name: str) -> str:
-    for prefix in _PREFIXES:
-        if name.startswith(prefix):
-            return name.removeprefix(prefix)
-    return name
-
-
-def _find_file(path: pathlib.Path) -> pathlib.Path:
-    if path.is_file():
-        return path
-    named = path / f"{_STEM}{safetensors_io.SUFFIX}"
-    if named.is_file():
-        return named
-    found = sorted(path.glob(f"*{safetensors_io.SUFFIX}")) if path.is_dir() else []
-    if len(found) != 1:
-        raise ValueError(f"path={path}: must be a file of adapters, or hold {named.name}")
-    return found[0]
+    return json.dumps({f"{prefix}{k}": v for k, v in values.items()}, indent=2, sort_keys=True)

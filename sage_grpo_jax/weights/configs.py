@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import typing
 from typing import Any
 
+from sage_grpo_jax.common import checked_json
 from sage_grpo_jax.models import hunyuan_video_config
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
-from sage_grpo_jax.models.hunyuan_video_config import require
+from sage_grpo_jax.models.hunyuan_video_config import TASKS, require
 from sage_grpo_jax.models.vae import VaeConfig
 from sage_grpo_jax.weights.tables import Config
 
@@ -48,12 +50,26 @@ _DIT_FREE = {
     "text_states_dim_2": None,
     "use_attention_mask": True,
 }
-_DIT_READ = (
-    "patch_size", "in_channels", "concat_condition", "out_channels", "hidden_size", "heads_num",
-    "mlp_width_ratio", "mm_double_blocks_depth", "rope_dim_list", "rope_theta", "use_meanflow",
-    "text_states_dim", "glyph_byT5_v2", "vision_projection", "vision_states_dim",
-    "ideal_resolution", "ideal_task",
-)  # fmt: skip
+# Fields that are read, with their types; None: may be absent or null.
+_DIT_READ = {
+    "patch_size": int | tuple[int, int, int],
+    "in_channels": int,
+    "concat_condition": bool | None,
+    "out_channels": int | None,
+    "hidden_size": int,
+    "heads_num": int,
+    "mlp_width_ratio": float | None,
+    "mm_double_blocks_depth": int,
+    "rope_dim_list": tuple[int, int, int],
+    "rope_theta": float | None,
+    "use_meanflow": bool | None,
+    "text_states_dim": int,
+    "glyph_byT5_v2": bool | None,
+    "vision_projection": str | None,
+    "vision_states_dim": int | None,
+    "ideal_resolution": str | None,
+    "ideal_task": str | None,
+}
 _VAE_SAME = ("in_channels", "out_channels", "latent_channels", "block_out_channels",
              "layers_per_block", "downsample_match_channel", "upsample_match_channel",
              "scaling_factor")  # fmt: skip
@@ -77,23 +93,23 @@ def load_config(path: str | os.PathLike) -> Config:
         file = (path if path.is_dir() else path.parent) / CONFIG_FILE
     if not file.is_file():
         raise ValueError(f"path={path}: no {file}")
-    text = file.read_text()
+    values = checked_json.load(file)
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from error
-    name = values.get("_class_name") if isinstance(values, dict) else None
-    try:
-        if name in _DIFFUSERS:
-            return _DIFFUSERS[name].from_json(text)
-        if name == _TENCENT_DIT:
-            return _dit_from_tencent(values)
-        if name == _TENCENT_VAE:
-            return _vae_from_tencent(values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file}: {_reason(error)}") from error
+        return _from_values(values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _from_values(values: dict[str, Any]) -> Config:
+    name = checked_json.typed(values.get("_class_name"), str | None, "_class_name")
+    if name in _DIFFUSERS:
+        return _DIFFUSERS[name].from_values(values)
+    if name == _TENCENT_DIT:
+        return _dit_from_tencent(values)
+    if name == _TENCENT_VAE:
+        return _vae_from_tencent(values)
     allowed = [*_DIFFUSERS, _TENCENT_DIT, _TENCENT_VAE]
-    raise ValueError(f"{file}: _class_name={name!r}: must be one of {allowed}")
+    raise ValueError(f"_class_name={checked_json.shown(name)}: must be one of {allowed}")
 
 
 def to_json(config: Config, layout: str) -> str:
@@ -108,44 +124,52 @@ def to_json(config: Config, layout: str) -> str:
     return json.dumps(to_tencent(config), indent=2, sort_keys=True) + "\n"
 
 
-def _reason(error: Exception) -> str:
-    return f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-
-
 def _dit_from_tencent(values: dict[str, Any]) -> HunyuanVideoConfig:
     for field, value in _DIT_FIXED.items():
         require(values.get(field, value) == value, field, values.get(field), repr(value))
     _refuse_unknown(values, (*_DIT_FIXED, *_DIT_FREE, *_DIT_READ))
-    hidden, heads = values["hidden_size"], values["heads_num"]
+    given = {field: _read(values, field, hint) for field, hint in _DIT_READ.items()}
+    hidden, heads = given["hidden_size"], given["heads_num"]
+    require(heads >= 1, "heads_num", heads, "at least 1")
     require(hidden % heads == 0, "hidden_size", hidden, f"a multiple of heads_num={heads}")
-    patch = values["patch_size"]
+    patch = given["patch_size"]
     patch = [patch] * 3 if isinstance(patch, int) else patch
-    require(len(patch) == 3 and patch[1] == patch[2], "patch_size", patch, "[t, s, s]")
-    resolution = values.get("ideal_resolution") or "480p"
+    require(patch[1] == patch[2], "patch_size", patch, "[t, s, s]")
+    resolution, task = given["ideal_resolution"] or "480p", given["ideal_task"] or "t2v"
     require(resolution in _RESOLUTIONS, "ideal_resolution", resolution, f"one of {[*_RESOLUTIONS]}")
-    channels = values["in_channels"]
-    out_channels = values.get("out_channels")
-    vision = values.get("vision_projection", "none")
+    require(task in TASKS, "ideal_task", task, f"one of {TASKS}")
+    channels, out_channels = given["in_channels"], given["out_channels"]
+    vision = given["vision_projection"]
     require(vision in ("linear", "none", None), "vision_projection", vision, "'linear' or 'none'")
+    if vision == "linear":
+        checked_json.member(values, "vision_states_dim", int)
+    ratio, theta = given["mlp_width_ratio"], given["rope_theta"]
     return HunyuanVideoConfig(
-        in_channels=2 * channels + 1 if values.get("concat_condition", True) else channels,
+        in_channels=channels if given["concat_condition"] is False else 2 * channels + 1,
         out_channels=channels if out_channels is None else out_channels,
         num_attention_heads=heads,
         attention_head_dim=hidden // heads,
-        num_layers=values["mm_double_blocks_depth"],
+        num_layers=given["mm_double_blocks_depth"],
         num_refiner_layers=_REFINER_LAYERS,
-        mlp_ratio=float(values.get("mlp_width_ratio", 4.0)),
+        mlp_ratio=4.0 if ratio is None else float(ratio),
         patch_size=patch[1],
         patch_size_t=patch[0],
-        text_embed_dim=values["text_states_dim"],
-        text_embed_2_dim=_BYT5_WIDTH if values.get("glyph_byT5_v2") else None,
-        image_embed_dim=values["vision_states_dim"] if vision == "linear" else None,
-        rope_theta=float(values.get("rope_theta", 256)),
-        rope_axes_dim=tuple(values["rope_dim_list"]),
+        text_embed_dim=given["text_states_dim"],
+        text_embed_2_dim=_BYT5_WIDTH if given["glyph_byT5_v2"] else None,
+        image_embed_dim=given["vision_states_dim"] if vision == "linear" else None,
+        rope_theta=256.0 if theta is None else float(theta),
+        rope_axes_dim=tuple(given["rope_dim_list"]),
         target_size=_RESOLUTIONS[resolution],
-        task_type=values.get("ideal_task") or "t2v",
-        use_meanflow=bool(values.get("use_meanflow", False)),
+        task_type=task,
+        use_meanflow=bool(given["use_meanflow"]),
     )
+
+
+def _read(values: dict[str, Any], field: str, hint: Any) -> Any:
+    """The value of a field; None where it is absent and its type allows that."""
+    if field not in values and type(None) in typing.get_args(hint):
+        return None
+    return checked_json.member(values, field, hint)
 
 
 def _dit_to_tencent(config: HunyuanVideoConfig) -> dict[str, Any]:
@@ -192,8 +216,10 @@ def _vae_from_tencent(values: dict[str, Any]) -> VaeConfig:
     shift = values.get("shift_factor")
     require(not shift, "shift_factor", shift, "None or 0")
     _refuse_unknown(values, (*_VAE_SAME, *_VAE_RENAMED, *_VAE_FREE, "shift_factor"))
-    given = {field: values[field] for field in _VAE_SAME if field in values}
-    given |= {ours: values[theirs] for theirs, ours in _VAE_RENAMED.items()}
+    hints = typing.get_type_hints(VaeConfig)
+    given = {f: checked_json.typed(values[f], hints[f], f) for f in _VAE_SAME if f in values}
+    for theirs, ours in _VAE_RENAMED.items():
+        given[ours] = checked_json.member(values, theirs, hints[ours])
     return VaeConfig(**given)
 
 

@@ -17,6 +17,7 @@ from sage_grpo_jax.weights import (
     configs,
     facts,
     orbax_io,
+    orbax_reading,
     safetensors_io,
     store,
     tables,
@@ -43,7 +44,8 @@ class Job:
       dtype: of the written weights, one of `DTYPES`.
       max_shard_size: largest file in diffusers' layout, such as "10GB".
       overwrite: an existing dst is replaced, if it was written by us and is unchanged.
-      src_key: "module" or "ema", for training checkpoints that hold both.
+      src_key: "module" or "ema", for training checkpoints that hold both, and for training runs:
+        their parameters, or the moving average of them.
       config_json: a config file, where none lies beside the source.
       base: weights that adapters belong to.
       run_step: the folder of a training run's checkpoint.
@@ -89,12 +91,14 @@ class _Opened:
       source: of parameters or adapters.
       lora: of the adapters, or None.
       base: what the source says its base weights are.
+      note: for whoever converts it; "": none.
     """
 
     config: Config
     source: Source
     lora: LoraConfig | None = None
     base: str | None = None
+    note: str = ""
 
 
 def convert(job: Job, stream: TextIO | None = None) -> str:
@@ -114,9 +118,14 @@ def convert(job: Job, stream: TextIO | None = None) -> str:
     opened = _open(job)
     if job.dst_format == "peft" and opened.lora is None:
         raise ValueError("dst_format='peft': the source holds a whole model, no adapters")
+    if opened.note and stream is not None:
+        stream.write(f"note: {opened.note}\n")
+    # Before a merge: it is told of which of the two NaN comes.
+    source = FiniteSource(opened.source, _blamed(job, opened))
     if opened.lora is not None and not _keeps_adapters(job):
-        opened = _merge(job, opened)
-    source, dtype = FiniteSource(opened.source), writing.DTYPES[job.dtype]
+        opened = _merge(job, dataclasses.replace(opened, source=source))
+        source = FiniteSource(opened.source, f"base with adapters {job.src}")
+    dtype = writing.DTYPES[job.dtype]
     total = writing.total_bytes(source, dtype)
     folders.check_space(job.dst, total, "dst")
     progress = Progress(total, stream)
@@ -141,11 +150,15 @@ def convert(job: Job, stream: TextIO | None = None) -> str:
     return f"{what}, {job.dst_format}, {job.dtype}, {total / 1e9:.3g} GB"
 
 
+def _blamed(job: Job, opened: _Opened) -> str:
+    """What is named where a source holds NaN."""
+    return f"{'src' if opened.lora is None else 'adapters'} {job.src}"
+
+
 def _open(job: Job) -> _Opened:
     if job.src_format == "peft":
         config = _adapted_config(job)
-        source, lora = adapters.open_adapters(job.src, config)
-        return _Opened(config, source, lora)
+        return _open_adapters(job.src, config)
     if job.src_format == "orbax":
         return _open_run(job) if job.run_step is not None else _open_orbax(job)
     return _Opened(*_open_tensors(job.src, job.src_format, job.src_key, job.config_json))
@@ -163,18 +176,25 @@ def _open_tensors(
         config = configs.load_config(file)
     else:
         tensors = tensor_files.open_tensors(path, src_key)
-        config = facts.infer_config(
-            layout or "tencent", {name: tensor.shape for name, tensor in tensors.items()}
-        )
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        try:
+            config = facts.infer_config(layout or "tencent", shapes)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     return config, store.open_source(path, config, layout, src_key, str(file))
 
 
 def _open_orbax(job: Job) -> _Opened:
     config = configs.load_config(job.config_json or job.src)
     if (job.src / adapters.LORA_FILE).is_file():
-        source, lora = adapters.open_adapters(job.src, _transformer(config, job.src))
-        return _Opened(config, source, lora)
+        return _open_adapters(job.src, _transformer(config, job.src))
     return _Opened(config, store.open_source(job.src, config, "orbax"))
+
+
+def _open_adapters(path: pathlib.Path, config: HunyuanVideoConfig) -> _Opened:
+    opened = adapters.open_adapters(path, config)
+    note = adapters.describe_untrained(path, opened) if opened.untrained else ""
+    return _Opened(config, opened.source, opened.lora, note=note)
 
 
 def _open_run(job: Job) -> _Opened:
@@ -184,7 +204,7 @@ def _open_run(job: Job) -> _Opened:
         raise ValueError(f"src={job.src}: no {file.name} there; give --config_json")
     # A run writes the transformer's config without folder: load_config takes any *.json.
     config = _transformer(configs.load_config(file), file)
-    source = orbax_io.OrbaxSource(job.run_step, ("state", "params"))
+    source = _open_state(job)
     description = job.src / adapters.LORA_FILE
     if not description.is_file():
         store.check_tree(source, tables.parameter_shapes(config), file)
@@ -192,6 +212,22 @@ def _open_run(job: Job) -> _Opened:
     lora, base = adapters.read_lora_json(description)
     store.check_tree(source, adapters.adapter_shapes(config, lora), description)
     return _Opened(config, source, lora, base)
+
+
+def _open_state(job: Job) -> orbax_reading.OrbaxSource:
+    """The parameters of a run's checkpoint, or their moving average."""
+    names = {None: "params", "module": "params", "ema": "ema"}
+    if job.src_key not in names:
+        raise ValueError(f"src_key={job.src_key!r}: must be module or ema")
+    try:
+        return orbax_reading.OrbaxSource(job.run_step, ("state", names[job.src_key]))
+    except ValueError as error:
+        if job.src_key != "ema":
+            raise
+        raise ValueError(
+            f"src_key='ema': {job.src} keeps no moving average of its parameters ({error}); "
+            "allowed: module, or a run with config.ema.decay above 0"
+        ) from error
 
 
 def _adapted_config(job: Job) -> HunyuanVideoConfig:
@@ -223,6 +259,7 @@ def _merge(job: Job, opened: _Opened) -> _Opened:
         )
     path = job.base if job.base is not None else job.find_base(opened.base)
     config, base = _open_base(job, path)
+    base = FiniteSource(base, f"base {path}")
     return _Opened(config, MergedSource(base, opened.source, opened.lora.scale))
 
 

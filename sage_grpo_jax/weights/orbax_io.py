@@ -1,4 +1,4 @@
-"""Parameter trees as orbax checkpoints, written and read one layer at a time.
+"""Parameter trees as orbax checkpoints, written one layer at a time; `orbax_reading` reads them.
 
 Orbax itself takes whole arrays, and holds up to two copies of them while it writes. So orbax writes
 a checkpoint of the same tree with one element per array; the arrays (zarr version 3, a folder each)
@@ -12,7 +12,6 @@ reads little more than what its devices hold.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import math
@@ -31,25 +30,16 @@ from orbax.checkpoint import v1 as ocp
 from sage_grpo_jax.common import files
 from sage_grpo_jax.common.byte_progress import Progress
 from sage_grpo_jax.weights.key_table import Path, Shape
-from sage_grpo_jax.weights.sources import Index, Source, cast, is_stacked, pieces
+from sage_grpo_jax.weights.orbax_reading import METADATA, TREE, tensor_context
+from sage_grpo_jax.weights.sources import Source, cast, is_stacked, pieces
 
 PARAMS = "params"
 _CHUNK_BYTES = 2 << 20
-_METADATA = "_METADATA"
-_TREE = "state"  # orbax's own name for the tree in a checkpoint that holds nothing else
-
-
-@functools.cache
-def _context() -> tensorstore.Context:
-    """Few chunks at a time are in memory, on machines with many cores too."""
-    return tensorstore.Context(
-        {"data_copy_concurrency": {"limit": 2}, "file_io_concurrency": {"limit": 4}}
-    )
 
 
 def is_orbax(path: pathlib.Path) -> bool:
     """Whether a folder holds parameters that `write` wrote."""
-    return (path / PARAMS / _TREE / _METADATA).is_file()
+    return (path / PARAMS / TREE / METADATA).is_file()
 
 
 def write(folder: pathlib.Path, source: Source, dtype: np.dtype, progress: Progress) -> None:
@@ -65,13 +55,13 @@ def write(folder: pathlib.Path, source: Source, dtype: np.dtype, progress: Progr
     _write_stub(path, source.shapes, dtype)
     layouts = {name: _layout(name, shape, dtype) for name, shape in source.shapes.items()}
     for name, shape in source.shapes.items():
-        array = _create(path / _TREE / ".".join(name), shape, layouts[name], dtype)
+        array = _create(path / TREE / ".".join(name), shape, layouts[name], dtype)
         whole = [(slice(None),) * len(shape)]
         for index in pieces(name, shape) if layouts[name].by_layer else whole:
             values = cast(source.read(name, index), dtype, "/".join(name))
             array[index].write(values).result()
             progress.add(values.nbytes, "/".join(name))
-    _correct_records(path / _TREE, layouts)
+    _correct_records(path / TREE, layouts)
 
 
 class _Layout(NamedTuple):
@@ -102,7 +92,7 @@ def _write_stub(path: pathlib.Path, shapes: Mapping[Path, Shape], dtype: np.dtyp
         name: jax.device_put(np.zeros((1,) * len(shape), dtype), device)
         for name, shape in shapes.items()
     }
-    with context, _without_false_alarm():
+    with context, _quiet_orbax():
         ocp.save(path, traverse_util.unflatten_dict(stubs))
 
 
@@ -130,16 +120,18 @@ def _create(
         },
         "store_data_equal_to_fill_value": True,
     }
-    return tensorstore.open(spec, create=True, delete_existing=True, context=_context()).result()
+    return tensorstore.open(
+        spec, create=True, delete_existing=True, context=tensor_context()
+    ).result()
 
 
 def _correct_records(folder: pathlib.Path, layouts: Mapping[Path, _Layout]) -> None:
     """Sets the shapes in what orbax recorded about the stubs."""
-    tree = json.loads((folder / _METADATA).read_text())
+    tree = json.loads((folder / METADATA).read_text())
     for entry in tree["tree_metadata"].values():
         name = tuple(key["key"] for key in entry["key_metadata"])
         entry["value_metadata"]["write_shape"] = list(layouts[name].file_shape)
-    (folder / _METADATA).write_text(json.dumps(tree))
+    (folder / METADATA).write_text(json.dumps(tree))
     by_name = {".".join(name): layout for name, layout in layouts.items()}
     for file in (folder / "array_metadatas").iterdir():
         records = json.loads(file.read_text())
@@ -150,120 +142,39 @@ def _correct_records(folder: pathlib.Path, layouts: Mapping[Path, _Layout]) -> N
         file.write_text(json.dumps(records))
 
 
-def load_on(folder: pathlib.Path, shardings: Any, dtype: np.dtype) -> dict[str, Any]:
-    """Parameters of `write` on devices; each process reads the chunks that its devices need.
-
-    Args:
-      folder: a folder of `write`.
-      shardings: tree of shardings like the parameters.
-      dtype: of the parameters.
-    """
-    path = files.real_path(folder / PARAMS)
-    with _without_false_alarm():
-        stored = ocp.metadata(path).metadata
-        abstract = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place),
-            stored,
-            shardings,
-        )
-        return ocp.load(path, abstract)
-
-
 @contextlib.contextmanager
-def _without_false_alarm() -> Iterator[None]:
+def _quiet_orbax() -> Iterator[None]:
     """Drops what orbax says beside the result, or the one error, of the block.
 
-    It warns of missing data, since it looks for files of zarr version 2 only. It starts many writes
-    and leaves at the first that fails: a thread of its own tells of the same error, and each of the
-    other writes complains, whenever it ends, that nobody waits for it any more. That may be later:
-    after an error nothing is put back.
+    It warns of missing data, since it looks for files of zarr version 2 only, and tells of damage
+    in many lines before it raises. It starts many writes and leaves at the first that fails: a
+    thread of its own tells of the same error, and each of the other writes complains, whenever it
+    ends, that nobody waits for it any more. That may be later: after an error these two stay
+    dropped.
     """
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    dropped = ("TensorStore data files not found", "_SignalingThread.run() raised")
 
     def keep(record: logging.LogRecord) -> bool:
-        return not any(text in record.getMessage() for text in dropped)
+        return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+    def keep_later(record: logging.LogRecord) -> bool:
+        return "_SignalingThread.run() raised" not in record.getMessage()
 
     def keep_others(raised: Any) -> None:
-        late = raised.exc_type is RuntimeError and "Event loop is closed" in str(raised.exc_value)
-        if not late:
+        if not (
+            raised.exc_type is RuntimeError and "Event loop is closed" in str(raised.exc_value)
+        ):
             hook(raised)
 
     logger.addFilter(keep)
+    logger.addFilter(keep_later)
     sys.unraisablehook = keep_others
-    yield
-    logger.removeFilter(keep)
-    sys.unraisablehook = hook
-
-
-class OrbaxSource(Source):
-    """Parameters of an orbax checkpoint, read by slices straight from its arrays.
-
-    Where arrays were stored in chunks over several layers (those of a training run are: a chunk is
-    what a device held), the parameter that is being read is kept whole, and no other.
-    """
-
-    def __init__(self, path: str | os.PathLike, inside: tuple[str, ...] = ()):
-        """
-        Args:
-          path: a checkpoint: a tree, or, with `inside`, one of several checkpointables.
-          inside: name of the checkpointable, then keys down to the parameters.
-
-        Raises:
-          ValueError: no orbax checkpoint, or nothing of these names in it.
-        """
-        path = files.real_path(path)
-        self._folder = path / (inside[0] if inside else _TREE)
-        self._inside = inside[1:]
-        self._drivers = _drivers(self._folder)
-        read = ocp.checkpointables_metadata if inside else ocp.metadata
-        with _without_false_alarm():
-            tree = read(path).metadata
-        for key in inside:
-            if not isinstance(tree, dict) or key not in tree:
-                raise ValueError(f"path={path}: the checkpoint has no {'/'.join(inside)}")
-            tree = tree[key]
-        self._stored = traverse_util.flatten_dict(tree)
-        self.shapes = {path: tuple(leaf.shape) for path, leaf in self._stored.items()}
-        self._held: tuple[Path, np.ndarray] | None = None
-
-    def read(self, path: Path, index: Index) -> np.ndarray:
-        layers = self._stored[path].storage_metadata.chunk_shape[:1]
-        if is_stacked(path) and layers != (1,):
-            if self._held is None or self._held[0] != path:
-                self._held = None  # never two at a time
-                self._held = (path, self._read(path, (slice(None),) * len(self.shapes[path])))
-            return self._held[1][index]
-        return self._read(path, index)
-
-    def _read(self, path: Path, index: Index) -> np.ndarray:
-        array, store = self._drivers
-        name = ".".join((*self._inside, *path))
-        where = {"base": f"file://{self._folder}/", "path": f"{name}/"}
-        if store == "file":
-            where = {"path": f"{self._folder / name}/"}
-        spec = {
-            "driver": array,
-            "kvstore": {"driver": store, **where},
-            "fill_missing_data_reads": False,  # a chunk that is not there is an error, not zeros
-        }
-        try:
-            stored = tensorstore.open(spec, open=True, read=True, context=_context()).result()
-            return stored[index].read().result()
-        except ValueError as error:
-            raise ValueError(f"{self._folder}: {name} cannot be read: {error}") from error
-
-
-def _drivers(folder: pathlib.Path) -> tuple[str, str]:
-    """tensorstore's drivers for the arrays and the files of a checkpoint's tree."""
     try:
-        values = json.loads((folder / _METADATA).read_text())
-        return (
-            "zarr3" if values["use_zarr3"] else "zarr",
-            "ocdbt" if values["use_ocdbt"] else "file",
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: not from an orbax checkpoint: {error!r}") from error
+        yield
+        sys.unraisablehook = hook
+        logger.removeFilter(keep_later)
+    finally:
+        logger.removeFilter(keep)
 
 
 def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
@@ -273,8 +184,11 @@ def latest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
       ValueError: there is none.
     """
     folder = files.real_path(folder)
-    with ocp.training.Checkpointer(folder) as checkpointer:
-        latest = checkpointer.latest
+    try:
+        with _quiet_orbax(), ocp.training.Checkpointer(folder) as checkpointer:
+            latest = checkpointer.latest
+    except Exception as error:  # of a damaged record: KeyError, TypeError, orbax's own
+        raise ValueError(f"{folder}: cannot be read as checkpoints: {error!r}") from error
     if latest is None:
         raise ValueError(f"{folder}: no complete checkpoint")
     return folder / str(latest.step)

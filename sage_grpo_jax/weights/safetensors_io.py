@@ -14,29 +14,17 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from sage_grpo_jax.common import checked_json
+from sage_grpo_jax.weights import headers
+from sage_grpo_jax.weights.headers import SUFFIX
 from sage_grpo_jax.weights.stored_tensor import File, StoredTensor
 
-SUFFIX = ".safetensors"
-INDEX_SUFFIX = ".safetensors.index.json"
-_DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
+INDEX_SUFFIX = f"{SUFFIX}.index.json"
+_WRITTEN = {
+    dtype: name for name, dtype in headers.DTYPES.items() if name in ("F32", "F16", "BF16", "F64")
 }
-_WRITTEN = {dtype: name for name, dtype in _DTYPES.items() if name in ("F32", "F16", "BF16", "F64")}
-_MAX_HEADER = 100_000_000  # the format's own limit
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -54,52 +42,39 @@ def read_file(path: pathlib.Path) -> tuple[dict[str, StoredTensor], dict[str, st
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
+def header_text(path: pathlib.Path) -> bytes:
+    """The header of a file, as it is there.
+
+    Raises:
+      ValueError: the file has none.
+    """
+    return _header_text(File(path))
+
+
+def _header_text(file: File) -> bytes:
+    length = int.from_bytes(file.read(8, 0), "little") if file.size >= 8 else None
+    if length is None or length > file.size - 8:
+        raise ValueError(f"the header is cut off or not one (file of {file.size} bytes)")
+    if length > headers.MAX_BYTES:
+        raise ValueError(f"the header has {length} bytes: must be at most {headers.MAX_BYTES}")
+    return file.read(length, 8)
+
+
 def _read_file(path: pathlib.Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     file = File(path)
-    length = int.from_bytes(file.read(8, 0), "little") if file.size >= 8 else None
-    if length is None or length > min(file.size - 8, _MAX_HEADER):
-        raise ValueError(f"the header is cut off or not one (file of {file.size} bytes)")
+    text = _header_text(file)
+    start = 8 + len(text)
     try:
-        header = json.loads(file.read(length, 8))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"the header is not JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise ValueError("the header is not a JSON object")
-    metadata = header.pop("__metadata__", {})
-    tensors, ends = {}, [0]
-    for name, entry in sorted(header.items(), key=lambda item: _offsets(*item)):
-        start, end = _offsets(name, entry)
-        tensor = _tensor(file, 8 + length + start, name, entry)
-        size = int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize
-        if start != ends[-1] or end - start != size:
-            raise ValueError(f"the header is damaged: tensor {name}: bytes {start} to {end}")
-        tensors[name] = tensor
-        ends.append(end)
-    if 8 + length + ends[-1] != file.size:
-        raise ValueError(
-            f"the file has {file.size} bytes, its header tells of {8 + length + ends[-1]}"
-        )
+        entries, metadata, count = headers.parse_header(text)
+    except ValueError as error:
+        raise ValueError(f"the header is damaged: {error}") from error
+    if start + count != file.size:
+        raise ValueError(f"the file has {file.size} bytes, its header tells of {start + count}")
+    tensors = {
+        name: StoredTensor(file, start + entry.offset, entry.dtype, entry.shape)
+        for name, entry in entries.items()
+    }
     return tensors, metadata
-
-
-def _offsets(name: str, entry: Any) -> tuple[int, int]:
-    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-    if not _naturals(offsets) or len(offsets) != 2:
-        raise ValueError(f"the header is damaged: tensor {name}: data_offsets {offsets}")
-    return tuple(offsets)
-
-
-def _tensor(file: File, offset: int, name: str, entry: dict[str, Any]) -> StoredTensor:
-    shape, dtype = entry.get("shape"), entry.get("dtype")
-    if not _naturals(shape):
-        raise ValueError(f"the header is damaged: tensor {name}: shape {shape}")
-    if dtype not in _DTYPES:
-        raise ValueError(f"tensor {name}: dtype {dtype}: must be one of {list(_DTYPES)}")
-    return StoredTensor(file, offset, _DTYPES[dtype], tuple(shape))
-
-
-def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
 def read_files(path: pathlib.Path) -> dict[str, StoredTensor]:
@@ -108,43 +83,53 @@ def read_files(path: pathlib.Path) -> dict[str, StoredTensor]:
     Raises:
       ValueError: no or ambiguous files, damaged files, an index that does not fit its files.
     """
-    tensors = {}
-    for file in _find_files(path):
-        for name, tensor in read_file(file)[0].items():
-            if name in tensors:
-                raise ValueError(f"tensor {name} is in two files of {path}")
-            tensors[name] = tensor
+    found = _find_file(path)
+    if not found.name.endswith(INDEX_SUFFIX):
+        return read_file(found)[0]
+    tensors, files = {}, {}
+    index = _read_index(found)
+    for name in sorted(set(index.values())):
+        for tensor, stored in read_file(found.parent / name)[0].items():
+            if tensor in tensors:
+                raise ValueError(f"tensor {tensor} is in two files of {path}")
+            tensors[tensor], files[tensor] = stored, name
+    wrong = [name for name, file in index.items() if files.get(name) != file]
+    if wrong:
+        raise ValueError(
+            f"{found}: tensors that are not in the files it names: {', '.join(wrong[:20])}"
+        )
     return tensors
 
 
-def _find_files(path: pathlib.Path) -> list[pathlib.Path]:
+def _find_file(path: pathlib.Path) -> pathlib.Path:
+    """A file of tensors, or the index of several."""
     if path.is_file():
-        return _files_of_index(path) if path.name.endswith(INDEX_SUFFIX) else [path]
+        return path
     if not path.is_dir():
         raise ValueError(f"path={path}: neither a folder nor a file")
     indices = sorted(path.glob(f"*{INDEX_SUFFIX}"))
     files = sorted(path.glob(f"*{SUFFIX}"))
     if len(indices) == 1:
-        return _files_of_index(indices[0])
+        return indices[0]
     if indices or len(files) != 1:
         names = [file.name for file in indices or files]
         raise ValueError(
-            f"path={path}: must hold one *{SUFFIX} file or one *{INDEX_SUFFIX}, has {names}"
+            f"path={path}: must hold one *{SUFFIX} file or one *{INDEX_SUFFIX}, has {names[:20]}"
         )
-    return files
+    return files[0]
 
 
-def _files_of_index(index: pathlib.Path) -> list[pathlib.Path]:
+def _read_index(path: pathlib.Path) -> dict[str, str]:
+    """Name of the file of each tensor; all files are there."""
+    values = checked_json.load(path, headers.MAX_BYTES)
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index}: no index of shards: {error!r}") from error
-    files = [index.parent / name for name in names]
-    absent = [file.name for file in files if not file.is_file()]
+        index = headers.parse_index(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: no index of shards: {error}") from error
+    absent = sorted({name for name in index.values() if not (path.parent / name).is_file()})
     if absent:
-        raise ValueError(f"{index} names files that are not there: {absent}")
-    return files
+        raise ValueError(f"{path} names files that are not there: {absent[:20]}")
+    return index
 
 
 def parse_size(text: str) -> int:

@@ -7,6 +7,7 @@ against that: a conversion is a source and a sink, merging adapters is a source 
 from __future__ import annotations
 
 import abc
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from sage_grpo_jax.weights.key_table import Path, Row, Shape, check_tensors, con
 from sage_grpo_jax.weights.stored_tensor import StoredTensor
 
 Index = tuple[slice, ...]
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 _CHECK_BYTES = 1 << 24  # checks for NaN go through pieces of this size
 
 
@@ -60,9 +61,9 @@ class TensorSource(Source):
           ValueError: tensors missing, unexpected, misshapen, or not of a float type.
         """
         check_tensors(rows, shapes, {name: tensor.shape for name, tensor in tensors.items()})
-        wrong = [f"{n} is {t.dtype}" for n, t in tensors.items() if str(t.dtype) not in _FLOATS]
+        wrong = [f"{n} is {t.dtype}" for n, t in tensors.items() if str(t.dtype) not in FLOATS]
         if wrong:
-            raise ValueError(f"dtypes must be one of {_FLOATS}: {', '.join(wrong[:50])}")
+            raise ValueError(f"dtypes must be one of {FLOATS}: {', '.join(wrong[:50])}")
         self.shapes = dict(shapes)
         self._rows = {row.ours: row for row in rows}
         self._tensors = tensors
@@ -117,9 +118,14 @@ class MergedSource(Source):
         """
         self.shapes, self._base, self._adapters, self._scale = base.shapes, base, adapters, scale
         for path, shape in adapters.shapes.items():
-            kernel = self.shapes.get((*path[:-1], "kernel"))
-            axes = (0, 1) if path[-1] == "down" else (0, 2)
-            if kernel is None or any(kernel[axis] != shape[axis] for axis in axes):
+            kernel = self.shapes.get((*path[:-1], "kernel"), ())
+            # down [..., in, r], up [..., r, out]
+            fits = (
+                kernel[:-1] == shape[:-1]
+                if path[-1] == "down"
+                else (kernel[:-2] == shape[:-2] and kernel[-1:] == shape[-1:])
+            )
+            if not fits:
                 raise ValueError(
                     f"adapter {'/'.join(path)}: {shape} does not fit the base weights {kernel}"
                 )
@@ -129,8 +135,8 @@ class MergedSource(Source):
         if path[-1] != "kernel" or down not in self._adapters.shapes:
             return value
         whole = slice(None)
-        down = self._adapters.read(down, (index[0], index[1], whole)).astype(np.float32)
-        up = self._adapters.read((*path[:-1], "up"), (index[0], whole, index[2]))
+        down = self._adapters.read(down, (*index[:-1], whole)).astype(np.float32)
+        up = self._adapters.read((*path[:-1], "up"), (*index[:-2], whole, index[-1]))
         product = np.matmul(down, up.astype(np.float32))
         product *= np.float32(self._scale)
         product += value  # float32, whatever the base is stored in
@@ -141,17 +147,23 @@ class MergedSource(Source):
 
 
 class FiniteSource(Source):
-    """Refuses values that are not finite, naming the tensor."""
+    """Refuses values that are not finite, naming the file and the tensor."""
 
-    def __init__(self, source: Source):
-        self.shapes, self._source = source.shapes, source
+    def __init__(self, source: Source, where: str | os.PathLike):
+        """
+        Args:
+          source: to be read.
+          where: it lies, for messages.
+        """
+        self.shapes, self._source, self._where = source.shapes, source, where
 
     def read(self, path: Path, index: Index) -> np.ndarray:
         value = self._source.read(path, index)
         if not all_finite(value):
             layer = (index[0].start or 0) if is_stacked(path) else None
             raise ValueError(
-                f"tensor {self._source.describe(path, layer)} holds NaN or infinite values"
+                f"{self._where}: tensor {self._source.describe(path, layer)} holds NaN or infinite "
+                "values"
             )
         return value
 

@@ -7,10 +7,16 @@ import pathlib
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
-from flax import traverse_util
 
-from sage_grpo_jax.weights import configs, facts, orbax_io, tables, tensor_files, writing
+from sage_grpo_jax.weights import (
+    configs,
+    facts,
+    orbax_io,
+    orbax_reading,
+    tables,
+    tensor_files,
+    writing,
+)
 from sage_grpo_jax.weights.configs import load_config
 from sage_grpo_jax.weights.sources import FiniteSource, Source, TensorSource, TreeSource, to_devices
 from sage_grpo_jax.weights.tables import Config
@@ -37,21 +43,7 @@ def load(
       ValueError: unreadable files; a config that does not fit the tensors; tensors missing,
         unexpected or misshapen (all are named); values that are not finite.
     """
-    path = pathlib.Path(path)
-    source = open_source(path, config)
-    if isinstance(source, orbax_io.OrbaxSource) and shardings is not None:
-        params = orbax_io.load_on(path, shardings, np.dtype(dtype))
-        _check_finite(params, path)
-        return params
-    return to_devices(FiniteSource(source), shardings, dtype)
-
-
-def _check_finite(params: dict[str, Any], path: pathlib.Path) -> None:
-    """Raises a ValueError that names the parameters with NaN or infinite values."""
-    flat = traverse_util.flatten_dict(params)
-    wrong = ["/".join(name) for name, value in flat.items() if not jnp.isfinite(value).all()]
-    if wrong:
-        raise ValueError(f"path={path}: values that are not finite in {', '.join(wrong[:50])}")
+    return to_devices(FiniteSource(open_source(path, config), path), shardings, dtype)
 
 
 def save(
@@ -112,14 +104,20 @@ def open_source(
     if format is None:
         kind = tables.recognise(shapes)
         format = "diffusers" if kind is None else kind[1]
-    facts.check_config(config, format, shapes, config_name)
-    return TensorSource(*tables.key_table(config, format), tensors)
+    try:
+        facts.check_config(config, format, shapes, config_name)
+        return TensorSource(*tables.key_table(config, format), tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _open_orbax(path: pathlib.Path, config: Config) -> Source:
     if not orbax_io.is_orbax(path):
         raise ValueError(f"path={path}: no folder with config.json and {orbax_io.PARAMS}/")
-    source, expected = orbax_io.OrbaxSource(path / orbax_io.PARAMS), tables.parameter_shapes(config)
+    source, expected = (
+        orbax_reading.OrbaxSource(path / orbax_io.PARAMS),
+        tables.parameter_shapes(config),
+    )
     check_tree(source, expected, path / configs.CONFIG_FILE)
     return source
 

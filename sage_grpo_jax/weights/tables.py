@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 
@@ -29,6 +30,8 @@ _MARKS = {
     "encoder.down_blocks.0.resnets.0.conv1.conv.weight": (VaeConfig, "diffusers"),
     "encoder.down.0.block.0.conv1.conv.weight": (VaeConfig, "tencent"),
 }
+_DIT_SHAPELESS = ("rope_theta", "target_size", "task_type", "dtype", "attention", "remat",
+                  "unroll")  # fmt: skip
 MODEL_NAMES = {HunyuanVideoConfig: "HunyuanVideo-1.5 DiT", VaeConfig: "HunyuanVideo-1.5 VAE"}
 
 
@@ -38,27 +41,38 @@ def parameter_shapes(config: Config) -> dict[Path, Shape]:
     Raises:
       ValueError: not the config of a model that has a key table.
     """
-    return dict(_parameter_shapes(config))
+    return dict(_parameter_shapes(_shape_of(config)))
 
 
-@functools.lru_cache(maxsize=16)  # tracing the full model takes a second
-def _parameter_shapes(config: Config) -> dict[Path, Shape]:
+def _shape_of(config: Config) -> Config:
+    """The config without what no shape depends on: tracing a model takes a second."""
     if isinstance(config, HunyuanVideoConfig):
-        model = hunyuan_video
-    elif isinstance(config, VaeConfig):
-        model = vae
-    else:
-        raise ValueError(f"config={config!r}: must be a HunyuanVideoConfig or a VaeConfig")
+        plain = HunyuanVideoConfig()
+        same = {name: getattr(plain, name) for name in _DIT_SHAPELESS}
+        return dataclasses.replace(config, **same)
+    if isinstance(config, VaeConfig):
+        return dataclasses.replace(config, scaling_factor=1.0, dtype="float32")
+    raise ValueError(f"config={config!r}: must be a HunyuanVideoConfig or a VaeConfig")
+
+
+@functools.lru_cache(maxsize=16)
+def _parameter_shapes(config: Config) -> dict[Path, Shape]:
+    model = hunyuan_video if isinstance(config, HunyuanVideoConfig) else vae
     abstract = jax.eval_shape(lambda key: model.init_params(config, key), jax.random.key(0))
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(abstract).items()}
+
+
+def rows(config: Config, layout: str) -> list[Row]:
+    """Key table of a model in one of `LAYOUTS`."""
+    return _ROWS[type(config), layout](config)
 
 
 def key_table(config: Config, layout: str) -> tuple[list[Row], dict[Path, Shape]]:
     """Key table of a model in one of `LAYOUTS`, and the shape of each parameter."""
     shapes = parameter_shapes(config)
-    rows = _ROWS[type(config), layout](config)
-    check_parameters(rows, shapes)
-    return rows, shapes
+    table = rows(config, layout)
+    check_parameters(table, shapes)
+    return table, shapes
 
 
 def recognise(tensors: Mapping[str, Shape]) -> tuple[type, str] | None:

@@ -1,98 +1,25 @@
 """Checkpoints of `torch.save` (zip archives), read without torch and without running their code.
 
-The archive holds a pickle that describes the tensors, and one stored member with the raw bytes of
-each storage. The pickle may only build dictionaries, lists, numbers, strings and tensors: anything
-else in it is refused by name, nothing of it is imported.
+The archive holds a pickle that describes the tensors (`torch_pickle`), and one stored member with
+the raw bytes of each storage.
 """
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-import io
 import pathlib
-import pickle
 import struct
 import zipfile
-from typing import Any
+import zlib
 
-import ml_dtypes
-import numpy as np
-
+from sage_grpo_jax.weights import headers, torch_pickle
 from sage_grpo_jax.weights.stored_tensor import File, StoredTensor
+from sage_grpo_jax.weights.torch_pickle import Storage, Tensor
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-_LARGEST_PICKLE = 1 << 30
-_STORAGES = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-}
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8",
-           "bool")  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class _Storage:
-    dtype: np.dtype
-    key: str
-    count: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-def _tensor(storage, offset, size, stride, *_ignored) -> _Tensor:
-    """Stands for torch._utils._rebuild_tensor_v2: (.., requires_grad, hooks, metadata)."""
-    return _Tensor(storage, offset, tuple(size), tuple(stride))
-
-
-def _parameter(data, *_ignored) -> _Tensor:
-    """Stands for torch._utils._rebuild_parameter: (data, requires_grad, hooks)."""
-    return data
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds plain containers and tensor descriptions, refuses everything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if module == "torch._utils" and name == "_rebuild_tensor_v2":
-            return _tensor
-        if module == "torch._utils" and name in (
-            "_rebuild_parameter",
-            "_rebuild_parameter_with_state",
-        ):
-            return _parameter
-        if module in ("torch", "torch.storage") and name in _STORAGES:
-            return np.dtype(_STORAGES[name])
-        if module == "torch" and name in _DTYPES:
-            return f"torch.{name}"
-        if (module, name) == ("torch", "Size"):
-            return tuple
-        raise ValueError(
-            f"holds {module}.{name}: only tensors, dictionaries, lists, numbers and strings are "
-            "read; save its state dict alone"
-        )
-
-    def persistent_load(self, identifier: Any) -> _Storage:
-        match identifier:
-            case ("storage", np.dtype() as dtype, str(key), str(), int(count)):
-                return _Storage(dtype, key, count)
-        raise ValueError(f"unknown storage {identifier!r}")
+_MAX_DEPTH, _MAX_VALUES = 16, 1 << 20
+_ENCRYPTED = 0x1
+# What `zipfile` raises for damaged directories, besides ValueError.
+_OF_ZIPFILE = (zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error, OverflowError)
 
 
 def read_file(path: pathlib.Path) -> dict[str, StoredTensor]:
@@ -109,7 +36,7 @@ def read_file(path: pathlib.Path) -> dict[str, StoredTensor]:
             )
         with zipfile.ZipFile(path) as archive:
             return _Archive(path, archive).tensors()
-    except (ValueError, zipfile.BadZipFile, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, *_OF_ZIPFILE) as error:
         raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {error}") from error
 
 
@@ -120,45 +47,76 @@ class _Archive:
         if len(pickles) != 1:
             raise ValueError(f"has {len(pickles)} members named data.pkl instead of one")
         self._root = pickles[0].removesuffix("data.pkl")
-        self._offsets: dict[str, int] = {}
+        self._members: dict[str, tuple[int, int]] = {}
+        self._left = _MAX_VALUES
 
     def tensors(self) -> dict[str, StoredTensor]:
         names = self._archive.namelist()
         order = f"{self._root}byteorder"
-        if order in names and self._archive.read(order) != b"little":
+        if order in names and self._read(order) != b"little":
             raise ValueError("was written on a big-endian machine")
-        if self._archive.getinfo(f"{self._root}data.pkl").file_size > _LARGEST_PICKLE:
-            raise ValueError(f"its pickle is larger than {_LARGEST_PICKLE} bytes")
-        text = self._archive.read(f"{self._root}data.pkl")
-        try:
-            content = _Unpickler(io.BytesIO(text)).load()
-        except ValueError:
-            raise
-        except Exception as error:  # damaged pickles raise almost anything
-            raise ValueError(f"its pickle is damaged: {error!r}") from error
+        content = torch_pickle.load(self._read(f"{self._root}data.pkl"))
         if not isinstance(content, dict):
             raise ValueError(f"holds a {type(content).__name__} instead of a dictionary")
         found: dict[str, StoredTensor] = {}
-        self._collect(content, "", found)
+        self._collect(content, "", found, depth=0)
         return found
 
-    def _collect(self, content: dict, prefix: str, found: dict[str, StoredTensor]) -> None:
+    def _read(self, name: str) -> bytes:
+        """A small member."""
+        offset, size, checksum = self._find(name)
+        if size > torch_pickle.MAX_BYTES:
+            raise ValueError(
+                f"{self._short(name)} has {size} bytes: must be at most {torch_pickle.MAX_BYTES}; "
+                "save its state dict alone"
+            )
+        content = self._file.read(size, offset)
+        if zlib.crc32(content) != checksum:
+            raise ValueError(f"{self._short(name)} is damaged: its checksum is another")
+        return content
+
+    def _find(self, name: str) -> tuple[int, int, int]:
+        """(offset, bytes, checksum) of a member that lies in the file as it is."""
+        info, short = self._archive.getinfo(name), self._short(name)
+        if info.flag_bits & _ENCRYPTED:
+            raise ValueError(f"{short} is encrypted")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{short} is compressed (method {info.compress_type})")
+        header = self._file.read(30, info.header_offset)
+        if header[:4] != b"PK\x03\x04":
+            raise ValueError(f"{short} has no local header")
+        name_length, extra_length = struct.unpack("<HH", header[26:30])
+        offset = info.header_offset + 30 + name_length + extra_length
+        if offset + info.file_size > self._file.size:
+            raise ValueError(f"{short} is cut off")
+        return offset, info.file_size, info.CRC
+
+    def _short(self, name: str) -> str:
+        return name.removeprefix(self._root)
+
+    def _collect(
+        self, content: dict, prefix: str, found: dict[str, StoredTensor], depth: int
+    ) -> None:
+        """The tensors of a dictionary that may hold others, or itself, any number of times."""
+        self._left -= len(content)
+        if depth > _MAX_DEPTH or self._left < 0:
+            raise ValueError(
+                f"its dictionaries are nested more than {_MAX_DEPTH} deep, or hold more than "
+                f"{_MAX_VALUES} values"
+            )
         for key, value in content.items():
-            name = f"{prefix}{key}"
+            if not isinstance(value, dict | Tensor):
+                continue
+            name = headers.check_name(f"{prefix}{key}")
             if isinstance(value, dict):
-                self._collect(value, f"{name}.", found)
-            elif isinstance(value, _Tensor):
-                if name in found:
-                    raise ValueError(f"tensor {name} is there twice")
+                self._collect(value, f"{name}.", found, depth + 1)
+            elif name in found:
+                raise ValueError(f"tensor {name} is there twice")
+            else:
                 found[name] = self._stored(name, value)
 
-    def _stored(self, name: str, tensor: _Tensor) -> StoredTensor:
+    def _stored(self, name: str, tensor: Tensor) -> StoredTensor:
         storage = tensor.storage
-        sizes = (tensor.offset, *tensor.shape, *tensor.strides)
-        if len(tensor.shape) != len(tensor.strides) or any(
-            type(n) is not int or n < 0 for n in sizes
-        ):
-            raise ValueError(f"tensor {name}: sizes {tensor.shape}, strides {tensor.strides}")
         last = tensor.offset + sum(
             (size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True)
         )
@@ -177,24 +135,17 @@ class _Archive:
             None if contiguous else tensor.strides,
         )
 
-    def _data_offset(self, storage: _Storage) -> int:
-        """Offset of a storage's bytes in the file: its member, after the local header."""
-        if storage.key in self._offsets:
-            return self._offsets[storage.key]
-        try:
-            info = self._archive.getinfo(f"{self._root}data/{storage.key}")
-        except KeyError:
-            raise ValueError(f"storage {storage.key} is missing") from None
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"storage {storage.key} is compressed")
-        if info.file_size < storage.count * storage.dtype.itemsize:
-            raise ValueError(f"storage {storage.key} has {info.file_size} bytes, too few")
-        header = self._file.read(30, info.header_offset)
-        if header[:4] != b"PK\x03\x04":
-            raise ValueError(f"storage {storage.key} has no local header")
-        name_length, extra_length = struct.unpack("<HH", header[26:30])
-        offset = info.header_offset + 30 + name_length + extra_length
-        if offset + info.file_size > self._file.size:
-            raise ValueError(f"storage {storage.key} is cut off")
-        self._offsets[storage.key] = offset
+    def _data_offset(self, storage: Storage) -> int:
+        """Offset of a storage's bytes in the file."""
+        if storage.key not in self._members:
+            try:
+                self._members[storage.key] = self._find(f"{self._root}data/{storage.key}")[:2]
+            except KeyError:
+                raise ValueError(f"storage {storage.key} is missing") from None
+        offset, have = self._members[storage.key]
+        if have < storage.count * storage.dtype.itemsize:
+            raise ValueError(
+                f"storage {storage.key} has {have} bytes, too few for {storage.count} of "
+                f"{storage.dtype}"
+            )
         return offset

@@ -29,6 +29,13 @@ def swallowed():
     print("swallowed", flush=True)
 """
 
+# Whoever runs the tests in the background may have told their processes to ignore some.
+HEARD = """
+import signal
+for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+    signal.signal(getattr(signal, name), signal.SIG_DFL)
+"""
+
 # What runs while a folder is half-written.
 MOMENTS = {
     "plainly": "kill()",
@@ -89,9 +96,9 @@ MOMENTS = {
 
 
 def run(program: str, folder: pathlib.Path) -> subprocess.CompletedProcess:
-    """START and the program in a process of its own."""
+    """START and the program in a process of its own, which hears every signal."""
     return subprocess.run(
-        [sys.executable, "-c", START + textwrap.dedent(program), str(folder / "out")],
+        [sys.executable, "-c", HEARD + START + textwrap.dedent(program), str(folder / "out")],
         capture_output=True,
         text=True,
         timeout=60,

@@ -49,6 +49,8 @@ def test_every_epoch_shows_every_prompt_in_a_new_order(tmp_path):
     assert epochs[0] != epochs[1] != epochs[2]
     again = ec.make_prompt_iterator(write(tmp_path / "again"), 5, seed=3)
     assert next(again)["ids"] + next(again)["ids"] == epochs[0]
+    other = ec.make_prompt_iterator(write(tmp_path / "other"), 5, seed=4)
+    assert next(other)["ids"] + next(other)["ids"] != epochs[0]
 
 
 def test_without_repeat_it_ends(tmp_path):

@@ -57,6 +57,31 @@ def test_a_quarter_of_the_triples_is_held_out():
     assert not triples(train) & triples(held_out)
 
 
+def test_validation_and_test_share_the_held_out_triples():
+    splits = {name: spec.split_captions(name) for name in spec.SPLITS}
+    words = {name: [*map(spec.parse_caption, texts)] for name, texts in splits.items()}
+    triples = {n: {(w.colour, w.shape, w.direction) for w in found} for n, found in words.items()}
+    assert {n: len(t) for n, t in triples.items()} == {
+        "train": 54,
+        "validation": 9,
+        "test": 9,
+        "held_out": 18,
+        "all": 72,
+    }
+    # Nothing that a result is reported on has been seen before, by whatever choice.
+    assert not triples["test"] & (triples["train"] | triples["validation"])
+    assert not triples["validation"] & triples["train"]
+    assert triples["held_out"] == triples["validation"] | triples["test"]
+    assert len(splits["validation"]) == len(splits["test"]) == 72
+    for name in ("validation", "test"):
+        for field, choices in zip(spec.Words._fields, spec.CHOICES, strict=True):
+            assert {getattr(w, field) for w in words[name]} == set(choices)
+        shapes = [w.shape for w in words[name]]
+        assert {shape: shapes.count(shape) for shape in spec.SHAPES} == dict.fromkeys(
+            spec.SHAPES, 24
+        )
+
+
 def test_every_pair_of_words_occurs_in_training():
     train = [spec.parse_caption(text) for text in spec.train_captions()]
     for a, b in itertools.combinations(spec.Words._fields, 2):

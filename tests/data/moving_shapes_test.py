@@ -19,10 +19,8 @@ def test_sampling_is_deterministic_and_jittable():
 
 
 def test_splits_hold_what_their_captions_say():
-    for split, allowed in (
-        ("train", moving_shapes.train_captions()),
-        ("held_out", moving_shapes.held_out_captions()),
-    ):
+    for split in moving_shapes.spec.SPLITS:
+        allowed = moving_shapes.split_captions(split)
         parameters = moving_shapes.sample_parameters(jax.random.key(0), 2000, split)
         seen = set(moving_shapes.captions(parameters))
         assert seen <= set(allowed)
@@ -30,8 +28,8 @@ def test_splits_hold_what_their_captions_say():
 
 
 def test_unknown_split_is_refused():
-    with pytest.raises(ValueError, match="split is 'test', allowed: train"):
-        moving_shapes.sample_parameters(jax.random.key(0), 1, "test")
+    with pytest.raises(ValueError, match="split is 'tests', allowed: train"):
+        moving_shapes.sample_parameters(jax.random.key(0), 1, "tests")
 
 
 def test_the_whole_shape_stays_in_the_frame():

@@ -58,7 +58,8 @@ def test_prompt_files(refused, tmp_path, name):
 def test_prompts_that_are_not_there(refused, tmp_path):
     assert "no file is named; allowed: a .txt" in refused({"data.train_prompts": ""})
     assert "nowhere.txt" in refused({"data.eval_prompts": str(tmp_path / "nowhere.txt")})
-    assert "allowed: a prompts file" in refused({"data.train_prompts": "moving_shapes:test"})
+    assert "allowed: a prompts file" in refused({"data.train_prompts": "moving_shapes:tests"})
+    assert "nowhere.txt" in refused({"data.test_prompts": str(tmp_path / "nowhere.txt")})
     assert "at most the" in refused({"eval.num_prompts": 10**6})
 
 

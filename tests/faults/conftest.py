@@ -40,7 +40,7 @@ _build_programs = setup.build_programs
 def _cached_programs(networks, config, mesh):
     """The real programs; configs that differ only in what the host looks at share them."""
     plain = type(config)()
-    loss = dataclasses.replace(config.loss, ratio_tolerance=0.0, ratio_action="stop")
+    loss = dataclasses.replace(config.loss, ratio_tolerance=0.0, rollout_tolerance=0.0)
     key = dataclasses.replace(
         config,
         num_steps=1,
@@ -79,8 +79,8 @@ class Runs:
             "checkpoint.every": 3,
             "eval.every": 2,
             "eval.num_prompts": 2,
-            "rollout.prompts_per_step": 2,
-            "rollout.group_size": 2,
+            "rollout.prompts_per_step": 1,
+            "rollout.group_size": 4,
             "rollout.decode_batch": 2,
             "loss.micro_batch": 2,
         }

@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from entry_modules import import_entry
 from entry_process import ENTRIES, FULL, Result, run_all
 
-from sage_grpo_jax import report
 from sage_grpo_jax.common import folders
 from sage_grpo_jax.training import command_line, run_report
+
+report = import_entry("report")
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODEL = ROOT / "sage_grpo_jax/assets/moving_shapes/transformer"

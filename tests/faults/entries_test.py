@@ -215,7 +215,7 @@ def test_embeddings_of_another_encoder_than_the_run(tmp_path):
         [["evaluate", *flags], ["sample", *flags, "--prompts=moving_shapes:held_out"]], tmp_path
     )
     for result, field in (
-        (evaluated, "config.data.eval_prompts: moving_shapes:held_out"),
+        (evaluated, "config.data.eval_prompts: moving_shapes:validation"),
         (sampled, "--prompts: moving_shapes:held_out"),
     ):
         assert result.status == 2

@@ -99,13 +99,15 @@ def _break_update(monkeypatch, gradients):
 
 
 def test_a_gradient_that_is_not_finite_is_named(runs, tmp_path, monkeypatch, caplog):
-    def gradients(recipe, state, batch, frozen):
+    def gradients(recipe, state, batch, frozen, old):
         grads = jax.tree.map(jnp.zeros_like, state.params)
         leaves, structure = jax.tree.flatten(grads)
         leaves[3] = leaves[3].at[(0,) * leaves[3].ndim].set(jnp.nan)
         names = ("loss/policy", "loss/total", "kl/anchor", "kl/previous", "kl/total")
-        metrics = {name: jnp.zeros(()) for name in (*names, "ratio/max_deviation")}
-        return jax.tree.unflatten(structure, leaves), metrics, jnp.ones(())
+        metrics = {
+            name: jnp.zeros(()) for name in (*names, "ratio/max_deviation", "ratio/rollout_shift")
+        }
+        return jax.tree.unflatten(structure, leaves), metrics, jnp.ones(()), old
 
     _break_update(monkeypatch, gradients)
     with pytest.raises(loop.TooManySkipsError, match="because grad/norm was not finite"):

@@ -62,6 +62,7 @@ def test_evaluation_prompts_of_another_encoder_as_wide(refused, tmp_path, change
     sources = {
         "data.train_prompts": _cache(tmp_path / "train", QWEN),
         "data.eval_prompts": _cache(tmp_path / "eval", other),
+        "data.test_prompts": "",
         "data.text_encoder": "cache",
     }
     assert refused(sources) == (
@@ -92,6 +93,7 @@ def test_a_run_goes_on_with_its_own_encoder_only(refused, runs, tmp_path):
     sources = {
         "data.train_prompts": f"cache:{tmp_path / 'train'}",
         "data.eval_prompts": f"cache:{tmp_path / 'eval'}",
+        "data.test_prompts": "",
         "data.text_encoder": "cache",
     }
 

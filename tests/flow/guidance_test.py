@@ -123,3 +123,32 @@ def test_bad_input():
         fn(params, latents, timestep, condition, None)
     with pytest.raises(ValueError, match="must have the shapes"):
         fn(params, latents, timestep, condition, jax.tree.map(lambda x: x[:2], negative))
+
+
+@pytest.mark.parametrize("mode", guidance.MODES)
+def test_the_gradient_of_the_condition_alone(mode):
+    """The other branch is a constant: the gradient is that of scale·v_condition."""
+    params, latents, timestep, condition, negative = make_inputs()
+
+    def loss(params, gradient):
+        fn = guidance.guided(lambda *args: model(params, *args), 3.0, mode, gradient)
+        return jnp.sum(fn(latents, timestep, condition, negative) ** 2)
+
+    v_u = model(params, latents, timestep, negative)
+
+    def wanted(params):
+        return jnp.sum((v_u + 3.0 * (model(params, latents, timestep, condition) - v_u)) ** 2)
+
+    assert loss(params, "condition") == pytest.approx(float(loss(params, "both")), rel=1e-6)
+    found, other = (jax.grad(loss)(params, gradient) for gradient in guidance.GRADIENTS[::-1])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4),
+        found,
+        jax.grad(wanted)(params),
+    )
+    assert jnp.abs(found["w"] - other["w"]).max() > 0.1 * jnp.abs(found["w"]).max()
+
+
+def test_unknown_gradients_are_refused():
+    with pytest.raises(ValueError, match="gradient='negative': must be one of both, condition"):
+        guidance.guided(model, 2.0, gradient="negative")

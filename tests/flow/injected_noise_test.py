@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sage_grpo_jax.flow import injected_noise, schedules, sde
+from sage_grpo_jax.flow import injected_noise, schedules, sde, windows
 
 SDE_KINDS = ("precise", "flow", "dance", "cps")
 
@@ -41,21 +41,6 @@ def test_matched_eta_names_the_kind_without_a_stochastic_step():
         injected_noise.matched_eta("precise", one, "cps", 0.5, "stochastic")
 
 
-def test_places_of_a_window():
-    stochastic = np.array([0, 1, 1, 0, 1, 1, 0], bool)
-    np.testing.assert_array_equal(injected_noise.window_places(stochastic), [stochastic])
-    np.testing.assert_array_equal(
-        injected_noise.window_places(stochastic, "first_k", 2), [[0, 1, 1, 0, 0, 0, 0]]
-    )
-    np.testing.assert_array_equal(
-        injected_noise.window_places(stochastic, "random_k", 3),
-        [[0, 1, 1, 0, 1, 0, 0], [0, 0, 1, 0, 1, 1, 0]],
-    )
-    np.testing.assert_array_equal(
-        injected_noise.window_places(stochastic, "random_k", 9), [stochastic]
-    )
-
-
 @pytest.mark.parametrize("last_step", sde.LAST_STEPS)
 @pytest.mark.parametrize(("window", "size"), [("all", 0), ("first_k", 3), ("random_k", 3)])
 @pytest.mark.parametrize(
@@ -80,3 +65,35 @@ def test_matched_noise_in_a_window(kind, other, window, size, last_step):
         return np.mean([sum(noisy[start : start + length]) for start in starts])
 
     assert variance(kind, eta) == pytest.approx(variance(other, 0.3), rel=1e-9)
+
+
+@pytest.mark.parametrize(("kind", "clamp"), [("precise", 0.01), ("flow", 0.05)])
+def test_matched_noise_with_a_clamp(kind, clamp):
+    """The clamp is that of the sampler which is matched; the other keeps its authors'."""
+    schedule = schedules.host_schedule(10, 3.0)
+    eta = injected_noise.matched_eta(kind, schedule, "flow", 0.4, clamp=clamp)
+
+    def variance(kind, eta, clamp):
+        pairs = itertools.pairwise(schedule.sigmas[:-1].astype(np.float64))
+        steps = (sde.step_coefficients(kind, a, b, eta, clamp=clamp, xp=np) for a, b in pairs)
+        return sum(float(step.std) ** 2 for step in steps)
+
+    assert variance(kind, eta, clamp) == pytest.approx(variance("flow", 0.4, 0.0), rel=1e-6)
+    assert variance(kind, eta, 0.0) > 1.02 * variance("flow", 0.4, 0.0)
+
+
+def test_matched_noise_of_a_moving_window_is_that_of_an_average_rollout():
+    """All rollouts of one pass are gone through by hand."""
+    schedule, motion = schedules.host_schedule(8, 3.0), windows.Motion(stay=4, stride=2)
+    eta = injected_noise.matched_eta(
+        "precise", schedule, "flow", 0.5, "stochastic", "decay", 3, motion=motion
+    )
+
+    def variance(kind, eta):
+        sigmas = schedule.sigmas.astype(np.float64)
+        stds = sde.step_coefficients(kind, sigmas[:-1], sigmas[1:], eta, xp=np).std
+        starts = [windows.start_at(step, "decay", 8, 3, motion) for step in range(9)]
+        assert starts == [0, 0, 0, 0, 2, 2, 2, 4, 4]
+        return np.mean([np.sum(stds[start : start + 3] ** 2) for start in starts])
+
+    assert variance("precise", eta) == pytest.approx(variance("flow", 0.5), rel=1e-9)

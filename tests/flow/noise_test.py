@@ -85,6 +85,47 @@ def test_same_bits_on_eight_devices_without_communication():
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+def test_adapters_have_a_key_of_their_own():
+    key = jax.random.fold_in(jax.random.key(9, impl="threefry2x32"), 2)
+    found = jax.random.key_data(noise.adapter_key(9))
+    np.testing.assert_array_equal(found, jax.random.key_data(key))
+
+
+def test_forward_noise_is_a_stream_of_its_own():
+    keys, t_B = make_keys(), np.arange(8) % 3
+    forward = np.asarray(noise.forward_noise(keys, t_B, (500,)))
+    others = [noise.step_noise(keys, t_B, (500,)), noise.initial_noise(keys, (500,))]
+    rows = np.concatenate([forward, *map(np.asarray, others)])
+    assert np.abs(np.corrcoef(rows) - np.eye(24)).max() < 0.2
+    assert scipy.stats.kstest(forward.ravel(), "norm").pvalue > 1e-3
+    alone = noise.forward_noise(keys[5:6], 2, (500,))
+    np.testing.assert_array_equal(alone[0], forward[5])
+
+
+def test_chosen_steps_are_subsets_that_are_equally_likely():
+    keys = noise.sample_keys(0, 0, 0, np.zeros(3000, np.uint32), np.arange(3000))
+    chosen = np.asarray(noise.chosen_steps(keys, 5, 2))
+    assert chosen.dtype == np.int32
+    assert (np.diff(chosen, axis=1) > 0).all()
+    assert chosen.min() == 0
+    assert chosen.max() == 4
+    _, counts = np.unique(chosen, axis=0, return_counts=True)
+    assert len(counts) == 10
+    assert scipy.stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_chosen_steps_belong_to_the_sample():
+    keys = make_keys()
+    whole = np.asarray(noise.chosen_steps(keys, 19, 11))
+    parts = [np.asarray(noise.chosen_steps(keys[i : i + 2], 19, 11)) for i in range(0, 8, 2)]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+    assert len(np.unique(whole, axis=0)) == 8
+    np.testing.assert_array_equal(noise.chosen_steps(keys[:1], 4, 4), [[0, 1, 2, 3]])
+    assert noise.chosen_steps(keys[:3], 4, 0).shape == (3, 0)
+    with pytest.raises(ValueError, match="size=5: must be 0 to count=4"):
+        noise.chosen_steps(keys, 4, 5)
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="typed PRNG keys"):
         noise.initial_noise(jnp.zeros((4, 2), jnp.uint32), SHAPE)

@@ -41,6 +41,16 @@ def test_is_concrete_and_indexable_inside_jit():
     assert (sigma, timestep) == (0.75, 750.0)
 
 
+def test_a_step_ends_where_the_next_one_starts():
+    schedule = schedules.make_schedule(5, 3.0)
+    starts = schedule.timesteps[jax.numpy.array([[0, 3], [4, 1]])]
+    ends = schedules.next_timestep(schedule, starts)
+    wanted = 1000 * np.asarray(schedule.sigmas)[np.array([[1, 4], [5, 2]])]
+    np.testing.assert_allclose(ends, wanted, rtol=1e-6)
+    assert ends[1, 0] == 0
+    assert np.isnan(schedules.next_timestep(schedule, starts[0, 1] + 1))
+
+
 @pytest.mark.parametrize(
     ("num_steps", "shift", "message"),
     [

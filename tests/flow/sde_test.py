@@ -28,6 +28,11 @@ def jitted_transition(kind, velocity, sample, sigma, sigma_next, eta):
     return sde.transition(kind, velocity, sample, sigma, sigma_next, eta)
 
 
+@functools.partial(jax.jit, static_argnames=("kind", "clamp"))
+def clamped_transition(kind, velocity, sample, sigma, sigma_next, eta, clamp):
+    return sde.transition(kind, velocity, sample, sigma, sigma_next, eta, clamp=clamp)
+
+
 @functools.partial(jax.jit, static_argnames="kind")
 def jitted_coefficients(kind, sigma, sigma_next, eta):
     return sde.step_coefficients(kind, sigma, sigma_next, eta)
@@ -366,3 +371,41 @@ def test_bad_input():
         sde.log_prob(x, x, 0.5, reduction="max")
     with pytest.raises(ValueError, match="shape"):
         sde.transition("flow", x[None], x[None], jnp.zeros((2, 3)), 0.8, 0.5)
+
+
+@pytest.mark.parametrize("clamp", [1e-3, 3e-3, 0.03, 0.5])
+@pytest.mark.parametrize("kind", sde.KINDS)
+def test_a_clamp_keeps_steps_away_from_pure_noise(kind, clamp):
+    """1 - σ is replaced by max(1 - σ, clamp) where the variance diverges, and nowhere else."""
+    rng = np.random.default_rng(0)
+    v, x = rng.normal(size=(2, 2, 3, 4))
+    sigmas = np.asarray(schedules.make_schedule(12, 3.0).sigmas, np.float64)
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        dt = sigma_next - sigma
+        x1 = x + (1 - sigma) * v
+        if kind == "precise":
+            a, b = max(1 - sigma, clamp), max(1 - sigma_next, clamp)
+            variance = 0.25 * (np.log(b / a) - (b - a))
+        elif kind == "flow":
+            variance = 0.25 * sigma / max(1 - sigma, clamp) * -dt
+        else:
+            mean, std = textbook_step(kind, v, x, sigma, sigma_next, sigmas[1], 0.5)
+        if kind in sde.CLAMPED:
+            mean, std = x + dt * v - 0.5 * variance * x1 / sigma, np.sqrt(variance)
+        found = clamped_transition(kind, v, x, sigma, sigma_next, 0.5, clamp)
+        np.testing.assert_allclose(found.mean, mean, rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(found.std, std, rtol=1e-4, atol=1e-6)
+
+
+def test_steps_inside_the_clamp_are_deterministic():
+    schedule = schedules.host_schedule(20, 5.0)
+    noisy = sde.stochastic_steps("precise", schedule, 0.5, "stochastic", clamp=0.05)
+    # A step is inside as long as it ends at or above σ = 0.95.
+    np.testing.assert_array_equal(noisy, np.asarray(schedule.sigmas[1:], np.float64) < 0.95)
+    assert sde.stochastic_steps("flow", schedule, 0.5, "stochastic", clamp=0.05).all()
+
+
+@pytest.mark.parametrize("clamp", [-1e-3, 0.6, float("nan")])
+def test_bad_clamps(clamp):
+    with pytest.raises(ValueError, match=r"clamp=.*: must be 0 to 0\.5"):
+        sde.step_coefficients("flow", 0.9, 0.8, 0.5, clamp=clamp)

@@ -51,6 +51,43 @@ def test_matches_numpy_and_ignores_invalid_entries(rewards, valid, rubbish):
     np.testing.assert_allclose(got.sum(axis=1), 0.0, atol=1e-5)
 
 
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    rewards=hnp.arrays(np.float32, (3, 4), elements=st.integers(-64, 64).map(lambda n: n / 8)),
+    valid=hnp.arrays(bool, (3, 4)),
+    std=st.sampled_from(["group_unbiased", "global"]),
+)
+def test_other_deviations_match_numpy(rewards, valid, std):
+    got = np.asarray(advantage.group_advantages(rewards, valid, 1e-4, 5.0, std=std))
+    everything = np.asarray(rewards[valid], np.float64)
+    wanted = np.zeros((3, 4))
+    for p in range(3):
+        members = np.asarray(rewards[p][valid[p]], np.float64)
+        if len(members) >= 2 and np.ptp(members) > 0:
+            scale = members.std(ddof=1) if std == "group_unbiased" else everything.std()
+            scaled = (members - members.mean()) / (scale + 1e-4)
+            wanted[p][valid[p]] = np.clip(scaled, -5, 5)
+    np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-6)
+
+
+def test_a_global_deviation_keeps_groups_that_hardly_differ_small():
+    rewards = np.float32([[0.0, 0.01, 0.0, 0.01], [-1.0, 1.0, -1.0, 1.0]])
+    everyone = np.ones((2, 4), bool)
+    small, large = np.asarray(advantage.group_advantages(rewards, everyone, 0.0, 5.0, std="global"))
+    assert np.abs(small).max() == pytest.approx(0.005 / np.std(rewards), rel=1e-4)
+    assert np.abs(large).max() > 100 * np.abs(small).max()
+    own = advantage.group_advantages(rewards, everyone, 0.0, 5.0)
+    np.testing.assert_allclose(np.abs(own), 1.0, rtol=1e-4)
+
+
+def test_the_deviation_within_groups_is_averaged_over_those_that_have_one():
+    rewards = np.float32([[1.0, 3.0, np.nan, 7.0], [2.0, 2.0, 2.0, 2.0], [5.0, 1.0, 9.0, 0.0]])
+    valid = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0]], bool)
+    wanted = (np.std([1.0, 3.0, 7.0]) + 0.0) / 2  # the third has one member
+    assert advantage.group_std(rewards, valid) == pytest.approx(wanted, rel=1e-6)
+    assert np.isnan(advantage.group_std(rewards, np.zeros((3, 4), bool)))
+
+
 def test_large_offset_costs_no_digits():
     rewards = np.float32([[0.0, 1.0, 2.0, 5.0]] * 3)
     np.testing.assert_allclose(
@@ -85,5 +122,7 @@ def test_bad_input():
         advantage.group_advantages(EVERYONE, EVERYONE, -1.0, 5.0)
     with pytest.raises(ValueError, match=r"clip=0\.0: must be > 0 or None"):
         advantage.group_advantages(EVERYONE, EVERYONE, 0.0, 0.0)
+    with pytest.raises(ValueError, match="std='prompt': must be one of group, group_unbiased"):
+        advantage.group_advantages(EVERYONE, EVERYONE, 0.0, 5.0, std="prompt")
     with pytest.raises(AssertionError):
         advantage.group_advantages(EVERYONE, EVERYONE[:2], 0.0, 5.0)

@@ -75,15 +75,26 @@ def test_untrained_and_noiseless_steps_are_left_out():
     assert np.all(np.isfinite(weights) & (weights[56:] > 0)[-1])
     for kind, eta in (("ode", 0.5), ("flow", 0.0)):
         assert not np.any(equalizer.equalizer_weights(kind, SCHEDULE, eta, ALL))
-        assert not np.any(equalizer.uniform_weights(kind, SCHEDULE, eta, ALL))
 
 
-def test_uniform_weights():
-    trained = np.arange(20) % 2 == 0
-    np.testing.assert_array_equal(
-        equalizer.uniform_weights("flow", SCHEDULE, 0.5, trained), trained.astype(np.float32)
-    )
-    assert equalizer.uniform_weights("cps", SCHEDULE, 0.5, ALL)[-1] == 0
+@pytest.mark.parametrize("kind", sde.CLAMPED)
+def test_a_clamp_changes_the_steps_that_it_touches(kind):
+    """N = λ/std of the first step, with 1 - σ = 0.02 in place of 0; the others are as before."""
+    sigmas = np.asarray(SCHEDULE.sigmas, np.float64)
+    start, end = sigmas[:2]
+    variance = {
+        "precise": max(0.0, np.log(max(1 - end, 0.02) / 0.02) - (max(1 - end, 0.02) - 0.02)),
+        "flow": start / 0.02 * (start - end),
+    }[kind]
+    clamped = equalizer.gradient_scale(kind, SCHEDULE, 0.5, clamp=0.02)
+    own = equalizer.gradient_scale(kind, SCHEDULE, 0.5)
+    if variance == 0:
+        assert clamped[0] == 0
+    else:
+        assert clamped[0] == pytest.approx((start - end) / (0.5 * variance**0.5), rel=1e-6)
+    touched = 1 - sigmas[:-1] < 0.02
+    assert touched[:2].all()
+    np.testing.assert_array_equal(clamped[~touched], own[~touched])
 
 
 def test_can_be_called_while_tracing():

@@ -201,7 +201,7 @@ def test_find_state_and_missing_arguments():
         ("feedback", "loosen", "must be one of tighten"),
         ("anchor_every", 0, "must be an integer >= 1"),
         ("history", 2.5, "must be an integer >= 1"),
-        ("warmup_steps", -1, "must be an integer >= 0"),
+        ("warmup_steps", -1, "must be >= 0"),
         ("previous_weight", -0.1, "must be >= 0"),
         ("anchor_weight", float("nan"), "must be finite"),
         ("target_shift", 0.0, "must be > 0"),
@@ -215,6 +215,34 @@ def test_find_state_and_missing_arguments():
 def test_config_names_field_value_and_what_is_allowed(field, value, message):
     with pytest.raises(ValueError, match=rf"{field}={value!r}: {message}"):
         tr.TrustRegionConfig(**{field: value})
+
+
+def test_a_warm_up_may_end_within_an_update():
+    config = tr.TrustRegionConfig(
+        "moving", warmup_steps=2.5, initial_weight=0.1, final_weight=0.6, feedback="none"
+    )
+    transform, params = tr.trust_region(config), make_params()
+    state = transform.init(params)
+    weights = [float(state.weight)]
+    for _ in range(4):
+        _, state = transform.update(params, state, params, kl=0.0)
+        weights.append(float(state.weight))
+    np.testing.assert_allclose(weights, [0.1, 0.3, 0.5, 0.6, 0.6], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", tr.KINDS)
+def test_the_weight_of_a_fixed_anchor(kind):
+    config = tr.TrustRegionConfig(kind, fixed_weight=0.3, warmup_steps=5.0, history=1)
+    given = config.with_fixed_weight()
+    if kind not in ("fixed", "fixed_stepwise"):
+        assert given is config
+        return
+    transform, params = tr.trust_region(given), make_params()
+    state = transform.init(params)
+    for kl in (0.0, 100.0, 100.0, 0.0):
+        assert state.weight == np.float32(0.3)
+        _, state = transform.update(params, state, params, kl=kl)
+    assert (given.kind, given.anchor_weight) == (kind, config.anchor_weight)
 
 
 def test_step_bound_scales_an_update_to_the_expected_kl():

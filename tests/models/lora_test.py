@@ -81,6 +81,25 @@ def test_fresh_adapters_change_nothing_bit_for_bit(params):
     )
 
 
+def test_fresh_adapters_are_normal_and_independent():
+    """A of standard deviation 1/sqrt(in) in every leaf, no two of them alike; B zero."""
+    config = dataclasses.replace(CONFIG, num_attention_heads=8, mlp_ratio=4.0)
+    shapes = jax.eval_shape(lambda: hunyuan_video.init_params(config, jax.random.key(0)))
+    wide = lora.LoraConfig(rank=16, alpha=1.0)
+    fresh = traverse_util.flatten_dict(lora.init_adapters(shapes, wide, jax.random.key(4)))
+    downs = {path: np.asarray(x) for path, x in fresh.items() if path[-1] == "down"}
+    assert len(downs) == 12
+    for path, down in downs.items():
+        fan_in = 256 if path[-3:-1] == ("mlp", "out") else 64
+        assert down.shape == (3, fan_in, 16)
+        assert down.std() == pytest.approx(fan_in**-0.5, rel=0.1)
+        assert abs(down.mean()) < 0.1 * fan_in**-0.5
+        assert not np.any(fresh[(*path[:-1], "up")])
+    assert len({down.flat[0] for down in downs.values()}) == 12
+    other = traverse_util.flatten_dict(lora.init_adapters(shapes, wide, jax.random.key(5)))
+    assert all(np.any(other[path] != down) for path, down in downs.items())
+
+
 @pytest.mark.parametrize("form", [{}, {"unroll": True}, {"remat": False}])
 def test_adapters_inside_the_model_equal_merged_weights(params, adapters, form):
     config = dataclasses.replace(CONFIG, **form)

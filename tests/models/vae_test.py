@@ -292,7 +292,7 @@ def test_bad_configs_are_refused(fields, message):
 
 
 def test_unknown_config_keys_are_refused():
-    with pytest.raises(ValueError, match="unknown keys \\['sample_size'\\]"):
+    with pytest.raises(ValueError, match="unknown fields \\['sample_size'\\]"):
         VaeConfig.from_json('{"_class_name": "AutoencoderKLHunyuanVideo15", "sample_size": 3}')
 
 

@@ -61,9 +61,20 @@ def test_other_settings_and_other_prompts_are_refused(tmp_path):
         outputs.Records(tmp_path, {"steps": 4, "shift": 5.0}).finished(edited, ("mp4",))
 
 
-def test_a_damaged_record_is_named(tmp_path):
-    (tmp_path / "samples.jsonl").write_text('{"file": "x"}\n')
-    with pytest.raises(ValueError, match="line 1: not the record of a sample"):
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"file": "x"}',
+        '{"file": "x", "id": "1", "prompt": "a", "seed": 0, "settings": []}',
+        '{"file": 3, "id": "1", "prompt": "a", "seed": 0, "settings": {}}',
+        '{"file": "x", "id": "1", "prompt": "a", "seed": 1e400, "settings": {}}',
+        "[" * 100_000,
+        "null",
+    ],
+)
+def test_a_damaged_record_is_named(line, tmp_path):
+    (tmp_path / "samples.jsonl").write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=r"samples\.jsonl, line 1: not the record of a sample"):
         outputs.Records(tmp_path, {})
 
 

@@ -157,7 +157,8 @@ def _write_run(workdir: pathlib.Path, params) -> None:
 
 
 def test_runs_and_adapters_equal_merged_weights(make_config, prompts, tmp_path, clips):
-    config, adapted = make_config(), lora.LoraConfig(3, 4.5, ("query", "mlp/out"))
+    targets = ("query", "blocks/text/mlp/out", "text_refiner/blocks/value", "final/proj")
+    config, adapted = make_config(), lora.LoraConfig(3, 4.5, targets)
     networks = setup.read_networks(config.model)
     adapters = _adapters(networks, adapted)
     base = str(networks.transformer_path.absolute())
@@ -195,6 +196,36 @@ def test_runs_and_adapters_equal_merged_weights(make_config, prompts, tmp_path, 
         policy.adapt_config(moved, sources["run"])
     explicit = dataclasses.replace(sources["run"], weights=base)
     assert policy.adapt_config(moved, explicit).lora.adapters == adapted
+
+
+def test_damaged_weights_end_in_one_line(make_config, prompts, tmp_path, capfd):
+    config = make_config()
+    networks = setup.read_networks(config.model)
+    params = weights.load(networks.transformer_path, networks.transformer)
+    weights.save(params, tmp_path / "orbax", "orbax", config=networks.transformer)
+    source = policy.Source(weights=str(tmp_path / "orbax"))
+    (tmp_path / "orbax/params/state/blocks.text.key.bias/zarr.json").write_text("{")
+    capfd.readouterr()
+    with pytest.raises(ValueError, match=r"orbax/.*blocks\.text\.key\.bias cannot be read"):
+        _sample(config, _request(prompts, tmp_path / "out", source=source))
+    assert capfd.readouterr().err == ""
+
+
+def test_nan_in_a_run_is_told_before_anything_is_made(make_config, prompts, tmp_path):
+    config, adapted = make_config(), lora.LoraConfig(2, 2.0, ("key",))
+    networks = setup.read_networks(config.model)
+    adapters = _adapters(networks, adapted)
+    adapters["blocks"]["image"]["key"]["up"][0, 0, 0] = np.nan
+    _write_run(tmp_path / "run", adapters)
+    record = {**dataclasses.asdict(adapted), "base": str(networks.transformer_path.absolute())}
+    (tmp_path / "run/lora.json").write_text(json.dumps(record))
+    source = policy.Source(checkpoint=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"--checkpoint: .*run: blocks/image/key/up hold NaN"):
+        _sample(config, _request(prompts, tmp_path / "out", source=source))
+    for damage in ("[", "{}", '{"rank": 2, "alpha": [1], "targets": ["key"], "base": "x"}'):
+        (tmp_path / "run/lora.json").write_text(damage)
+        with pytest.raises(ValueError, match=r"run/lora\.json: "):
+            _sample(config, _request(prompts, tmp_path / "out", source=source))
 
 
 def test_clips_that_are_not_finite_are_told(

@@ -25,6 +25,19 @@ def test_defaults_are_those_of_the_recipes_evaluation():
     assert (found.tiling, found.format, found.eta) == ("off", "mp4", 0.0)
 
 
+@pytest.mark.parametrize(
+    ("sampler", "clamp"), [("precise", 0.02), ("flow", 0.0), ("ode", 0.0), (None, 0.0)]
+)
+def test_the_clamp_of_the_recipe_belongs_to_its_sampler(sampler, clamp):
+    recipe = config_lib.default_config()
+    recipe.rollout.clamp = 0.02
+    made = settings_lib.from_config(config_lib.from_config_dict(recipe), sampler=sampler, steps=20)
+    assert made.clamp == clamp
+    # The last step is clean; the first ends within 0.02 of pure noise.
+    recipe_steps = {"precise": 18, "flow": 19, "ode": 0, None: 0}[sampler]
+    assert made.stochastic.sum() == recipe_steps
+
+
 def test_flags_override():
     found = _settings(sampler="precise", steps=3, eta=0.5, guidance=1.0, format="both")
     assert (found.sampler, found.steps, found.eta, found.guidance) == ("precise", 3, 0.5, 1.0)

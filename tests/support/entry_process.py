@@ -25,7 +25,7 @@ ENTRIES = (
     "sweep",
     "train",
 )
-LIMIT_SECONDS = 60
+LIMIT_SECONDS = 600
 # Only what no entry defines flags in.
 _HEAVY = (
     "sage_grpo_jax.rewards.server",

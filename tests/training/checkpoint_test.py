@@ -171,6 +171,28 @@ def test_another_mesh_finds_the_same_checksums(tmp_path):
     np.testing.assert_array_equal(params["w"], saved)
 
 
+def test_parameters_of_damaged_files_are_refused_in_one_line(tmp_path, capfd):
+    """Whichever file of the state is cut: orbax itself tells of some in a hundred lines."""
+    (saved,) = _save_noise(tmp_path, 1)
+    folder = tmp_path / checkpoint.FOLDER / "1"
+    files = [file for file in sorted((folder / "state").rglob("*")) if file.is_file()]
+    refused = 0
+    for file in files:
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        capfd.readouterr()
+        try:
+            params = checkpoint.restore_params(tmp_path, _ABSTRACT["params"])
+            np.testing.assert_array_equal(params["w"], saved)
+        except ValueError as error:
+            text, refused = str(error), refused + 1
+            assert text.startswith(f"{folder}: the checkpoint is damaged")
+            assert "\n" not in text
+        assert capfd.readouterr() == ("", "")
+        file.write_bytes(whole)
+    assert refused >= 3
+
+
 def test_parameters_of_another_shape_are_refused_in_one_line(tmp_path):
     _save_noise(tmp_path, 1)
     other = {"w": jax.ShapeDtypeStruct((4, 5000), jnp.uint32, sharding=_PLACE)}

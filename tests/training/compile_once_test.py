@@ -46,8 +46,8 @@ def test_programs_compile_once_and_none_after_the_first_step(
     make_config, local_scorer, one_device, tmp_path
 ):
     config = make_config({"loss.updates_per_rollout": 2})
-    learner, state, prompts = learners.make(config, local_scorer(), one_device, tmp_path)
-    batches = iter(prompts)
+    trainer = learners.make(config, local_scorer(), one_device, tmp_path)
+    learner, state, batches = trainer.learner, trainer.state, iter(trainer.prompts)
     with Compilations() as compiled:
         state, _ = learner.step(state, next(batches))
         first = compiled.take()

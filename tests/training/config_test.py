@@ -2,11 +2,12 @@
 
 import importlib.util
 import pathlib
+import re
 
 import pytest
 
 from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import methods, workdir
+from sage_grpo_jax.training import methods, step_plan, workdir
 
 RECIPE = pathlib.Path(__file__).parents[2] / "configs" / "moving_shapes.py"
 
@@ -26,7 +27,7 @@ def recipe():
         ("sage", ("precise", True, "dual", "gaussian")),
         ("flow_grpo", ("flow", False, "fixed", "gaussian")),
         ("dance_grpo", ("dance", False, "none", "gaussian")),
-        ("cps", ("cps", True, "none", "squared")),
+        ("cps", ("cps", False, "none", "squared")),
     ],
 )
 def test_presets_set_sampler_loss_and_trust_region(recipe, method, expected):
@@ -71,6 +72,9 @@ def test_typing_a_wrong_field_fails(recipe):
         ("loss.micro_batch", 7, "divisor"),
         ("rollout.decode_batch", 5, "divisor"),
         ("loss.clip_range", 0.0, "greater than 0"),
+        ("loss.ratio_tolerance", 1.1e-05, "at most a tenth of config.loss.clip_range = 0.0001"),
+        ("loss.rollout_tolerance", 1.5, "0 to 1"),
+        ("loss.ratio_action", "replay", "stop, log"),
         ("optimizer.name", "sgd", "adamw"),
         ("optimizer.learning_rate", float("inf"), "finite"),
         ("rewards.spawn", False, "HOST:PORT"),
@@ -89,6 +93,27 @@ def test_typing_a_wrong_field_fails(recipe):
         ("model.variant", "480p", "480p_t2v"),
         ("name", "", "a name"),
         ("trust_region.kl_time_weight", "flat", "uniform, equalized"),
+        ("trust_region.fixed_weight", -0.1, "must be >= 0"),
+        ("trust_region.warmup_steps", -1.0, "must be >= 0"),
+        ("rollout.clamp", 0.6, "0 to 0.5"),
+        ("rollout.window", "last_k", "random_k, progressive, decay, dynamic"),
+        ("rollout.trained_fraction", 0.0, "greater than 0"),
+        ("rollout.trained_fraction", 1.5, "0 to 1"),
+        ("rollout.trained_choice", "last", "first, random"),
+        ("rollout.window_motion.stay", 0, "at least 1"),
+        ("rollout.window_motion.rate", -0.5, "finite number >= 0"),
+        ("advantage.std", "prompt", "group, group_unbiased, global"),
+        ("loss.objective", "dpo", "ppo, reinforce, nft"),
+        ("loss.guidance_gradient", "negative", "both, condition"),
+        ("loss.split_updates", True, "at least 2 updates"),
+        ("nft.beta", 0.0, "greater than 0"),
+        ("nft.decay_limit", 1.0, "below 1"),
+        ("nft.decay_rate", -1.0, "at least 0"),
+        ("nft.decay_start", -1, "at least 0"),
+        ("ema.decay", 1.0, "below 1"),
+        ("ema.every", 0, "at least 1"),
+        ("eval.weights", "best", "trained, ema"),
+        ("eval.weights", "ema", "a decay above 0"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_field(recipe, path, value, allowed):
@@ -98,6 +123,84 @@ def test_a_bad_value_is_refused_with_its_field(recipe, path, value, allowed):
         config_lib.from_config_dict(config)
     assert path.split(".")[-1] in str(error.value)
     assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "message"),
+    [
+        (
+            "dance_grpo",
+            {"rollout.clamp": 0.01},
+            r"rollout.clamp: got 0.01 with sde='dance', .*flow",
+        ),
+        ("sage", {"rollout.window": "decay"}, r"window='decay' with window_size=0; .*at least 1"),
+        ("flow_grpo", {"loss.updates_per_rollout": 3}, r"got 3 with split_updates; .* the 2 micro"),
+        (
+            "flow_grpo",
+            {"loss.micro_batch": 64},
+            r"got 2 with split_updates; .* the 1 micro-batches",
+        ),
+        ("diffusion_nft", {"loss.equalizer": True}, r"loss.equalizer: got True with .*=nft"),
+        ("diffusion_nft", {"rollout.window": "first_k", "rollout.window_size": 3}, "window: got"),
+        ("diffusion_nft", {"loss.log_prob_reduction": "sum"}, "log_prob_reduction: got 'sum'"),
+        ("diffusion_nft", {"debug.shadow": True}, "debug.shadow: got True"),
+        ("diffusion_nft", {"trust_region.kl_time_weight": "equalized"}, "got 'equalized'"),
+        (
+            "diffusion_nft",
+            {"trust_region.kind": "dual", "trust_region.previous_estimator": "log_ratio"},
+            "previous_estimator: got 'log_ratio'",
+        ),
+        (
+            "diffusion_nft",
+            {"rollout.same_initial_noise": True},
+            "same_initial_noise: got True with sde='ode'.* videos of a group equal",
+        ),
+        ("sage", {"rollout.sde": "ode"}, "or loss.objective=nft"),
+    ],
+)
+def test_fields_that_do_not_go_together(recipe, method, overrides, message):
+    config = recipe.get_config(f"method={method}")
+    config.update_from_flattened_dict(overrides)
+    with pytest.raises(ValueError, match=r"^config\.") as error:
+        config_lib.from_config_dict(config)
+    assert re.search(message, str(error.value))
+    assert "allowed: " in str(error.value)
+
+
+def test_a_share_of_less_than_a_step_is_refused(recipe):
+    config = recipe.get_config("method=dance_grpo")
+    config.rollout.update(window="first_k", window_size=1)
+    with pytest.raises(
+        ValueError, match=r"got 0.6, which is less than one of 1 steps; allowed: at"
+    ):
+        step_plan.plan_steps(config_lib.from_config_dict(config))
+
+
+def test_the_forward_process_takes_any_sampler_and_reference(recipe):
+    for overrides in (
+        {"rollout.sde": "precise", "rollout.same_initial_noise": True},
+        {"trust_region.kind": "dual"},
+        {"rollout.guidance": 3.0, "loss.guidance_gradient": "condition"},
+        {"lora.rank": 4},
+    ):
+        config = recipe.get_config("method=diffusion_nft")
+        config.update_from_flattened_dict(overrides)
+        assert config_lib.from_config_dict(config).averages == ("ema", "sampling")
+
+
+def test_a_fixed_anchor_has_its_own_weight(recipe):
+    config = recipe.get_config()
+    config.trust_region.update(kind="fixed", fixed_weight=0.3)
+    region = config_lib.from_config_dict(config).trust_region
+    assert (region.initial_weight, region.final_weight, region.feedback) == (0.3, 0.3, "none")
+    config.trust_region.kind = "dual"
+    assert config_lib.from_config_dict(config).trust_region.final_weight == 0.1
+
+
+def test_a_tenth_of_the_clip_range_is_allowed(recipe):
+    config = recipe.get_config()
+    config.loss.update(ratio_tolerance=1e-6, clip_range=1e-5)
+    assert config_lib.from_config_dict(config).loss.ratio_tolerance == 1e-6
 
 
 def test_wrong_type_and_unknown_fields_are_refused():

@@ -18,7 +18,7 @@ import pytest
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import learner as learner_lib
-from sage_grpo_jax.training import setup
+from sage_grpo_jax.training import micro_losses, setup
 from sage_grpo_jax.training import update as update_lib
 
 RECIPE = pathlib.Path(__file__).parents[2] / "configs" / "moving_shapes.py"
@@ -55,9 +55,9 @@ def gradient_norms(learner, params, prompts):
         weighted = dataclasses.replace(recipe, weights=weights)
 
         def loss(params):
-            micro = update_lib._micro_batch(recipe, batch, position, 0)
-            size = float(count)
-            return update_lib._micro_loss(params, micro, learner.frozen, [], 0.0, size, weighted)[0]
+            micro = update_lib.take_micro_batch(recipe, batch, position, 0)
+            inputs = micro_losses.LossInputs(learner.frozen, [], 0.0, float(count))
+            return micro_losses.policy_micro_loss(params, micro, inputs, weighted)[0]
 
         return optax.tree.norm(jax.grad(loss)(params))
 

@@ -1,12 +1,15 @@
-"""The report of a run."""
+"""What an evaluation measures, against numpy; the report of a run."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sage_grpo_jax.training import run_report
+from sage_grpo_jax.data import moving_shapes_spec as spec
+from sage_grpo_jax.training import conditions, evaluation, run_report, setup
+from sage_grpo_jax.training import learner as learner_lib
 
 
 def _write_run(folder, seed: int, before: float, after: float):
@@ -55,6 +58,13 @@ def test_report_counts_changes_in_standard_errors(tmp_path):
     assert "+0.300 ± 0.058" in table
     assert "+5.2 (over seeds)" in table
     assert "+5.0 %" in table
+    # The rewards of the samples tell the change of every prompt: 0.5 and 0.1, ± 0.2.
+    for step, rewards in ((0, [0.0, 0.0, 1.0, 3.0]), (2, [0.4, 0.6, 1.1, None])):
+        samples = {"VQ": rewards, "TA": [1.0, 1.0, 2.0, 0.0]}
+        path = runs[0].workdir / "samples" / f"step_{step:06d}.json"
+        path.write_text(json.dumps({"prompts": ["a", "a", "b", "c"], "rewards": samples}))
+    assert runs[0].gain_error() == pytest.approx(0.2)
+    assert "+1.0 standard errors" in run_report.table(runs[0])
     run_report.write_curve(runs, tmp_path / "curve.png")
     assert Image.open(tmp_path / "curve.png").size[0] > 800
     run_report.write_before_after(runs[0], tmp_path)
@@ -79,11 +89,11 @@ def test_what_was_not_measured_is_left_out(tmp_path):
     assert run_report.table(runs[0]).startswith("no evaluation before and after has a value\ntime")
     assert "reward overall" not in run_report.table(runs[1])
     lines = run_report.seeds_table(runs).splitlines()[2:]
-    assert lines[:2] == [f"| {seed} | – | – | – | – | – | – | – |" for seed in (0, 1)]
+    assert lines[:2] == [f"| {seed} |" + 9 * " – |" for seed in (0, 1)]
     # One gain is left: no standard error over seeds.
     assert lines[2:] == [
-        "| 2 | 0.500 | 0.600 | +0.100 | +2.0 | 0.0200 | 0.0210 | +5.0 % |",
-        "| mean | | | +0.100 | – | | | +5.0 % |",
+        "| 2 | 0.500 | 0.600 | +0.100 | +2.0 | 0.0200 | 0.0210 | +5.0 % | – | – |",
+        "| mean | | | +0.100 | – | | | +5.0 % | – | – |",
     ]
     for picture in (tmp_path / "0" / "samples").iterdir():
         picture.unlink()
@@ -128,3 +138,91 @@ def test_damaged_metrics_are_named(tmp_path):
 def test_unfinished_runs_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no summary.json"):
         run_report.read_run(tmp_path)
+
+
+class ScriptedLearner:
+    """Gives known clips and rewards for whatever it is asked; notes what it was asked."""
+
+    def __init__(self, config, videos, rewards) -> None:
+        self.config, self.videos, self.rewards = config, videos, rewards
+        self.asked: list[str] = []
+
+    def sample(self, params, batch, keys):
+        """The places of the clips stand for their latents."""
+        first = len(self.asked)
+        self.asked += batch.ids
+        return (np.arange(len(batch.ids)) + first) % len(self.videos)
+
+    def decode(self, latents):
+        """The clips at these places."""
+        return self.videos[latents]
+
+    def score_videos(self, videos, batch, name):
+        """The rewards of these clips; NaN is a failure."""
+        rows = (np.arange(len(batch.ids)) + len(self.asked) - len(batch.ids)) % len(self.videos)
+        values = {name: column[rows] for name, column in self.rewards.items()}
+        return learner_lib.Scores(values, np.isfinite(sum(values.values())))
+
+
+def test_errors_are_over_prompts_and_diversity_within_them(make_config):
+    config = make_config({"eval.samples_per_prompt": 3})
+    rng = np.random.default_rng(4)
+    videos = rng.integers(0, 256, (9, 5, 32, 32, 3), np.uint8)
+    videos[3:6] = videos[3]  # the second prompt has collapsed
+    rewards = {n: rng.normal(size=9).astype(np.float32) for n in ("VQ", "MQ", "TA")}
+    for column in rewards.values():
+        column[[1, 6, 7, 8]] = np.nan  # nothing is known of the third prompt
+    text = np.zeros((9, 2, 8), np.float32)
+    ids = ["a"] * 3 + ["b"] * 3 + ["c"] * 3
+    batch = conditions.PromptBatch(ids, ids, text, np.ones((9, 2), bool))
+    learner = ScriptedLearner(config, videos, rewards)
+    found = evaluation.evaluate(learner, None, batch, "test").metrics
+    assert set(found) == {name for name in found if name.startswith("test/")}
+
+    overall = sum(column.astype(np.float64) for column in rewards.values())
+    means = [np.mean(overall[[0, 2]]), np.mean(overall[3:6])]
+    assert found["test/reward/overall"] == pytest.approx(np.nanmean(overall))
+    error = abs(means[0] - means[1]) / 2  # of two values
+    assert found["test/reward/overall_standard_error"] == pytest.approx(error, rel=1e-5)
+    pixels = videos.astype(np.float64) / 255
+    distances = [
+        np.sqrt(np.mean((pixels[i] - pixels[j]) ** 2))
+        for first in (0, 3, 6)
+        for i, j in itertools.combinations(range(first, first + 3), 2)
+    ]
+    assert found["test/diversity"] == pytest.approx(np.mean(distances), rel=1e-5)
+    assert np.mean(distances[3:6]) == 0
+
+
+def test_test_prompts_have_their_own_encoder_and_number_checked(make_config, tmp_path):
+    config = make_config({"eval.num_test_prompts": 73})
+    networks = setup.read_networks(config.model)
+    with pytest.raises(ValueError, match=r"config.eval.num_test_prompts: got 73; allowed: .* 72 "):
+        setup.open_prompts(config, tmp_path, networks)
+
+
+def test_evaluation_prompts_follow_their_own_seed_alone(make_config, tmp_path):
+    def chosen(**overrides):
+        config = make_config({name.replace("__", "."): v for name, v in overrides.items()})
+        prompts = setup.open_prompts(config, tmp_path, setup.read_networks(config.model))
+        return prompts.evaluation.ids, prompts.test.ids
+
+    first = chosen()
+    assert chosen(seed=9, eval__every=7, num_steps=3) == first
+    other = chosen(eval__seed=1)
+    assert other[0] != first[0]
+    assert other[1] != first[1]
+    repeated = chosen(eval__samples_per_prompt=3)
+    for names, once in zip(repeated, first, strict=True):
+        assert names == [name for name in once for _ in range(3)]
+
+
+def test_every_split_is_read_from_its_own_prompts(make_config, tmp_path):
+    config = make_config({"eval.num_prompts": 72, "eval.num_test_prompts": 0})
+    prompts = setup.open_prompts(config, tmp_path, setup.read_networks(config.model))
+    assert set(prompts.evaluation.prompts) == set(spec.split_captions("validation"))
+    assert set(prompts.test.prompts) == set(spec.split_captions("test"))
+    seen = {text for _ in range(20) for text in next(iter(prompts)).prompts}
+    assert seen <= set(spec.split_captions("train"))
+    without = make_config({"data.test_prompts": ""})
+    assert setup.open_prompts(without, tmp_path, setup.read_networks(config.model)).test is None

@@ -37,6 +37,38 @@ def test_learning_rate_schedules_by_hand():
     assert rates(adapters, 2) == [0.125] * 2
 
 
+def test_total_steps_are_those_of_the_optimizer():
+    linear = make_config(
+        optimizer__learning_rate=1.0, optimizer__schedule="linear", num_steps=4,
+        loss__updates_per_rollout=2,
+    )  # fmt: skip
+    np.testing.assert_allclose(rates(linear, 9), np.linspace(1, 0, 9), atol=1e-6)
+
+
+def test_adamw_by_hand():
+    """Two updates in float64: clip, moments, bias correction, decay, the rate of each update."""
+    config = make_config(
+        optimizer__learning_rate=0.1, optimizer__warmup_steps=1, optimizer__b1=0.7,
+        optimizer__b2=0.9, optimizer__eps=0.05, optimizer__weight_decay=0.3,
+        optimizer__grad_clip=2.0, trust_region__kind="none",
+    )  # fmt: skip
+    tx = optimizers.make_optimizer(config)
+    params = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5]])}
+    state, grads = tx.init(params), [np.array([3.0, -4.0, 0.0]), np.array([0.3, 0.4, -1.0])]
+    x, first, second = np.array([1.0, -2.0, 0.5]), 0.0, 0.0
+    for t, (gradient, rate) in enumerate(zip(grads, (0.05, 0.1), strict=True), start=1):
+        tree = {"a": jnp.asarray(gradient[:2], jnp.float32), "b": jnp.full((1, 1), gradient[2])}
+        updates, state = tx.update(tree, state, params)
+        params = optax.apply_updates(params, updates)
+        clipped = gradient * min(1, 2.0 / np.linalg.norm(gradient))
+        first = 0.7 * first + 0.3 * clipped
+        second = 0.9 * second + 0.1 * clipped**2
+        step = (first / (1 - 0.7**t)) / (np.sqrt(second / (1 - 0.9**t)) + 0.05)
+        x = x - rate * (step + 0.3 * x)
+        found = np.concatenate([params["a"], params["b"][0]])
+        np.testing.assert_allclose(found, x, rtol=1e-5)
+
+
 def matrices(params) -> set[str]:
     """Names of the parameters that Muon takes, by what is left out of its state."""
     flat = traverse_util.flatten_dict(

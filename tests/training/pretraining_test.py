@@ -1,6 +1,7 @@
 """Pretraining in miniature: each stage learns, an interrupted run ends like an unbroken one."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import shutil
@@ -12,9 +13,15 @@ import pytest
 from scipy import special
 
 from sage_grpo_jax import weights
-from sage_grpo_jax.data import moving_shapes
-from sage_grpo_jax.models import vae
-from sage_grpo_jax.training import pretraining, pretraining_config, pretraining_loop
+from sage_grpo_jax.data import moving_shapes, word_embeddings
+from sage_grpo_jax.models import hunyuan_video, vae
+from sage_grpo_jax.training import (
+    pretraining,
+    pretraining_config,
+    pretraining_flow,
+    pretraining_loop,
+    pretraining_vae,
+)
 from sage_grpo_jax.training.pretraining_config import FlowStageConfig, StageConfig
 
 STEPS = 40
@@ -71,6 +78,8 @@ def tiny_config() -> pretraining_config.PretrainConfig:
             "decoder": VAE_STAGE,
             "latents": {"num_clips": 8, "batch_size": 4},
             "flow": FLOW_STAGE,
+            "distill": {**FLOW_STAGE, "guidance": 3.0},
+            "sharpen": {**VAE_STAGE, "max_sigma": 0.4},
             "report": {"sampling_steps": [2], "num_samples": 2, "sheet_rows": 2},
         }
     )
@@ -121,7 +130,7 @@ def finished(tmp_path_factory) -> pathlib.Path:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("init_params", "encode", "decode"):
             patch.setattr(vae, name, getattr(LinearVae, name))
-        pretraining.run(tiny_config(), workdir, ["vae", "polish", "decoder", "latents", "flow"])
+        pretraining.run(tiny_config(), workdir, [s for s in pretraining.STAGES if s != "export"])
     return workdir
 
 
@@ -133,15 +142,95 @@ def test_losses_fall(finished):
     # The later stages go on from where the earlier one ended.
     assert np.mean(losses(finished, "polish")[-5:]) < np.mean(autoencoder[-5:])
     assert np.mean(losses(finished, "decoder")[-5:]) < np.mean(autoencoder[-5:])
+    distilled, sharpened = losses(finished, "distill"), losses(finished, "sharpen")
+    assert np.mean(distilled[-5:]) < 0.9 * np.mean(distilled[:5])
+    assert np.mean(sharpened[-5:]) < np.mean(sharpened[:5])
 
 
-def test_the_decoder_stage_leaves_the_encoder_alone(finished):
+def test_the_decoder_stages_leave_the_encoder_alone(finished):
     polished = pretraining_loop.load_average(finished / "polish")[1]
-    steps, final = pretraining.load_vae(finished)
-    assert steps == {"polish_step": STEPS, "decoder_step": STEPS}
-    jax.tree.map(np.testing.assert_array_equal, final["encoder"], polished["encoder"])
-    before, after = (jax.tree.leaves(params["decoder"]) for params in (polished, final))
-    assert any((a != b).any() for a, b in zip(before, after, strict=True))
+    decoders = [polished["decoder"]]
+    for stages in (("decoder",), ("decoder", "sharpen")):
+        steps, params = pretraining.load_vae(finished, stages)
+        assert steps == {"polish_step": STEPS, **{f"{stage}_step": STEPS for stage in stages}}
+        jax.tree.map(np.testing.assert_array_equal, params["encoder"], polished["encoder"])
+        decoders.append(params["decoder"])
+    for before, after in itertools.pairwise(jax.tree.leaves(tree) for tree in decoders):
+        assert any((a != b).any() for a, b in zip(before, after, strict=True))
+
+
+def _flow_batch(finished):
+    """The inputs of a distillation loss, the batch that it draws from `key`, and the teacher."""
+    config = tiny_config()
+    teacher = pretraining_loop.load_average(finished / "flow")[1]
+    cache = pretraining.encode_clips(config, jax.random.key(0), finished)
+    data = pretraining_flow.flow_data(cache, config.transformer.text_embed_dim)
+    return config, teacher, data
+
+
+def test_distillation_aims_at_the_guided_velocity(finished):
+    """At the teacher itself the loss is (guidance - 1)² |c - u|², with dropped captions at 0."""
+    config, teacher, data = _flow_batch(finished)
+    key = jax.random.key(6)
+    batch = pretraining_flow.noisy_batch(key, data, config.distill)
+    empty = len(data.text) - 1
+
+    def velocity(rows):
+        condition = hunyuan_video.Condition(text=data.text[rows], text_mask=data.mask[rows])
+        timestep = 1000.0 * batch.sigma
+        return np.asarray(
+            hunyuan_video.velocity(teacher, batch.noisy, timestep, condition, config.transformer),
+            np.float64,
+        )
+
+    captioned, plain = velocity(batch.row), velocity(np.full(len(batch.row), empty))
+    assert (np.asarray(batch.row) != empty).any()
+    expected = (3.0 - 1.0) ** 2 * np.mean((captioned - plain) ** 2)
+    loss_fn = pretraining_flow.distill_loss_fn(config.transformer, config.distill)
+    found, _ = loss_fn(teacher, key, jnp.zeros((), jnp.int32), teacher, *data)
+    assert expected > 0
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    # Training came nearer to what guidance makes of the teacher.
+    steps, student = pretraining.load_transformer(finished)
+    assert steps == {"flow_step": STEPS, "distill_step": STEPS}
+    assert loss_fn(student, key, jnp.zeros((), jnp.int32), teacher, *data)[0] < found
+
+
+def test_sharpening_decodes_what_the_transformer_denoises(finished, monkeypatch):
+    """A transformer that knows the noise gives the clean latents back: plain reconstruction."""
+    config, _, _ = _flow_batch(finished)
+    params = pretraining.load_vae(finished, ("decoder",))[1]
+    std = 0.7
+    stage = dataclasses.replace(config.sharpen, latent_noise=0.0, contrast_weight=2.0)
+    config = dataclasses.replace(config, sharpen=stage)
+    key = jax.random.key(3)
+    seen = {}
+
+    def oracle(transformer, noisy, timestep, condition, model):
+        keys = jax.random.split(key, 3)
+        noise = jax.random.normal(keys[2], noisy.shape)
+        level = timestep[:, None, None, None, None] / 1000.0
+        seen.update(timestep=timestep, text=condition.text)
+        return noise - (noisy - level * noise) / (1.0 - level)
+
+    monkeypatch.setattr(hunyuan_video, "velocity", oracle)
+    frozen = {"encoder": params["encoder"]}
+    loss_fn = pretraining_vae.sharpen_loss_fn(config, frozen, None, std)
+    decoder = {"decoder": params["decoder"]}
+    loss, _ = loss_fn(decoder, key, jnp.zeros((), jnp.int32))
+    clips = moving_shapes.sample_parameters(jax.random.split(key, 3)[0], stage.batch_size, "all")
+    videos = 2 * moving_shapes.render(clips) - 1
+    mean, _ = vae.encode(params, videos, config.vae_model)
+    terms = pretraining_vae.reconstruction_terms(
+        vae.decode(params, mean, config.vae_model), videos, 2.0
+    )
+    expected = stage.l1_weight * terms["l1"] + stage.edge_weight * terms["edge"]
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    assert 0 < float(seen["timestep"].max()) <= 400.0
+    texts = moving_shapes.captions(clips)
+    encoded, _ = word_embeddings.encode_padded(texts, config.transformer.text_embed_dim)
+    length = min(encoded.shape[1], seen["text"].shape[1])
+    np.testing.assert_array_equal(seen["text"][:, :length], encoded[:, :length])
 
 
 @pytest.mark.parametrize("stage", ["vae", "flow"])
@@ -173,14 +262,14 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, tmp_path, monkeypa
 def test_from_start_to_export_with_the_real_autoencoder(tmp_path):
     pretraining.run(tiny_config(), tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
-    steps = [report[name] for name in ("polish_step", "decoder_step", "flow_step")]
-    assert steps == [STEPS] * 3
+    trained = ("polish", "decoder", "sharpen", "flow", "distill")
+    assert [report[f"{name}_step"] for name in trained] == [STEPS] * 5
     assert report["manifold_distance/real"] < report["manifold_distance/samples_2_steps"]
     vae_file = json.loads((tmp_path / "weights" / "vae" / "config.json").read_text())
     summary = json.loads((tmp_path / "latents" / "summary.json").read_text())
     np.testing.assert_allclose(vae_file["scaling_factor"], 1 / summary["std"])
     loaded = weights.load(tmp_path / "weights" / "transformer", tiny_config().transformer)
-    expected = pretraining_loop.load_average(tmp_path / "flow")[1]
+    expected = pretraining_loop.load_average(tmp_path / "distill")[1]
     # Shipped in float16: 11 bits.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-11, atol=1e-7), loaded, expected
@@ -205,8 +294,8 @@ def test_later_stages_need_earlier_ones(tmp_path):
 
 def test_short_clips_are_cuts_of_whole_clips():
     key = jax.random.key(1)
-    whole = np.asarray(pretraining.random_clips(key, 2, 17))
-    short = np.asarray(pretraining.random_clips(key, 2, 5))
+    whole = np.asarray(pretraining_vae.random_clips(key, 2, 17))
+    short = np.asarray(pretraining_vae.random_clips(key, 2, 5))
     starts = [i for i in range(13) if (whole[:, i : i + 5] == short).all()]
     assert starts
     assert abs(whole.min() - (2 * 38 / 255 - 1)) < 0.2
@@ -216,7 +305,7 @@ def test_sigma_is_the_shifted_logistic_of_a_normal():
     stage = FlowStageConfig(
         steps=1, batch_size=1, learning_rate=1.0, shift=3.0, sigma_mean=0.2, sigma_std=1.5
     )
-    sigma = np.sort(pretraining.sample_sigma(jax.random.key(0), 20001, stage))
+    sigma = np.sort(pretraining_flow.sample_sigma(jax.random.key(0), 20001, stage))
     plain = sigma / (3.0 - 2.0 * sigma)  # undoes s u / (1 + (s - 1) u) for s = 3
     normal = special.logit(plain.astype(np.float64))
     np.testing.assert_allclose(np.median(normal), 0.2, atol=0.05)
@@ -226,7 +315,7 @@ def test_sigma_is_the_shifted_logistic_of_a_normal():
 def test_reconstruction_terms():
     rng = np.random.default_rng(0)
     decoded, videos = rng.standard_normal((2, 2, 3, 4, 5, 3)).astype(np.float32)
-    terms = pretraining.reconstruction_terms(jnp.asarray(decoded), jnp.asarray(videos), 2.5)
+    terms = pretraining_vae.reconstruction_terms(jnp.asarray(decoded), jnp.asarray(videos), 2.5)
     error = decoded.astype(np.float64) - videos
     contrast = np.abs(videos - videos.mean((2, 3), keepdims=True)).mean(-1, keepdims=True)
     weight = (1 + 2.5 * contrast) / (1 + 2.5 * contrast).mean()

@@ -127,6 +127,40 @@ def test_transformer_passes_are_counted():
     assert passes == (8 * 10 * 2, 8 * 4 * 2 * 5)
 
 
+@pytest.mark.parametrize(
+    ("changes", "entries"),
+    [
+        # 8 samples at 9 steps; forward and backward (3) of each branch, and references.
+        ({}, 9 * 2 * 5),
+        ({"loss.guidance_gradient": "condition"}, 9 * (2 * 3 + 2)),
+        ({"rollout.guidance": 1.0, "trust_region.kind": "none"}, 9 * 3),
+        ({"rollout.trained_fraction": 0.5, "rollout.trained_choice": "random"}, 4 * 2 * 5),
+        # All samples for the means, then each in its own update: once, and half of them again.
+        ({"loss.updates_per_rollout": 2, "loss.split_updates": True}, 9 * 2 * 5 * 1.5),
+        ({"loss.updates_per_rollout": 2}, 9 * 2 * 5 * 2),
+        # Every noise level, the policy that samples (1), no more for the second update.
+        (
+            {
+                "loss.objective": "nft",
+                "loss.equalizer": False,
+                "trust_region.kind": "fixed",
+                "loss.updates_per_rollout": 2,
+                "loss.split_updates": True,
+            },
+            10 * 2 * (3 + 1 + 1),
+        ),
+    ],
+)
+def test_what_the_baselines_cost(changes, entries):
+    config = config_lib.default_config()
+    config.rollout.update(num_steps=10, guidance=3.0, prompts_per_step=2, group_size=4)
+    config.rollout.decode_batch = 8
+    config.loss.micro_batch = 4
+    config.update_from_flattened_dict(changes)
+    _, update = sweeps.forward_passes(config_lib.from_config_dict(config))
+    assert update == 8 * entries
+
+
 def finished_run(folder: pathlib.Path, gain: float, seed: int, steps: int = 90) -> None:
     """What a run leaves behind, with a reward that rises by `gain`."""
     folder.mkdir(parents=True)

@@ -159,10 +159,21 @@ def test_layers_that_do_not_fit(tensors, tmp_path):
     block = "transformer.transformer_blocks"
     query = f"{block}.1.attn.to_q.lora_A.weight"
     for change, message in (
-        ({f"{block}.0.norm1.linear.lora_A.weight": torch.ones(2, 32)}, r"unexpected: .*norm1\.lin"),
+        ({f"{block}.0.norm1.linear.lora_A.weight": torch.ones(2, 32)}, r"missing: .*norm1.*lora_B"),
+        ({f"{block}.0.norm1.linear.weight": torch.ones(2, 32)}, r"unexpected: .*norm1\.linear"),
+        (
+            {"transformer.x_embedder.proj.lora_A.weight": torch.ones(2, 9, 1, 1, 1)},
+            "unexpected: x_",
+        ),
         ({f"{block}.7.attn.to_q.lora_A.weight": torch.ones(2, 32)}, r"unexpected: .*blocks\.7\.a"),
-        ({"transformer.proj_out.lora_B.weight": torch.ones(4, 2)}, r"unexpected: proj_out\.lora_B"),
-        ({query: torch.ones(3, 32)}, r"ranks differ: .*: 2.*: 3"),
+        ({"transformer.proj_out.lora_B.weight": torch.ones(4, 2)}, r"missing: proj_out\.lora_A"),
+        (
+            {query: torch.ones(3, 32)},
+            r"to_q\.lora_B\.weight: \(32, 2\) instead of \(32, 3\)",
+        ),
+        ({query: torch.ones(33, 32)}, r"to_q\.lora_A\.weight: rank 33: must be 1 to 32"),
+        ({query: torch.ones(())}, r"to_q\.lora_A\.weight: rank 0: must be"),
+        ({query.replace("transformer.", "base_model.model.", 1): torch.ones(2, 32)}, "there twice"),
         ({query: torch.ones(2, 31)}, r"to_q\.lora_A\.weight: \(2, 31\) instead of \(2, 32\)"),
         ({query: torch.ones(2, 32).int()}, r"to_q\.lora_A\.weight is int32"),
     ):
@@ -172,13 +183,52 @@ def test_layers_that_do_not_fit(tensors, tmp_path):
     refused(tmp_path, {"lora_unet.up": torch.ones(2)}, "no adapters of this model")
 
 
-def test_settings_that_do_not_fit(tensors, tmp_path):
-    refused(tmp_path, tensors, r"r=5 in the metadata.* rank 2", {"transformer.r": 5})
-    refused(tmp_path, tensors, "use_rslora", {"transformer.use_rslora": True, "transformer.r": 2})
-    refused(tmp_path, tensors, "alpha_pattern", {"alpha_pattern": {"x": 3}})
-    alphas = {f"transformer.{name}.alpha": torch.tensor(float(i)) for i, name in
-              enumerate(modules(PART)[:2])}  # fmt: skip
-    refused(tmp_path, tensors | alphas, "alphas differ")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 5}, r"r=5 in the metadata.* rank 2"),
+        ({"lora_alpha": None}, "lora_alpha is missing in the metadata"),
+        ({"lora_alpha": [4]}, r"lora_alpha=\[4\]: must be a finite number or null"),
+        ({"lora_alpha": 10**400}, "lora_alpha=an integer of 1329 bits: must be a finite number"),
+        ({"lora_alpha": 0}, "alpha of .*: 0: must be greater than 0"),
+        ({"r": "2"}, "r='2': must be an integer"),
+        ({"use_dora": True}, r"\{'use_dora': True\}: only plain"),
+        ({"init_lora_weights": "pissa"}, "pissa.*only plain"),
+        ({"peft_type": "LOHA"}, "LOHA.*only plain"),
+        ({"use_rslora": "yes"}, "use_rslora='yes': must be true or false"),
+        ({"alpha_pattern": 3}, "alpha_pattern=3: must be an object"),
+        ({"alpha_pattern": {"(a+)+": 3}}, "regular expressions are not supported"),
+        ({"rank_pattern": {"to_q": 4}}, r"r=4 in the metadata, the tensors of .*to_q have rank 2"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, message, tensors, tmp_path):
+    good = {"r": 2, "lora_alpha": 2}
+    refused(
+        tmp_path, tensors, message, {f"transformer.{k}": v for k, v in (good | settings).items()}
+    )
+
+
+def test_metadata_of_another_form(tensors, tmp_path):
+    refused(tmp_path, tensors, "lora_alpha is missing", {"r": 2})
+    for text in ("[]", "null", "3", "{", '{"r": 2, "r": 3}', '{"lora_alpha": NaN}', "[" * 10**5):
+        safetensors.torch.save_file(tensors, tmp_path / "bad", {"lora_adapter_metadata": text})
+        with pytest.raises(ValueError, match="bad: lora_adapter_metadata: not"):
+            weights.load_adapters(tmp_path / "bad", official.DIT)
+
+
+def test_alphas_that_do_not_fit(tensors, tmp_path):
+    every = {f"transformer.{name}.alpha": torch.tensor(3.0) for name in modules(PART)}
+    first = next(iter(every))
+    settings = {"transformer.r": 2, "transformer.lora_alpha": 3.0}
+    safetensors.torch.save_file(tensors | every, tmp_path / "good.safetensors")
+    _, found = weights.load_adapters(tmp_path / "good.safetensors", official.DIT)
+    assert found == dataclasses.replace(PART, alpha=3.0)
+    some = {name: value for name, value in every.items() if name != first}
+    refused(tmp_path, tensors | some, "alpha is missing, other layers have theirs")
+    other = every | {first: torch.tensor(4.0)}
+    refused(tmp_path, tensors | other, "alphas differ: .*4.0, metadata: 3.0", settings)
+    for wrong in (torch.ones(2), torch.tensor(True), torch.tensor(float("nan"))):
+        refused(tmp_path, tensors | every | {first: wrong}, "alpha")
 
 
 def test_saving_refuses_what_does_not_fit(tmp_path):

@@ -312,10 +312,13 @@ def test_bad_jobs(narrow, tmp_path):
             convert(narrow, "tencent", target, "orbax", overwrite=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")
-    with pytest.raises(ValueError, match="exists already; --overwrite replaces it"):
+    with pytest.raises(ValueError, match=r"exists already; --overwrite \(overwrite=True\)"):
         convert(narrow, "tencent", tmp_path / "full", "orbax")
-    with pytest.raises(ValueError, match="holds no weights; it is not replaced"):
-        convert(narrow, "tencent", tmp_path / "full", "orbax", overwrite=True)
-    (tmp_path / "full" / CONFIG_JSON).write_text("{}")
-    convert(narrow, "tencent", tmp_path / "full", "orbax", overwrite=True)
-    assert weights.load_config(tmp_path / "full") == NARROW
+    # A config.json beside it does not make it ours; what the command wrote itself is replaced.
+    for name in ("mine.txt", CONFIG_JSON):
+        (tmp_path / "full" / name).write_text("{}")
+        with pytest.raises(ValueError, match=r"full: holds .*mine.txt and no .*it is not replaced"):
+            convert(narrow, "tencent", tmp_path / "full", "orbax", overwrite=True)
+    for format in ("orbax", "diffusers"):
+        convert(narrow, "tencent", tmp_path / "ours", format, overwrite=True)
+        assert weights.load_config(tmp_path / "ours") == NARROW

@@ -115,13 +115,15 @@ def test_other_models_of_tencent(change, message, tmp_path):
 
 def test_damaged_configs(tmp_path):
     fields = {k: v for k, v in official.DIT_JSON.items() if k != "heads_num"}
-    with pytest.raises(ValueError, match="field 'heads_num' is missing"):
+    with pytest.raises(ValueError, match="heads_num is missing: must be an integer"):
         load(tmp_path, fields)
     with pytest.raises(ValueError, match=r"shift_factor=0\.5: must be None or 0"):
         load(tmp_path, official.VAE_JSON | {"shift_factor": 0.5})
     with pytest.raises(ValueError, match="_class_name='X': must be one of"):
         load(tmp_path, {"_class_name": "X"})
     with pytest.raises(ValueError, match="_class_name=None"):
+        load(tmp_path, {})
+    with pytest.raises(ValueError, match=r"config\.json: not a JSON object: \[\]"):
         load(tmp_path, [])
 
 

@@ -124,9 +124,9 @@ DAMAGES = {
     "gap": (lambda g: header(g, entry("b", data_offsets=[36, 52])), "tensor b: bytes 36 to 52"),
     "overlap": (lambda g: header(g, entry("b", data_offsets=[16, 32])), "damaged: tensor b"),
     "shape": (lambda g: header(g, entry("a", shape=[9])), "damaged: tensor a"),
-    "negative": (lambda g: header(g, entry("a", shape=[-8])), r"tensor a: shape \[-8\]"),
+    "negative": (lambda g: header(g, entry("a", shape=[-8])), r"tensor a: shape=\[-8\]: must be"),
     "offsets": (lambda g: header(g, entry("a", data_offsets=[0])), "tensor a: data_offsets"),
-    "dtype": (lambda g: header(g, entry("a", dtype="F2")), "dtype F2: must be one of"),
+    "dtype": (lambda g: header(g, entry("a", dtype="F2")), "dtype='F2': must be one of"),
 }
 
 

@@ -1,31 +1,33 @@
 """VQ, MQ and TA of moving-shapes clips, measured on pixels.
 
-Eleven errors are measured (`measure`); each is 0 for a perfect clip. A reward is a weighted sum of
+Thirteen errors are measured (`measure`), each 0 for a perfect clip. A reward is a weighted sum of
 -log(error + floor) over its errors (`TERMS`): every improvement raises it down to the floor, which
 is about the error of a good generator, and no input makes it infinite.
 
 - VQ, blind to the caption: `palette` (root mean square distance of the pixels to the line from a
   background grey to one palette colour, the best pair for the whole clip), `softness` (partly
   covered pixels that no one-pixel ramp explains, per pixel of outline), `presence` (how far the
-  covered area of a frame is, in log units, outside of what shapes of the world cover).
+  covered area of a frame is, in log units, outside of what shapes of the world cover), `outline`
+  (1 - correlation with the best silhouette of the world, frame by frame).
 - MQ: `velocity` (fitted velocity of the centroid against the captioned one, pixels a frame),
   `jitter` (deviation of the centroid from uniform motion, pixels), `unsteadiness` (relative change
   of area and spread over the frames).
-- TA: `colour` (mean colour of the object against the captioned one), `shape` (correlation with the
-  captioned silhouette, absolute and against the best other one), `direction` (angle between fitted
-  and captioned velocity), `size` (log ratio of the areas), `background` (grey against captioned).
+- TA: `colour` (mean colour of the object against the captioned one), `shape` (1 - correlation with
+  the captioned silhouette), `identity` (how unlikely it is that every single frame shows the
+  captioned shape rather than another one), `direction` (angle between fitted and captioned
+  velocity), `size` (log ratio of the areas), `background` (grey against captioned).
 
 Known exploits, all of which the manifold distance sees:
 
-- VQ sees one frame at a time and no outline: any blob, any number of blobs of about the right total
-  area, with crisp one-pixel edges and exact colours is perfect.
+- VQ sees one frame at a time: a clip that shows another shape in every frame is perfect.
 - MQ sees only mass, centroid and spread of what differs from the background: a shape that turns or
-  morphs, or two close shapes moving together, is steady motion. A shape that fades in place while
-  its copy ahead appears moves its centroid too. Blur is not seen at all (it even helps a little).
+  morphs is steady motion (TA notices), as are two close shapes moving together. A shape that fades
+  in place while its copy ahead appears moves its centroid too. Blur is not seen at all (it even
+  helps a little).
 - TA sees the mean colour (half red, half blue is nearer to purple than either; only VQ and the mask
   notice), the average correlation (no details) and the fitted displacement (any path).
-- `shape` is partly relative: a caricature that resembles the other silhouettes even less than the
-  captioned one does can gain a little.
+- `identity` is relative: a caricature that resembles the other silhouettes even less than the
+  captioned one does gains a little (and loses in `shape`).
 """
 
 import hashlib
@@ -38,7 +40,7 @@ import numpy as np
 from sage_grpo_jax.data import moving_shapes_spec as spec
 from sage_grpo_jax.rewards.backends.base import Backend, Limits, Score
 
-VERSION = 1  # To be raised with every change of a score that the tables below do not show.
+VERSION = 2  # To be raised with every change of a score that the tables below do not show.
 
 
 class Term(NamedTuple):
@@ -51,11 +53,13 @@ TERMS = {
     "palette": Term("VQ", 1.0, 0.01),
     "softness": Term("VQ", 1.0, 0.05),
     "presence": Term("VQ", 2.0, 0.2),
+    "outline": Term("VQ", 1.0, 0.01),
     "velocity": Term("MQ", 1.0, 0.03),
     "jitter": Term("MQ", 0.5, 0.05),
     "unsteadiness": Term("MQ", 0.5, 0.02),
     "colour": Term("TA", 1.0, 0.03),
     "shape": Term("TA", 1.0, 0.01),
+    "identity": Term("TA", 2.0, 0.05),
     "direction": Term("TA", 1.0, 0.02),
     "size": Term("TA", 0.5, 0.1),
     "background": Term("TA", 0.5, 0.03),
@@ -63,7 +67,7 @@ TERMS = {
 
 # Mean and standard deviation of the raw rewards over 256 samples of the shipped pretrained model
 # (training captions, ODE, 10 steps, shift 3); normalised = (raw - mean) / std.
-NORMALISATION = {"VQ": (9.25, 0.70), "MQ": (4.58, 0.78), "TA": (12.76, 0.99)}
+NORMALISATION = {"VQ": (12.91, 0.46), "MQ": (4.99, 0.43), "TA": (15.64, 1.78)}
 
 # Area of a shape of radius 1, in the order of spec.SHAPES.
 _UNIT_AREA = np.array(
@@ -74,6 +78,8 @@ _X = (np.arange(spec.WIDTH) + 0.5).astype(np.float32)
 _Y = (np.arange(spec.HEIGHT) + 0.5).astype(np.float32)
 # Spread (root mean square distance from the centroid) above which a mask is no single shape.
 _WIDEST_SPREAD = 5.0
+# By so much the share of a frame has to differ from one half for odds of e to 1.
+_SHARE_SCALE = 0.1
 # Speed, in pixels a frame, under which a direction means little.
 _STILL = 0.05
 
@@ -144,8 +150,10 @@ def measure(video_uint8_FxHxWx3: np.ndarray, prompt: str, fps: float) -> dict[st
     words = spec.Words(*spec.indices(spec.parse_caption(prompt)))
     video = video_uint8_FxHxWx3.astype(np.float32) / 255
     track = find_object(video)
+    misfits = _silhouette_misfits(track)
     errors = {**_visual_errors(video), **_motion_errors(track, words, fps)}
-    errors |= _alignment_errors(track, words)
+    errors["outline"] = np.mean(misfits.min(axis=0))
+    errors |= _alignment_errors(track, misfits, words)
     return {name: float(value) for name, value in errors.items()}
 
 
@@ -272,13 +280,14 @@ def _captioned_speed(words: spec.Words, fps: float) -> float:
 # TA.
 
 
-def _alignment_errors(track: Track, words: spec.Words) -> dict[str, float]:
+def _alignment_errors(track: Track, misfits: np.ndarray, words: spec.Words) -> dict[str, float]:
     direction = spec.DIRECTION_XY[words.direction]
     cosine = track.velocity @ direction / np.hypot(np.linalg.norm(track.velocity), _STILL)
     wanted_area = _AREAS[words.shape, words.size]
     return {
         "colour": _distance(track.colour, spec.COLOUR_RGB[words.colour] / 255),
-        "shape": _shape_error(track, words.shape),
+        "shape": np.mean(misfits[words.shape]),
+        "identity": _identity_error(misfits, words.shape),
         "direction": (1 - cosine) / 2,
         "size": abs(np.log((track.area.mean() + 1) / (wanted_area + 1))),
         "background": _distance(track.ground, spec.BACKGROUND_RGB[words.background] / 255),
@@ -290,21 +299,35 @@ def _distance(colour: np.ndarray, wanted: np.ndarray) -> float:
     return np.sqrt(np.mean((colour - wanted) ** 2))
 
 
-def _shape_error(track: Track, wanted: int) -> float:
-    """How badly the mask correlates with the captioned silhouette, absolute and against the others.
+def _silhouette_misfits(track: Track) -> np.ndarray:
+    """1 - correlation of every frame's mask with the silhouette of each shape: [shape, F].
 
-    The silhouettes have the mean area of the mask and follow its centroid. 0.01 keeps the ratio
-    finite; the result lies between 0 and about 3.
+    The silhouettes have the area of that frame's mask and stand at its centroid.
     """
     x = _X - track.centroid[:, 0, None, None].astype(np.float32)
     y = _Y[:, None] - track.centroid[:, 1, None, None].astype(np.float32)
-    radii = np.sqrt(np.maximum(track.area.mean(), 4) / _UNIT_AREA).astype(np.float32)
     energy = np.einsum("fhw,fhw->f", track.mask, track.mask)
-    errors = []
-    for shape, radius in enumerate(radii):
-        silhouette = np.clip(0.5 - spec.signed_distances(radius, x, y)[shape], 0, 1)
+    misfits = []
+    for shape, unit_area in enumerate(_UNIT_AREA):
+        radius = np.sqrt(np.maximum(track.area, 4) / unit_area).astype(np.float32)
+        distances = spec.signed_distances(radius[:, None, None], x, y)[shape]
+        silhouette = np.clip(0.5 - distances, 0, 1)
         overlap = np.einsum("fhw,fhw->f", track.mask, silhouette)
         size = np.einsum("fhw,fhw->f", silhouette, silhouette)
-        errors.append(np.mean(1 - overlap / np.sqrt(energy * size + 1e-6)))
-    other = min(error for shape, error in enumerate(errors) if shape != wanted)
-    return errors[wanted] * np.sqrt((errors[wanted] + 0.01) / (other + 0.01))
+        misfits.append(1 - overlap / np.sqrt(energy * size + 1e-6))
+    return np.stack(misfits)
+
+
+def _identity_error(misfits: np.ndarray, wanted: int) -> float:
+    """How unlikely it is that the frames show the captioned shape rather than another one.
+
+    A frame reads as the captioned shape where its misfit is below those of the others: with the
+    share of the captioned one in the sum of it and of the best other, 0 to 1, one half is a frame
+    that could be either, and a logistic function of the distance from there is its probability. The
+    error is the mean of -log(probability) over the frames: a clip is right when all of them are, so
+    each one that is not costs, the first as much as any.
+    """
+    own, other = misfits[wanted], np.delete(misfits, wanted, axis=0).min(axis=0)
+    # The offset keeps a frame that fits both about as well from being decided by the last digits.
+    share = (own + 0.003) / (own + other + 0.006)
+    return float(np.mean(np.logaddexp(0, (share - 0.5) / _SHARE_SCALE)))

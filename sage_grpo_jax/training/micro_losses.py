@@ -1,0 +1,219 @@
+"""The losses of one micro-batch: some samples, each at one denoising step.
+
+`policy_micro_loss` is that of the policies that inject noise (PPO or REINFORCE on the transition),
+`forward_micro_loss` that of DiffusionNFT. Both are shares of a mean over all entries of an update:
+added up over the micro-batches they are the loss.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sage_grpo_jax.flow import guidance, noise, schedules, sde
+from sage_grpo_jax.grpo import kl, loss, nft, trust_region
+from sage_grpo_jax.models import hunyuan_video
+from sage_grpo_jax.training import conditions
+from sage_grpo_jax.training import ratio as ratio_lib
+from sage_grpo_jax.training.recipe import Recipe
+
+
+class MicroBatch(NamedTuple):
+    """The part of an `UpdateBatch` that goes through the model at once: m samples, a step each."""
+
+    step: jax.Array  # int32 [], or [m] where samples are at different steps
+    latents: jax.Array  # x_t [m, ...]; for the forward process the clean x_T
+    next_latents: jax.Array  # x_{t+1} [m, ...]; for the forward process x_T
+    keys: jax.Array  # [m]
+    condition: hunyuan_video.Condition
+    advantages: jax.Array  # [m]
+    valid: jax.Array  # bool [m]
+    counts: jax.Array  # bool [m]: valid, and trained in this update
+
+
+class MicroResult(NamedTuple):
+    """What a micro-batch gives besides its loss."""
+
+    metrics: dict[str, jax.Array]  # to be added up, see `loss.accumulate_metrics`
+    # Both None for the forward process, which has no ratio.
+    mismatch: ratio_lib.Mismatch | None  # to be added up with `jnp.maximum`
+    mean_old: jax.Array | None  # [m, ...]
+
+
+class Frozen(NamedTuple):
+    """What the policy needs besides the trained parameters."""
+
+    negative: hunyuan_video.Condition  # the one unconditional prompt, leaves [1, ...]
+    base: Any = None  # the weights under the adapters; None: all weights are trained
+
+
+class LossInputs(NamedTuple):
+    """What the loss of a micro-batch needs besides parameters and samples."""
+
+    frozen: Frozen
+    references: list[trust_region.Reference]
+    kl_weight: jax.Array  # f32 []
+    normalizer: jax.Array  # f32 []: (sample, step) entries of the update
+    sampling: Any = None  # parameters that made the samples; for the forward process only
+
+
+def velocity_fn(
+    recipe: Recipe,
+    trained: Any,
+    condition: hunyuan_video.Condition,
+    frozen: Frozen,
+    schedule: schedules.Schedule | None = None,
+    gradient: str = "both",
+):
+    """(latents, timestep) -> velocity of the policy, with guidance.
+
+    Args:
+      recipe: the constants.
+      trained: all parameters, or the adapters where `frozen` holds their base.
+      condition: of B samples.
+      frozen: negative prompt and base.
+      schedule: of the sampler; None for that of the rollout. Only a model that knows where its step
+        ends (use_meanflow) looks at it.
+      gradient: of which branches of guidance, see `guidance.guided`.
+    """
+    schedule = recipe.schedule if schedule is None else schedule
+    negative = conditions.unconditional(condition, frozen.negative)
+    params, adapters, scale = trained, None, 1.0
+    if frozen.base is not None:
+        params, adapters, scale = frozen.base, trained, recipe.config.lora.adapters.scale
+
+    def model(latents, timestep, branch):
+        if recipe.transformer.use_meanflow:
+            branch = branch._replace(timestep_r=schedules.next_timestep(schedule, timestep))
+        with jax.default_matmul_precision(recipe.config.model.matmul_precision):
+            return hunyuan_video.velocity(
+                params, latents, timestep, branch, recipe.transformer, adapters, scale
+            )
+
+    rollout = recipe.config.rollout
+    guided = guidance.guided(model, rollout.guidance, mode=rollout.guidance_mode, gradient=gradient)
+    return lambda latents, timestep: guided(latents, timestep, condition, negative)
+
+
+def _velocity(
+    recipe: Recipe, params: Any, micro: MicroBatch, frozen: Frozen, latents: jax.Array
+) -> jax.Array:
+    """The velocity of the policy `params` at states of a micro-batch; float32 [m, ...]."""
+    gradient = recipe.config.loss.guidance_gradient
+    velocity = velocity_fn(recipe, params, micro.condition, frozen, gradient=gradient)
+    timestep = jnp.asarray(recipe.schedule.timesteps)[micro.step]
+    return velocity(latents, jnp.broadcast_to(timestep, micro.valid.shape))
+
+
+def transition(recipe: Recipe, params: Any, micro: MicroBatch, frozen: Frozen) -> sde.Transition:
+    """The transition of the policy `params` at the states of a micro-batch."""
+    config, sigmas = recipe.config.rollout, jnp.asarray(recipe.schedule.sigmas)
+    return sde.transition(
+        config.sde,
+        _velocity(recipe, params, micro, frozen, micro.latents),
+        micro.latents,
+        sigmas[micro.step],
+        sigmas[micro.step + 1],
+        config.eta,
+        clamp=config.clamp,
+    )
+
+
+def policy_micro_loss(
+    params, micro: MicroBatch, inputs: LossInputs, recipe: Recipe, recorded=None, known=None
+):
+    """Policy loss and KL of one micro-batch, both divided by the fixed `normalizer`.
+
+    `recorded` and `known`: see `ratio.old_mean`. Returns (loss, MicroResult).
+    """
+    new = transition(recipe, params, micro, inputs.frozen)
+    draw = noise.step_noise(micro.keys, micro.step, recipe.latent_shape)
+    mean_old = ratio_lib.old_mean(new.mean, recorded, known)
+    log_ratio = ratio_lib.log_ratio(recipe, draw, new.mean, mean_old, new.std)
+    mismatch = ratio_lib.mismatch(
+        recipe, micro.step, micro.valid, draw, mean_old, micro.next_latents, new.std
+    )
+    config = recipe.config.loss
+    weights = jnp.asarray(recipe.weights)[micro.step]
+    policy_loss, metrics = loss.policy_loss(
+        log_ratio[:, None],
+        micro.advantages,
+        weights.reshape(-1, 1) * _step_factor(recipe),
+        config.clip_range,
+        mask=micro.counts[:, None],
+        objective=config.objective,
+        normalizer=inputs.normalizer,
+    )
+    divergences = _divergences(recipe, new, log_ratio, micro, inputs)
+    total, metrics = _with_penalty(policy_loss, metrics, divergences, micro, inputs)
+    return total, jax.lax.stop_gradient(MicroResult(metrics, mismatch, mean_old))
+
+
+def forward_micro_loss(
+    params, micro: MicroBatch, inputs: LossInputs, recipe: Recipe, recorded=None, known=None
+):
+    """`policy_micro_loss` of DiffusionNFT: clean samples, noised again; see `grpo.nft`."""
+    del recorded, known  # there is no ratio
+    config = recipe.config
+    draw = noise.forward_noise(micro.keys, micro.step, recipe.latent_shape)
+    sigma = jnp.asarray(recipe.schedule.sigmas)[micro.step]
+    latents, target = nft.noised(micro.latents, draw, sigma)
+    new, *others = (
+        _velocity(recipe, trained, micro, inputs.frozen, latents)
+        for trained in (params, inputs.sampling, *(r.params for r in inputs.references))
+    )
+    old, *references = map(jax.lax.stop_gradient, others)
+    # Masked before any arithmetic: what stands behind the mask must not reach the gradient.
+    advantages = jnp.where(micro.counts, micro.advantages, 0.0)
+    good = nft.optimality(advantages, config.advantage.clip)
+    losses = nft.nft_loss(
+        new, old, target, sigma, good, config.nft.beta, adaptive=config.nft.adaptive
+    )
+    losses *= config.advantage.clip * _step_factor(recipe)
+    divergences = [
+        (reference.name, nft.velocity_distance(new, velocity), reference.beta)
+        for reference, velocity in zip(inputs.references, references, strict=True)
+    ]
+    policy_loss = _sum(losses, micro, inputs)
+    metrics = {"nft/sampling_distance": _sum(nft.velocity_distance(new, old), micro, inputs)}
+    total, metrics = _with_penalty(policy_loss, metrics, divergences, micro, inputs)
+    return total, jax.lax.stop_gradient(MicroResult(metrics, None, None))
+
+
+def _sum(values: jax.Array, micro: MicroBatch, inputs: LossInputs) -> jax.Array:
+    """The share [] of a micro-batch in the mean over all entries."""
+    return jnp.sum(jnp.where(micro.counts, values, 0.0)) / inputs.normalizer
+
+
+def _with_penalty(policy_loss, metrics, divergences, micro: MicroBatch, inputs: LossInputs):
+    """(policy loss plus weighted penalty, metrics of both)."""
+    penalty = jnp.zeros(())
+    for name, divergence, beta in divergences:
+        divergence = _sum(divergence, micro, inputs)
+        metrics[f"kl/{name}"] = divergence
+        penalty += beta * divergence
+    total = policy_loss + inputs.kl_weight * penalty
+    return total, metrics | {
+        "loss/policy": policy_loss,
+        "loss/total": total,
+        "kl/total": penalty,
+    }
+
+
+def _step_factor(recipe: Recipe) -> float:
+    """What turns the mean over the trained steps into what the recipe asks for."""
+    return float(recipe.positions) if recipe.config.loss.step_reduction == "sum" else 1.0
+
+
+def _divergences(
+    recipe: Recipe, new: sde.Transition, log_ratio, micro: MicroBatch, inputs: LossInputs
+):
+    """(name, divergence [m], beta) for every term of the KL penalty."""
+    region, reduction = recipe.config.trust_region, recipe.config.loss.log_prob_reduction
+    for name, reference, beta in inputs.references:
+        mean = jax.lax.stop_gradient(transition(recipe, reference, micro, inputs.frozen).mean)
+        divergence = kl.gaussian_kl(new.mean, mean, new.std, reduction=reduction)
+        yield name, divergence * jnp.asarray(recipe.kl_weights)[micro.step], beta
+    if region.penalises_motion and not region.has_previous:
+        # Eq. 15: the mean of log π_old - log π over the samples of π_old.
+        yield "previous", -log_ratio, region.previous_weight

@@ -1,0 +1,180 @@
+"""The stages of pretraining that make the transformer: flow matching, its own guidance learned."""
+
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sage_grpo_jax.data import moving_shapes, word_embeddings
+from sage_grpo_jax.models import hunyuan_video
+from sage_grpo_jax.training.pretraining_config import (
+    DistillStageConfig,
+    FlowStageConfig,
+    PretrainConfig,
+)
+from sage_grpo_jax.training.pretraining_loop import (
+    LossFn,
+    Params,
+    Phase,
+    Streams,
+    load_average,
+    run_stage,
+    say,
+)
+
+
+class LatentCache(NamedTuple):
+    """Encoded training clips, not yet scaled, and the captions that they show."""
+
+    latents: np.ndarray  # f32[N, T, H, W, C]
+    caption: np.ndarray  # int32[N], an index into moving_shapes.train_captions()
+    mean: float
+    std: float
+
+
+class FlowData(NamedTuple):
+    """What a flow-matching update draws from; the last row of text is the empty prompt."""
+
+    latents: jax.Array  # f32[N, T, H, W, C], scaled to unit spread
+    caption: jax.Array  # int32[N]
+    text: jax.Array  # f32[K + 1, L, D]
+    mask: jax.Array  # bool[K + 1, L]
+
+
+class NoisyBatch(NamedTuple):
+    """Clips on their way from data to noise, with captions, some of them dropped."""
+
+    noisy: jax.Array  # f32[B, T, H, W, C]
+    sigma: jax.Array  # f32[B]
+    target: jax.Array  # z - x0, as noisy
+    row: jax.Array  # int32[B], into FlowData.text
+
+
+def train_flow(
+    config: PretrainConfig, streams: Streams, cache: LatentCache, workdir: pathlib.Path
+) -> Params:
+    """Trains the transformer on the cached latents of the training captions."""
+    data = flow_data(cache, config.transformer.text_embed_dim)
+
+    def init_params() -> Params:
+        return hunyuan_video.init_params(config.transformer, streams.flow_init)
+
+    loss_fn = flow_loss_fn(config.transformer, config.flow)
+    phases = [Phase(config.flow.steps, loss_fn)]
+    return run_stage("flow", config.flow, init_params, phases, streams.flow, data, workdir)
+
+
+def distill_guidance(
+    config: PretrainConfig, streams: Streams, cache: LatentCache, workdir: pathlib.Path
+) -> Params:
+    """Teaches the transformer the velocity that guidance makes of its own two predictions.
+
+    One pass then gives what takes two with guidance, as in the `distilled` variants of
+    HunyuanVideo-1.5.
+    """
+    step, params = load_average(workdir / "flow")
+    say(f"distill: starts from flow step {step}")
+    # The update gives the buffers of what it trains away; the teacher keeps its own.
+    teacher = jax.tree.map(jnp.copy, params)
+    inputs = (teacher, *flow_data(cache, config.transformer.text_embed_dim))
+    phases = [Phase(config.distill.steps, distill_loss_fn(config.transformer, config.distill))]
+    return run_stage(
+        "distill", config.distill, lambda: params, phases, streams.distill, inputs, workdir
+    )
+
+
+def load_transformer(workdir: pathlib.Path) -> tuple[dict[str, int], Params]:
+    """The steps by stage and the averaged parameters of the transformer, as far as it is."""
+    step, params = load_average(workdir / "flow")
+    steps = {"flow_step": step, "distill_step": 0}
+    if (workdir / "distill").exists():
+        steps["distill_step"], params = load_average(workdir / "distill")
+    return steps, params
+
+
+def flow_data(cache: LatentCache, text_dim: int) -> FlowData:
+    """Scales latents to unit spread and encodes the training captions and the empty prompt."""
+    texts = [*moving_shapes.train_captions(), ""]
+    text, mask = word_embeddings.encode_padded(texts, text_dim)
+    latents = jnp.asarray(cache.latents / np.float32(cache.std))
+    return FlowData(latents, jnp.asarray(cache.caption), jnp.asarray(text), jnp.asarray(mask))
+
+
+def flow_loss_fn(model: hunyuan_video.HunyuanVideoConfig, stage: FlowStageConfig) -> LossFn:
+    """loss(params, key, step, *FlowData): mean |v(z_sigma, sigma) - (z - x0)|², random batch."""
+
+    def loss_fn(params: Params, key: jax.Array, step: jax.Array, *inputs: jax.Array):
+        del step
+        data = FlowData(*inputs)
+        batch = noisy_batch(key, data, stage)
+        velocity = _velocity(params, batch.noisy, batch.sigma, batch.row, data, model)
+        error_B = jnp.mean(jnp.square(velocity - batch.target), axis=(1, 2, 3, 4))
+        return jnp.mean(error_B), _by_sigma(error_B, batch.sigma)
+
+    return loss_fn
+
+
+def distill_loss_fn(model: hunyuan_video.HunyuanVideoConfig, stage: DistillStageConfig) -> LossFn:
+    """loss(params, key, step, teacher, *FlowData): mean |v - (u + guidance·(c - u))|².
+
+    c and u are the teacher's velocities with the caption and with the empty prompt; where the
+    caption is dropped they are the same, so that the empty prompt keeps its meaning.
+    """
+
+    def loss_fn(params: Params, key: jax.Array, step: jax.Array, teacher: Params, *inputs):
+        del step
+        data = FlowData(*inputs)
+        batch = noisy_batch(key, data, stage)
+        empty = jnp.full_like(batch.row, len(data.text) - 1)
+        twice = (jnp.concatenate([x, x]) for x in (batch.noisy, batch.sigma))
+        rows = jnp.concatenate([batch.row, empty])
+        captioned, plain = jnp.split(_velocity(teacher, *twice, rows, data, model), 2)
+        target = jax.lax.stop_gradient(plain + stage.guidance * (captioned - plain))
+        velocity = _velocity(params, batch.noisy, batch.sigma, batch.row, data, model)
+        error_B = jnp.mean(jnp.square(velocity - target), axis=(1, 2, 3, 4))
+        return jnp.mean(error_B), _by_sigma(error_B, batch.sigma)
+
+    return loss_fn
+
+
+def noisy_batch(key: jax.Array, data: FlowData, stage: FlowStageConfig) -> NoisyBatch:
+    """Random clips at random noise levels, with their captions or, now and then, the empty one."""
+    keys = jax.random.split(key, 4)
+    clip = jax.random.randint(keys[0], (stage.batch_size,), 0, len(data.latents))
+    clean = data.latents[clip]
+    sigma = sample_sigma(keys[1], stage.batch_size, stage)
+    noise = jax.random.normal(keys[2], clean.shape)
+    noisy = clean + sigma[:, None, None, None, None] * (noise - clean)
+    dropped = jax.random.bernoulli(keys[3], stage.caption_drop, (stage.batch_size,))
+    row = jnp.where(dropped, len(data.text) - 1, data.caption[clip])
+    return NoisyBatch(noisy, sigma, noise - clean, row)
+
+
+def _velocity(
+    params: Params,
+    noisy: jax.Array,
+    sigma: jax.Array,
+    row: jax.Array,
+    data: FlowData,
+    model: hunyuan_video.HunyuanVideoConfig,
+) -> jax.Array:
+    condition = hunyuan_video.Condition(text=data.text[row], text_mask=data.mask[row])
+    return hunyuan_video.velocity(params, noisy, 1000.0 * sigma, condition, model)
+
+
+def sample_sigma(key: jax.Array, n: int, stage: FlowStageConfig) -> jax.Array:
+    """Noise levels f32[n] in (0, 1): the logistic of a normal, shifted as the sampler shifts."""
+    normal = stage.sigma_mean + stage.sigma_std * jax.random.normal(key, (n,))
+    sigma = jax.nn.sigmoid(normal)
+    return stage.shift * sigma / (1.0 + (stage.shift - 1.0) * sigma)
+
+
+def _by_sigma(error_B: jax.Array, sigma: jax.Array) -> dict[str, jax.Array]:
+    # The plain loss hides where it comes from: near sigma = 1 it is mostly irreducible.
+    low = sigma < 0.5
+    return {
+        "error_low_sigma": jnp.sum(error_B * low) / jnp.maximum(jnp.sum(low), 1),
+        "error_high_sigma": jnp.sum(error_B * ~low) / jnp.maximum(jnp.sum(~low), 1),
+    }
