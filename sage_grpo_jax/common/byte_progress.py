@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TextIO
 
-from sage_grpo_jax.common.progress import format_seconds
+from sage_grpo_jax.common.progress import format_seconds, write_unless_lost
 
 _BAR_WIDTH = 20
 _BAR_SECONDS, _LINE_SECONDS = 0.1, 10.0
@@ -39,8 +39,7 @@ class Progress:
     def close(self) -> None:
         """Ends the line of the bar."""
         if self._terminal:
-            self._stream.write("\n")
-            self._stream.flush()
+            write_unless_lost(self._stream, "\n")
 
     def _show(self, what: str, seconds: float) -> None:
         if self._stream is None:
@@ -55,7 +54,6 @@ class Progress:
         if self._terminal:
             bar = ("#" * int(share * _BAR_WIDTH)).ljust(_BAR_WIDTH, ".")
             width = shutil.get_terminal_size().columns - 1
-            self._stream.write(f"\r{f'[{bar}] {text}'[:width]}\x1b[K")
+            write_unless_lost(self._stream, f"\r{f'[{bar}] {text}'[:width]}\x1b[K")
         else:
-            self._stream.write(text + "\n")
-        self._stream.flush()
+            write_unless_lost(self._stream, text + "\n")

@@ -22,6 +22,8 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
+from sage_grpo_jax.common import checked_json
+
 FILE = "sage_grpo_jax_manifest.json"
 COMPLETE, SHARED, UNFINISHED = "complete", "shared", "unfinished"
 _VERSION = 1
@@ -128,32 +130,30 @@ def read(folder: pathlib.Path) -> Manifest | None:
     if not os.path.lexists(path):
         return None
     try:
-        if not _is_plain(path) or path.stat().st_size > _MAX_BYTES:
-            raise ValueError("not a plain file of a sensible size")
-        return _parse(json.loads(path.read_bytes()))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        if not _is_plain(path):
+            raise ValueError("not a plain file")
+        return _parse(checked_json.load(path, _MAX_BYTES))
+    except ValueError as error:
+        raise ValueError(f"{path} is no manifest: {error}") from error
 
 
-def _parse(values: Any) -> Manifest:
-    if not isinstance(values, dict) or values.get("manifest_version") != _VERSION:
-        raise ValueError(f"no manifest of version {_VERSION}")
-    holds, state, files = values.get("holds"), values.get("state"), values.get("files")
-    if not isinstance(holds, str) or state not in _STATES or not isinstance(files, dict):
-        raise ValueError(f"holds={holds!r}, state={state!r}: no manifest of this program")
+def _parse(values: dict[str, Any]) -> Manifest:
+    if (version := checked_json.member(values, "manifest_version", int)) != _VERSION:
+        raise ValueError(f"manifest_version={version}: must be {_VERSION}")
+    holds, state = (checked_json.member(values, name, str) for name in ("holds", "state"))
+    if state not in _STATES:
+        raise ValueError(f"state={checked_json.shown(state)}: must be one of {_STATES}")
+    files = checked_json.member(values, "files", dict)
     return Manifest(holds, state, {name: _parse_entry(name, v) for name, v in files.items()})
 
 
 def _parse_entry(name: str, value: Any) -> Stamp | None:
     path = pathlib.PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or path.as_posix() != name or name == FILE:
-        raise ValueError(f"files: {name!r} is no name of a file in the folder")
-    if value is None:
+        raise ValueError(f"files: {checked_json.shown(name)}: must be a file in the folder")
+    if checked_json.typed(value, dict | None, f"files: {name}") is None:
         return None
-    size = value.get("size") if isinstance(value, dict) else None
-    digest = value.get("digest") if isinstance(value, dict) else None
-    if type(size) is not int or size < 0 or not isinstance(digest, str):
-        raise ValueError(f"files: {name}: {value!r} has no size and digest")
+    size, digest = (checked_json.member(value, *what) for what in (("size", int), ("digest", str)))
     return Stamp(size, digest)
 
 

@@ -1,5 +1,6 @@
 """How far a long job is: one line that is rewritten in a terminal, plain lines elsewhere."""
 
+import contextlib
 import sys
 import time
 from typing import TextIO
@@ -64,8 +65,14 @@ class Progress:
         return f"{start}{counts}, {each:.3g} s each, {left} left"
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        write_unless_lost(self._stream, text)
+
+
+def write_unless_lost(stream: TextIO, text: str) -> None:
+    """Writes progress; where nobody reads the pipe, or the disk of a log is full, work goes on."""
+    with contextlib.suppress(OSError):
+        stream.write(text)
+        stream.flush()
 
 
 def format_seconds(seconds: float) -> str:

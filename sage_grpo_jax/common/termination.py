@@ -54,8 +54,17 @@ def install() -> None:
         os.register_at_fork(after_in_child=_forget)
         threading.Thread(target=_watch, args=(_read_end,), name="signals", daemon=True).start()
     for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
-        if signal.getsignal(number) != signal.SIG_IGN:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
             signal.signal(number, _handle)
+
+
+def renew() -> None:
+    """Takes signals back, where they were taken by `install`, from a library that took them too.
+
+    `jax.distributed` hands SIGTERM to a service of its own, behind the back of Python.
+    """
+    if _read_end is not None:
+        install()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sage_grpo_jax.common import termination
+
 
 def initialize() -> None:
     """Joins the other processes of a TPU slice or cluster, where there are any.
@@ -25,6 +27,7 @@ def initialize() -> None:
         jax.distributed.initialize(num_processes=count, process_id=index)
     elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") and jax.config.jax_platforms != "cpu":
         jax.distributed.initialize()
+    termination.renew()
 
 
 def _number(name: str) -> int | None:

@@ -82,6 +82,10 @@ def call(
 def _flush_output() -> None:
     """Notices a full disk behind the output here, not when the interpreter ends."""
     try:
+        sys.stderr.flush()
+    except OSError:  # progress and notes that nobody reads
+        files.silence(sys.stderr)
+    try:
         sys.stdout.flush()
     except OSError as error:
         raise type(error)(error.errno, error.strerror, "standard output") from error

@@ -1,5 +1,6 @@
 """The progress of a conversion: a bar in a terminal, lines elsewhere, or silence."""
 
+import errno
 import io
 
 from sage_grpo_jax.common import byte_progress as progress
@@ -39,6 +40,20 @@ def test_bar_in_a_terminal(monkeypatch):
 
 def test_silence():
     shown = progress.Progress(10, None)
+    shown.add(10, "a")
+    shown.close()
+    assert shown.done == 10
+
+
+class Full(Terminal):
+    """Standard error on a disk that is full."""
+
+    def flush(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_behind_the_progress_does_not_stop_the_work():
+    shown = progress.Progress(10, Full())
     shown.add(10, "a")
     shown.close()
     assert shown.done == 10

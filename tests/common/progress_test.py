@@ -1,5 +1,6 @@
 """Progress lines, in a terminal and in a file."""
 
+import errno
 import io
 
 import pytest
@@ -56,3 +57,16 @@ def test_notes_stay(clock):
     note, _, line = terminal.getvalue().rpartition("a word\n")
     assert note.endswith("\r\x1b[K")
     assert line.strip().endswith("1/2 videos, 0 s each, 0:00 left")
+
+
+class _Full(_Terminal):
+    """Standard error on a disk that is full."""
+
+    def flush(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_behind_the_progress_does_not_stop_the_work():
+    with progress_lib.Progress(2, "videos", _Full()) as progress:
+        progress.update(2)
+        progress.note("a word")

@@ -262,6 +262,29 @@ def test_another_handler_takes_precedence_while_it_is_set(tmp_path):
     assert (done.returncode, done.stdout) == (143, "saved\non\n")
 
 
+def test_a_library_that_takes_the_signal(tmp_path):
+    """Behind the back of Python, as jax.distributed does."""
+    done = run(
+        """
+        termination.renew()
+        ctypes.CDLL(None).signal(signal.SIGTERM, ctypes.c_void_p(1))  # is ignored
+        kill()
+        print("on", flush=True)
+        termination.renew()
+        kill()
+        swallowed()
+        """,
+        tmp_path,
+    )
+    assert (done.returncode, done.stdout) == (143, "on\n")
+
+
+def test_without_install_nothing_is_taken(tmp_path):
+    program = START.replace("termination.install()", "termination.renew()") + "kill(); swallowed()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, b"")
+
+
 def test_a_child_neither_undoes_nor_ends_what_is_its_parents(tmp_path):
     done = run(
         """

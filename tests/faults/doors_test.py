@@ -45,6 +45,19 @@ FILLING = {
     "train": (TRAIN, "checkpoints"),
     "report": (["report", "--runs=RUN", "--out=DIR"], "report.md"),
 }
+# Prompts that the small world has no words for; what reads the caption takes whole ones only.
+UNSAYABLE = {
+    "sample": (["sample", SMALL, "--prompts=BAD", "--out=DIR"], "--prompts"),
+    "train": ([*TRAIN, "--config.data.train_prompts=BAD"], "config.data.train_prompts"),
+    "evaluate": (
+        ["evaluate", SMALL, "--out=DIR", "--config.data.eval_prompts=BAD"],
+        "config.data.eval_prompts",
+    ),
+    "train on a part": (
+        [*TRAIN, "--config.data.train_prompts=PART"],
+        "config.data.train_prompts",
+    ),
+}
 HELP = ("--help", "--helpfull")
 
 
@@ -56,6 +69,9 @@ class Results:
         self._names = {"DIR": root, "PROMPTS": root / "prompts.txt", "RUN": root / "run"}
         caption = "a large red disk moves left, fast, over a dark background\n"
         (root / "prompts.txt").write_text(caption)
+        self._names |= {"BAD": root / "bad.txt", "PART": root / "part.txt"}
+        (root / "bad.txt").write_text(f"{caption}{caption.replace('red disk', 'orange cat')}")
+        (root / "part.txt").write_text(f"{caption}a red disk\n")
         (root / "recipe.py").write_text("import sys\nsys.exit(3)\n")
         _write_run(root / "run")
         for entry in ENTRIES:
@@ -71,6 +87,9 @@ class Results:
         for name, (command, _) in FILLING.items():
             command = self._filled_in(self.folder(f"full {name}"), command)
             self._commands["full", name] = [FULL, *command]
+        for name, (command, _) in UNSAYABLE.items():
+            folder = self.folder(f"unsayable {name}")
+            self._commands["unsayable", name] = self._filled_in(folder, command)
         found = run_all(list(self._commands.values()), root)
         self._found = dict(zip(self._commands, found, strict=True))
 
@@ -81,7 +100,7 @@ class Results:
     def _filled_in(self, folder: pathlib.Path, command: list[str]) -> list[str]:
         names = {**self._names, "DIR": folder}
         return [
-            re.sub("=(DIR|PROMPTS|RUN)$", lambda found: f"={names[found[1]]}", flag)
+            re.sub("=(DIR|PROMPTS|RUN|BAD|PART)$", lambda found: f"={names[found[1]]}", flag)
             for flag in command
         ]
 
@@ -150,15 +169,30 @@ def test_a_disk_that_fills_while_results_are_written(results, name):
     assert {x for x in left if x.startswith(".") or "tmp" in x} <= {".lock"}
 
 
+@pytest.mark.parametrize("name", UNSAYABLE)
+def test_captions_that_the_small_world_cannot_say_are_named(results, name):
+    result, field = results["unsayable", name], UNSAYABLE[name][1]
+    assert result.status == 2, result
+    assert result.stderr.count("\n") == 1
+    assert re.match(rf"error: {re.escape(field)}: \S+\.txt: prompt '000002' \('a ", result.stderr)
+    wanted = "the small world has no word 'orange', 'cat'; allowed: a, moves, over, background, "
+    if name == "train on a part":
+        wanted = "not a whole caption; allowed: as in 'a large red disk moves left, fast, "
+    assert wanted in result.stderr
+    prompts = "train_prompts-*" if name.startswith("train") else "eval_prompts-*"
+    assert not list(results.folder(f"unsayable {name}").glob(f"embeddings/{prompts}"))
+
+
 def test_a_full_disk_behind_the_output():
     """What is printed is the result of `schedule`; and standard error may be full as well."""
     command = [sys.executable, "-m", "sage_grpo_jax.schedule", SMALL]
     with open("/dev/full", "w") as full:
-        half, whole = (
-            subprocess.run(command, stdout=full, stderr=error, text=True, check=False, cwd=ROOT)
-            for error in (subprocess.PIPE, full)
+        half, whole, good = (
+            subprocess.run(command, stdout=out, stderr=error, text=True, check=False, cwd=ROOT)
+            for out, error in ((full, subprocess.PIPE), (full, full), (subprocess.PIPE, full))
         )
-    assert (half.returncode, whole.returncode) == (1, 1)
+    assert (half.returncode, whole.returncode, good.returncode) == (1, 1, 0)
+    assert "precise" in good.stdout
     assert re.fullmatch(r"stopped: .*No space left on device; .*\n", half.stderr)
 
 
