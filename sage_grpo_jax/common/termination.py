@@ -108,11 +108,10 @@ def _watch(read_end: int) -> None:
     """Ends the process where the main thread does not come to it."""
     while data := os.read(read_end, 1):
         number = data[0]
+        # While an entry saves and stops by itself, the handler is its own.
         if signal.getsignal(number) is _handle:
             time.sleep(_MAIN_THREAD_SECONDS)
-            # An entry that saves and stops by itself has its own handler by now, or still.
-            if signal.getsignal(number) is _handle:
-                _end(number)
+            _end(number)
 
 
 def _end(number: int) -> NoReturn:

@@ -327,6 +327,19 @@ def test_target_comes_back_after_death_between_the_renames(tmp_path, dead):
     assert (old / "mine").read_text() == "mine"
 
 
+def test_only_what_a_manifest_lists_is_deleted(tmp_path):
+    """Even where something came after all checks."""
+    fill(tmp_path / "out")
+    for name in ("notes.txt", "below/notes.txt"):
+        (tmp_path / "out" / name).write_text("mine")
+        with pytest.raises(OSError, match="not empty"):
+            folders._remove_listed(tmp_path / "out")
+        assert (tmp_path / "out" / name).read_text() == "mine"
+        (tmp_path / "out" / name).unlink()
+    folders._remove_listed(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_disk_that_is_too_small(tmp_path):
     folders.check_space(tmp_path / "new" / "out", 1)
     with pytest.raises(files.StorageError, match=r"out: 1000000000\.00 GB to write, .* GB free"):
