@@ -72,6 +72,7 @@ def get_config() -> ConfigDict:
             "warmup_steps": 100,
             "ema_decay": 0.995,
             "guidance": 2.0,
+            "contrast": 1.0,
         }
     )
     config.sharpen = ConfigDict(

@@ -119,13 +119,18 @@ class FlowStageConfig(StageConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillStageConfig(FlowStageConfig):
-    """Guidance distillation; `guidance` 1 changes nothing."""
+    """Guidance distillation, away from no caption and from the captions of other shapes.
+
+    `guidance` 1 with `contrast` 0 changes nothing.
+    """
 
     guidance: float = 2.0
+    contrast: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
         _require(self.guidance >= 1, self, "guidance", "at least 1")
+        _require(self.contrast >= 0, self, "contrast", "0 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sage_grpo_jax.data import moving_shapes, word_embeddings
+from sage_grpo_jax.data import moving_shapes_spec as spec
 from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.training.pretraining_config import (
     DistillStageConfig,
@@ -35,12 +36,16 @@ class LatentCache(NamedTuple):
 
 
 class FlowData(NamedTuple):
-    """What a flow-matching update draws from; the last row of text is the empty prompt."""
+    """What a flow-matching update draws from; the last row of text is the empty prompt.
+
+    `rivals` are the rows of two captions that say another shape and are the same otherwise.
+    """
 
     latents: jax.Array  # f32[N, T, H, W, C], scaled to unit spread
     caption: jax.Array  # int32[N]
     text: jax.Array  # f32[K + 1, L, D]
     mask: jax.Array  # bool[K + 1, L]
+    rivals: jax.Array  # int32[K + 1, 2]
 
 
 class NoisyBatch(NamedTuple):
@@ -69,10 +74,12 @@ def train_flow(
 def distill_guidance(
     config: PretrainConfig, streams: Streams, cache: LatentCache, workdir: pathlib.Path
 ) -> Params:
-    """Teaches the transformer the velocity that guidance makes of its own two predictions.
+    """Teaches the transformer the velocity that guidance makes of its own predictions.
 
-    One pass then gives what takes two with guidance, as in the `distilled` variants of
-    HunyuanVideo-1.5.
+    One pass then gives what takes several with guidance, as in the `distilled` variants of
+    HunyuanVideo-1.5. Besides the guidance away from the empty prompt there is one away from the
+    captions of other shapes: at this size disks and squares differ in so few latent values that
+    flow matching alone hardly tells them apart.
     """
     step, params = load_average(workdir / "flow")
     say(f"distill: starts from flow step {step}")
@@ -99,7 +106,31 @@ def flow_data(cache: LatentCache, text_dim: int) -> FlowData:
     texts = [*moving_shapes.train_captions(), ""]
     text, mask = word_embeddings.encode_padded(texts, text_dim)
     latents = jnp.asarray(cache.latents / np.float32(cache.std))
-    return FlowData(latents, jnp.asarray(cache.caption), jnp.asarray(text), jnp.asarray(mask))
+    rivals = jnp.asarray(rival_rows(texts))
+    caption = jnp.asarray(cache.caption)
+    return FlowData(latents, caption, jnp.asarray(text), jnp.asarray(mask), rivals)
+
+
+def rival_rows(texts: list[str]) -> np.ndarray:
+    """Where the two captions stand that say another shape, int32[N, 2].
+
+    One that is not in the list (training knows no held-out ones) is replaced by the other; the
+    empty prompt has itself.
+    """
+    row = {text: i for i, text in enumerate(texts)}
+    rivals = []
+    for i, text in enumerate(texts):
+        found = [row[other] for other in _other_shapes(text) if other in row] or [i]
+        rivals.append((found[0], found[-1]))
+    return np.array(rivals, np.int32)
+
+
+def _other_shapes(text: str) -> list[str]:
+    if not text:
+        return []
+    words = spec.parse_caption(text)
+    shapes = [shape for shape in spec.SHAPES if shape != words.shape]
+    return [spec.caption(words._replace(shape=shape)) for shape in shapes]
 
 
 def flow_loss_fn(model: hunyuan_video.HunyuanVideoConfig, stage: FlowStageConfig) -> LossFn:
@@ -117,10 +148,11 @@ def flow_loss_fn(model: hunyuan_video.HunyuanVideoConfig, stage: FlowStageConfig
 
 
 def distill_loss_fn(model: hunyuan_video.HunyuanVideoConfig, stage: DistillStageConfig) -> LossFn:
-    """loss(params, key, step, teacher, *FlowData): mean |v - (u + guidance·(c - u))|².
+    """loss(params, key, step, teacher, *FlowData): mean |v - (u + guidance·(c - u) + contrast·(c - r))|².
 
-    c and u are the teacher's velocities with the caption and with the empty prompt; where the
-    caption is dropped they are the same, so that the empty prompt keeps its meaning.
+    c, u and r are the teacher's velocities with the caption, with the empty prompt and with the
+    caption of another shape (one of two at random, so that what is learned is their mean); where
+    the caption is dropped all three are the same, so that the empty prompt keeps its meaning.
     """
 
     def loss_fn(params: Params, key: jax.Array, step: jax.Array, teacher: Params, *inputs):
@@ -128,15 +160,24 @@ def distill_loss_fn(model: hunyuan_video.HunyuanVideoConfig, stage: DistillStage
         data = FlowData(*inputs)
         batch = noisy_batch(key, data, stage)
         empty = jnp.full_like(batch.row, len(data.text) - 1)
-        twice = (jnp.concatenate([x, x]) for x in (batch.noisy, batch.sigma))
-        rows = jnp.concatenate([batch.row, empty])
-        captioned, plain = jnp.split(_velocity(teacher, *twice, rows, data, model), 2)
-        target = jax.lax.stop_gradient(plain + stage.guidance * (captioned - plain))
+        which = jax.random.randint(jax.random.fold_in(key, 1), batch.row.shape, 0, 2)
+        rows = jnp.concatenate([batch.row, empty, data.rivals[batch.row, which]])
+        thrice = (jnp.concatenate([x] * 3) for x in (batch.noisy, batch.sigma))
+        velocities = jnp.split(_velocity(teacher, *thrice, rows, data, model), 3)
+        target = jax.lax.stop_gradient(guided_target(*velocities, stage))
         velocity = _velocity(params, batch.noisy, batch.sigma, batch.row, data, model)
         error_B = jnp.mean(jnp.square(velocity - target), axis=(1, 2, 3, 4))
         return jnp.mean(error_B), _by_sigma(error_B, batch.sigma)
 
     return loss_fn
+
+
+def guided_target(
+    captioned: jax.Array, plain: jax.Array, rival: jax.Array, stage: DistillStageConfig
+) -> jax.Array:
+    """The velocity to learn: away from no caption, and away from that of another shape."""
+    guided = plain + stage.guidance * (captioned - plain)
+    return guided + stage.contrast * (captioned - rival)
 
 
 def noisy_batch(key: jax.Array, data: FlowData, stage: FlowStageConfig) -> NoisyBatch:

@@ -62,9 +62,9 @@ def finish(process: subprocess.Popen, workdir: pathlib.Path) -> None:
 
 
 def rows(workdir: pathlib.Path) -> list[dict]:
-    """The rows of metrics.jsonl without the seconds."""
+    """The rows of metrics.jsonl without the seconds; one that is being written is none yet."""
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    *lines, _unfinished = path.read_text().split("\n") if path.exists() else [""]
     return [
         {k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines
     ]
