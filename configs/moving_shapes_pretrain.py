@@ -73,6 +73,7 @@ def get_config() -> ConfigDict:
             "ema_decay": 0.995,
             "guidance": 2.0,
             "contrast": 1.0,
+            "first_frame_weight": 2.0,
         }
     )
     config.sharpen = ConfigDict(

@@ -103,16 +103,22 @@ class LatentsStageConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowStageConfig(StageConfig):
-    """Flow matching: sigma = shifted sigmoid of a normal variable, captions dropped at random."""
+    """Flow matching: sigma = shifted sigmoid of a normal variable, captions dropped at random.
+
+    `first_frame_weight`: how much the first latent frame, which stands for one frame of the video
+    alone, counts in the loss beside each of the others.
+    """
 
     shift: float = 3.0
     sigma_mean: float = 0.0
     sigma_std: float = 1.0
     caption_drop: float = 0.1
+    first_frame_weight: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
-        _require(self.shift > 0, self, "shift", "a number above 0")
+        for name in ("shift", "first_frame_weight"):
+            _require(getattr(self, name) > 0, self, name, "a number above 0")
         _require(self.sigma_std > 0, self, "sigma_std", "a number above 0")
         _require(0 <= self.caption_drop < 1, self, "caption_drop", "0 <= value < 1")
 

@@ -141,14 +141,14 @@ def flow_loss_fn(model: hunyuan_video.HunyuanVideoConfig, stage: FlowStageConfig
         data = FlowData(*inputs)
         batch = noisy_batch(key, data, stage)
         velocity = _velocity(params, batch.noisy, batch.sigma, batch.row, data, model)
-        error_B = jnp.mean(jnp.square(velocity - batch.target), axis=(1, 2, 3, 4))
+        error_B = weighted_error(velocity - batch.target, stage.first_frame_weight)
         return jnp.mean(error_B), _by_sigma(error_B, batch.sigma)
 
     return loss_fn
 
 
 def distill_loss_fn(model: hunyuan_video.HunyuanVideoConfig, stage: DistillStageConfig) -> LossFn:
-    """loss(params, key, step, teacher, *FlowData): mean |v - (u + guidance·(c - u) + contrast·(c - r))|².
+    """loss(params, key, step, teacher, *FlowData): mean |v - guided_target(c, u, r)|².
 
     c, u and r are the teacher's velocities with the caption, with the empty prompt and with the
     caption of another shape (one of two at random, so that what is learned is their mean); where
@@ -166,7 +166,7 @@ def distill_loss_fn(model: hunyuan_video.HunyuanVideoConfig, stage: DistillStage
         velocities = jnp.split(_velocity(teacher, *thrice, rows, data, model), 3)
         target = jax.lax.stop_gradient(guided_target(*velocities, stage))
         velocity = _velocity(params, batch.noisy, batch.sigma, batch.row, data, model)
-        error_B = jnp.mean(jnp.square(velocity - target), axis=(1, 2, 3, 4))
+        error_B = weighted_error(velocity - target, stage.first_frame_weight)
         return jnp.mean(error_B), _by_sigma(error_B, batch.sigma)
 
     return loss_fn
@@ -175,7 +175,7 @@ def distill_loss_fn(model: hunyuan_video.HunyuanVideoConfig, stage: DistillStage
 def guided_target(
     captioned: jax.Array, plain: jax.Array, rival: jax.Array, stage: DistillStageConfig
 ) -> jax.Array:
-    """The velocity to learn: away from no caption, and away from that of another shape."""
+    """u + guidance·(c - u) + contrast·(c - r): away from no caption, and from another shape's."""
     guided = plain + stage.guidance * (captioned - plain)
     return guided + stage.contrast * (captioned - rival)
 
@@ -191,6 +191,14 @@ def noisy_batch(key: jax.Array, data: FlowData, stage: FlowStageConfig) -> Noisy
     dropped = jax.random.bernoulli(keys[3], stage.caption_drop, (stage.batch_size,))
     row = jnp.where(dropped, len(data.text) - 1, data.caption[clip])
     return NoisyBatch(noisy, sigma, noise - clean, row)
+
+
+def weighted_error(difference: jax.Array, first_frame_weight: float) -> jax.Array:
+    """Mean square f32[B] of f32[B, T, H, W, C], the first latent frame weighted; weights mean 1."""
+    frames = difference.shape[1]
+    weight_T = jnp.ones(frames).at[0].set(first_frame_weight)
+    error_BxT = jnp.mean(jnp.square(difference), axis=(2, 3, 4))
+    return jnp.mean(error_BxT * weight_T / jnp.mean(weight_T), axis=1)
 
 
 def _velocity(

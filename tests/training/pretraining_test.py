@@ -14,6 +14,7 @@ from scipy import special
 
 from sage_grpo_jax import weights
 from sage_grpo_jax.data import moving_shapes, word_embeddings
+from sage_grpo_jax.data import moving_shapes_spec as spec
 from sage_grpo_jax.models import hunyuan_video, vae
 from sage_grpo_jax.training import (
     pretraining,
@@ -42,6 +43,7 @@ FLOW_STAGE = {
     "log_every": 1,
     "checkpoint_every": 10,
 }
+DISTILL = {"guidance": 3.0, "contrast": 0.5, "caption_drop": 0.4, "first_frame_weight": 4.0}
 TINY_VAE = {
     "latent_channels": 4,
     "block_out_channels": (8, 8, 8, 8),
@@ -78,7 +80,7 @@ def tiny_config() -> pretraining_config.PretrainConfig:
             "decoder": VAE_STAGE,
             "latents": {"num_clips": 8, "batch_size": 4},
             "flow": FLOW_STAGE,
-            "distill": {**FLOW_STAGE, "guidance": 3.0},
+            "distill": {**FLOW_STAGE, **DISTILL},
             "sharpen": {**VAE_STAGE, "max_sigma": 0.4},
             "report": {"sampling_steps": [2], "num_samples": 2, "sheet_rows": 2},
         }
@@ -169,11 +171,16 @@ def _flow_batch(finished):
 
 
 def test_distillation_aims_at_the_guided_velocity(finished):
-    """At the teacher itself the loss is (guidance - 1)² |c - u|², with dropped captions at 0."""
+    """At the teacher itself the loss is |(guidance - 1)(c - u) + contrast (c - r)|².
+
+    r says one of the two other shapes, which one is drawn for each clip; dropped captions give 0.
+    The first of the five latent frames weighs four times as much as each of the others.
+    """
+    first_counts_four = np.array([4, 1, 1, 1, 1]) / 8
     config, teacher, data = _flow_batch(finished)
     key = jax.random.key(6)
     batch = pretraining_flow.noisy_batch(key, data, config.distill)
-    empty = len(data.text) - 1
+    texts = [*moving_shapes.train_captions(), ""]
 
     def velocity(rows):
         condition = hunyuan_video.Condition(text=data.text[rows], text_mask=data.mask[rows])
@@ -183,17 +190,56 @@ def test_distillation_aims_at_the_guided_velocity(finished):
             np.float64,
         )
 
-    captioned, plain = velocity(batch.row), velocity(np.full(len(batch.row), empty))
-    assert (np.asarray(batch.row) != empty).any()
-    expected = (3.0 - 1.0) ** 2 * np.mean((captioned - plain) ** 2)
+    def with_shape(text, k):
+        for shape in spec.SHAPES:
+            others = [other for other in spec.SHAPES if other != shape]
+            if f" {shape} " in text:
+                other, spare = (text.replace(shape, others[i]) for i in (k, 1 - k))
+                return other if other in texts else spare
+        return text
+
+    rows = np.asarray(batch.row)
+    assert (rows == len(texts) - 1).any()
+    assert (rows != len(texts) - 1).any()
+    captioned, plain = velocity(rows), velocity(np.full(len(rows), len(texts) - 1))
+    errors = []
+    for k in range(2):
+        rival = velocity(np.array([texts.index(with_shape(texts[row], k)) for row in rows]))
+        target = plain + 3.0 * (captioned - plain) + 0.5 * (captioned - rival)
+        errors.append(np.mean((captioned - target) ** 2, axis=(2, 3, 4)) @ first_counts_four)
+    losses_of_draws = [
+        np.mean([errors[k][i] for i, k in enumerate(draw)])
+        for draw in itertools.product(range(2), repeat=len(rows))
+    ]
+
     loss_fn = pretraining_flow.distill_loss_fn(config.transformer, config.distill)
     found, _ = loss_fn(teacher, key, jnp.zeros((), jnp.int32), teacher, *data)
-    assert expected > 0
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    nearest = losses_of_draws[np.argmin(np.abs(np.array(losses_of_draws) - found))]
+    np.testing.assert_allclose(found, nearest, rtol=1e-4)
+    # The draws differ by more than that, and by far from what no contrast would give.
+    without_contrast = np.mean((2.0 * (captioned - plain)) ** 2, axis=(2, 3, 4))
+    assert abs(min(losses_of_draws) / np.mean(without_contrast @ first_counts_four) - 1) > 0.01
     # Training came nearer to what guidance makes of the teacher.
     steps, student = pretraining.load_transformer(finished)
     assert steps == {"flow_step": STEPS, "distill_step": STEPS}
     assert loss_fn(student, key, jnp.zeros((), jnp.int32), teacher, *data)[0] < found
+
+
+def test_rivals_say_another_shape_and_are_training_captions():
+    texts = [*moving_shapes.train_captions(), ""]
+    rivals = pretraining_flow.rival_rows(texts)
+    assert rivals[-1].tolist() == [len(texts) - 1] * 2
+    counts = []
+    for text, pair in zip(texts[:-1], rivals[:-1], strict=True):
+        words = text.split()
+        changed = []
+        for other in (texts[row].split() for row in pair):
+            differing = [(a, b) for a, b in zip(words, other, strict=True) if a != b]
+            assert len(differing) == 1
+            assert set(differing[0]) < set(spec.SHAPES)
+            changed.append(differing[0][1])
+        counts.append(len(set(changed)))
+    assert set(counts) == {1, 2}
 
 
 def test_sharpening_decodes_what_the_transformer_denoises(finished, monkeypatch):
