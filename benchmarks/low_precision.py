@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sage_grpo_jax.config import schema
 from sage_grpo_jax.grpo import advantage
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.rewards.backends import moving_shapes
-from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import ratio, setup
 from sage_grpo_jax.training import update as update_lib
@@ -43,7 +43,7 @@ class Side:
         spec.loader.exec_module(module)
         values = module.get_config()
         values.update_from_flattened_dict(overrides)
-        self.config = config_lib.from_config_dict(values)
+        self.config = schema.from_config_dict(values)
         networks = setup.read_networks(self.config.model)
         with tempfile.TemporaryDirectory() as folder:
             prompts = setup.open_prompts(self.config, pathlib.Path(folder), networks)

@@ -17,11 +17,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from sage_grpo_jax.data import moving_shapes, shape_recognition
+from sage_grpo_jax.config import schema
 from sage_grpo_jax.parallel import mesh as mesh_lib
+from sage_grpo_jax.pretraining import report as pretraining_report
 from sage_grpo_jax.rewards.backends import moving_shapes as backend
-from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import pretraining_report, setup
+from sage_grpo_jax.training import setup
+from sage_grpo_jax.worlds.moving_shapes import recognition as shape_recognition
+from sage_grpo_jax.worlds.moving_shapes import world as moving_shapes
 
 COUNT, STEPS, SEED = 144, 20, 1
 
@@ -29,7 +31,7 @@ COUNT, STEPS, SEED = 144, 20, 1
 def clips(run: pathlib.Path) -> tuple[dict[str, np.ndarray], list[str]]:
     """uint8 clips by what made them, and the captions of each set."""
     values = json.loads((run / "config.json").read_text())
-    config = config_lib.from_config_dict(ml_collections.ConfigDict(values))
+    config = schema.from_config_dict(ml_collections.ConfigDict(values))
     networks = setup.read_networks(config.model)
     mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     captions = pretraining_report.spread(moving_shapes.split_captions("test"), COUNT)

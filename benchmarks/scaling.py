@@ -14,9 +14,10 @@ import pathlib
 import jax
 import ml_collections
 
+from sage_grpo_jax.config import schema
+from sage_grpo_jax.experiments import sweeps
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import setup, sweeps
+from sage_grpo_jax.training import setup
 
 RECIPE = pathlib.Path(__file__).parents[1] / "configs" / "hunyuan_video_15.py"
 DEVICES = (4, 8, 16, 32, 64, 128)
@@ -29,7 +30,7 @@ ROWS = {
 }
 
 
-def bytes_per_device(config: config_lib.Config, devices: int) -> int:
+def bytes_per_device(config: schema.Config, devices: int) -> int:
     """Of parameters, gradients, optimizer, trust region, and the frozen base with adapters."""
     mesh = jax.sharding.AbstractMesh((1, devices, 1), mesh_lib.AXES)
     networks = setup.describe_networks(config.model)
@@ -49,7 +50,7 @@ def main() -> None:
     for name, overrides in ROWS.items():
         config: ml_collections.ConfigDict = sweeps.load_module(RECIPE).get_config()
         config.update_from_flattened_dict(overrides)
-        validated = config_lib.from_config_dict(config)
+        validated = schema.from_config_dict(config)
         sizes = [bytes_per_device(validated, n) / 1e9 for n in DEVICES]
         print(f"| {name} | " + " | ".join(f"{size:.1f}" for size in sizes) + " |")
 

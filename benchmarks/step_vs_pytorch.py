@@ -33,13 +33,13 @@ import numpy as np
 import torch
 from safetensors import torch as safetensors_torch
 
+from sage_grpo_jax.config import plan as plan_lib
+from sage_grpo_jax.config import schema
 from sage_grpo_jax.flow import noise, sde
 from sage_grpo_jax.parallel import cpu_devices, sharding
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import ratio as ratio_lib
-from sage_grpo_jax.training import recipe as recipe_lib
 from sage_grpo_jax.training import setup
 from sage_grpo_jax.training import update as update_lib
 
@@ -49,7 +49,7 @@ TOLERANCES = {"latents": 2e-3, "loss": 1e-3, "gradient norm": 1e-3}
 NO_LIMITS = ratio_lib.Tolerances(np.float32(np.inf), np.float32(np.inf))
 
 
-def make_config(args: argparse.Namespace, overrides: dict[str, Any]) -> config_lib.Config:
+def make_config(args: argparse.Namespace, overrides: dict[str, Any]) -> schema.Config:
     """The quick start's recipe at the sizes of the command line."""
     spec = importlib.util.spec_from_file_location("quick_start", RECIPE)
     module = importlib.util.module_from_spec(spec)
@@ -64,13 +64,13 @@ def make_config(args: argparse.Namespace, overrides: dict[str, Any]) -> config_l
     )
     values.loss.micro_batch = args.micro_batch
     values.update_from_flattened_dict(overrides)
-    return config_lib.from_config_dict(values)
+    return schema.from_config_dict(values)
 
 
 class Ours:
     """Rollout and update of one batch, by the trainer's own programs."""
 
-    def __init__(self, config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
+    def __init__(self, config: schema.Config, mesh: jax.sharding.Mesh) -> None:
         networks = setup.read_networks(config.model)
         self.config, self.networks, self.mesh = config, networks, mesh
         with tempfile.TemporaryDirectory() as folder:
@@ -331,7 +331,7 @@ def describe(args: argparse.Namespace) -> None:
 def open_mesh(args: argparse.Namespace) -> jax.sharding.Mesh:
     """The devices of the trainer; to be called before any other use of JAX."""
     config = make_config(args, {})
-    cpu_devices.divide((args.devices, 1, 1), lambda n: recipe_lib.fits(config, n))
+    cpu_devices.divide((args.devices, 1, 1), lambda n: plan_lib.fits(config, n))
     describe(args)
     return mesh_lib.make_mesh(args.devices, 1, 1)
 

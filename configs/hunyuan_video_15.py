@@ -14,8 +14,7 @@ Weights: docs/weights.md. Prompts: docs/embeddings.md. Every field can be overri
 
 import ml_collections
 
-from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import methods
+from sage_grpo_jax.config import methods, schema
 
 # Released variant -> (guidance, shift, sampling steps), as its authors recommend.
 VARIANTS = {
@@ -41,7 +40,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         raise ValueError(f"variant: got {variant!r}; allowed: {', '.join(VARIANTS)}")
     guidance, shift, sampling_steps = VARIANTS[variant]
 
-    config = config_lib.default_config()
+    config = schema.default_config()
     config.name = f"hunyuan_video_15_{variant}"
     config.num_steps = 300
 

@@ -8,13 +8,12 @@ HunyuanVideo-1.5 at a small width, pretrained by configs/moving_shapes_pretrain.
 
 import ml_collections
 
-from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import methods
+from sage_grpo_jax.config import methods, schema
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The recipe of the quick start."""
-    config = config_lib.default_config()
+    config = schema.default_config()
     config.name = "moving_shapes"
     config.num_steps = 90
 

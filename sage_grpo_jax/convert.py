@@ -15,7 +15,8 @@ import sys
 import jax
 from absl import flags, logging
 
-from sage_grpo_jax.training import checkpoint, command_line, setup
+from sage_grpo_jax.common import command_line
+from sage_grpo_jax.training import checkpoint, setup
 from sage_grpo_jax.weights import conversion, orbax_io
 
 _SRC = flags.DEFINE_string("src", None, "Folder or file to read.", required=True)

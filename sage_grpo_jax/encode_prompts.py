@@ -13,7 +13,7 @@ import os
 
 from absl import flags
 
-from sage_grpo_jax.training import command_line
+from sage_grpo_jax.common import command_line
 
 _PROMPTS = flags.DEFINE_string("prompts", None, ".txt, .csv or .jsonl file.", required=True)
 _TEXT_ENCODER = flags.DEFINE_string(

@@ -16,11 +16,11 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from sage_grpo_jax.common import folders
+from sage_grpo_jax.common import command_line, folders
+from sage_grpo_jax.config import devices, schema
 from sage_grpo_jax.rewards import types as reward_types
 from sage_grpo_jax.training import (
     checkpoint,
-    command_line,
     evaluation,
     input_checks,
     loop,
@@ -28,7 +28,6 @@ from sage_grpo_jax.training import (
     scoring,
     setup,
 )
-from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import workdir as workdir_lib
 
@@ -50,7 +49,7 @@ _NAMES = (
 
 
 def evaluate(
-    config: config_lib.Config,
+    config: schema.Config,
     source: str | None,
     out: pathlib.Path,
     split: str = "eval",
@@ -106,8 +105,8 @@ def _restore(source: str, abstract: Any, ema: bool) -> Any:
 
 def main() -> None:
     """Prints the metrics as JSON."""
-    config = config_lib.from_config_dict(_CONFIG.value)
-    command_line.start_jax(config)
+    config = schema.from_config_dict(_CONFIG.value)
+    devices.start(config)
     out = pathlib.Path(_OUT.value)
     found = evaluate(config, _CHECKPOINT.value, out, _SPLIT.value, _EMA.value)
     print(json.dumps(found, indent=2))

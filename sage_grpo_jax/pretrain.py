@@ -13,8 +13,9 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
-from sage_grpo_jax.common import files
-from sage_grpo_jax.training import command_line, pretraining, pretraining_config
+from sage_grpo_jax.common import command_line, files
+from sage_grpo_jax.pretraining import run as pretraining
+from sage_grpo_jax.pretraining import settings as pretraining_config
 from sage_grpo_jax.training import workdir as workdir_lib
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe.", lock_config=True)

@@ -12,8 +12,8 @@ import pathlib
 
 from absl import flags
 
-from sage_grpo_jax.common import files, folders
-from sage_grpo_jax.training import command_line, run_report, sweep_report, sweeps
+from sage_grpo_jax.common import command_line, files, folders
+from sage_grpo_jax.experiments import run_report, sweep_report, sweeps
 from sage_grpo_jax.training import workdir as workdir_lib
 
 _RUNS = flags.DEFINE_list("runs", None, "Workdirs of finished runs.", required=True)

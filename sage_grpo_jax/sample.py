@@ -12,11 +12,12 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from sage_grpo_jax.common import command_line
+from sage_grpo_jax.config import schema
 from sage_grpo_jax.parallel import hosts
-from sage_grpo_jax.sampling import policy, run
+from sage_grpo_jax.policy import loading as policy
+from sage_grpo_jax.sampling import run
 from sage_grpo_jax.sampling import settings as settings_lib
-from sage_grpo_jax.training import command_line
-from sage_grpo_jax.training import config as config_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="Recipe, with an argument behind a colon.", lock_config=True
@@ -59,7 +60,7 @@ _SETTINGS = {
 
 def main() -> None:
     """Samples, and says how many clips were made."""
-    config = config_lib.from_config_dict(_CONFIG.value)
+    config = schema.from_config_dict(_CONFIG.value)
     request = run.Request(
         source=policy.Source(_WEIGHTS.value, _CHECKPOINT.value, _ADAPTERS.value, _EMA.value),
         prompts=_PROMPTS.value,

@@ -16,11 +16,11 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
+from sage_grpo_jax.common import command_line
+from sage_grpo_jax.config import plan as plan_lib
+from sage_grpo_jax.config import schema, step_plan
 from sage_grpo_jax.flow import excess, windows
 from sage_grpo_jax.grpo import equalizer
-from sage_grpo_jax.training import command_line, step_plan
-from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import recipe as recipe_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="Recipe, with an argument behind a colon.", lock_config=True
@@ -29,7 +29,7 @@ flags.mark_flag_as_required(_CONFIG)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 
 
-def describe(config: config_lib.Config) -> dict[str, object]:
+def describe(config: schema.Config) -> dict[str, object]:
     """Everything that is printed, by name; lists have one entry a step.
 
     With a window at a random or moving place, `injected_std`, `excess` and `share` are those of the
@@ -42,7 +42,7 @@ def describe(config: config_lib.Config) -> dict[str, object]:
     """
     rollout, plan = config.rollout, step_plan.plan_steps(config)
     sigmas = np.asarray(plan.schedule.sigmas, np.float64)
-    weights = recipe_lib.step_weights(config, plan)
+    weights = plan_lib.step_weights(config, plan)
     arguments = (rollout.sde, plan.schedule, rollout.eta)
     scale = equalizer.gradient_scale(*arguments, log_prob=config.loss.log_prob, clamp=rollout.clamp)
     masks, shares = windows.places(plan.counted, rollout.window, plan.window, rollout.window_motion)
@@ -110,7 +110,7 @@ def table(values: dict[str, object]) -> str:
 def main() -> None:
     """Prints the description."""
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with a run
-    values = describe(config_lib.from_config_dict(_CONFIG.value))
+    values = describe(schema.from_config_dict(_CONFIG.value))
     print(json.dumps(values, indent=2) if _JSON.value else table(values))
 
 

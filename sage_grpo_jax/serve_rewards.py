@@ -16,9 +16,9 @@ import threading
 
 from absl import flags
 
+from sage_grpo_jax.common import command_line
 from sage_grpo_jax.rewards import backends, spawn, types
 from sage_grpo_jax.rewards.server import RewardServer
-from sage_grpo_jax.training import command_line
 
 _BACKEND = flags.DEFINE_string(
     "backend",

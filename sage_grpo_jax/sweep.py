@@ -18,8 +18,8 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from sage_grpo_jax.common import progress
-from sage_grpo_jax.training import command_line, sweeps
+from sage_grpo_jax.common import command_line, progress
+from sage_grpo_jax.experiments import sweeps
 from sage_grpo_jax.training import workdir as workdir_lib
 
 _CONFIG = config_flags.DEFINE_config_file(

@@ -11,9 +11,10 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
+from sage_grpo_jax.common import command_line
+from sage_grpo_jax.config import devices, schema
 from sage_grpo_jax.rewards import types as reward_types
-from sage_grpo_jax.training import command_line, learner, loop, metrics
-from sage_grpo_jax.training import config as config_lib
+from sage_grpo_jax.training import learner, loop, metrics
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="Recipe, with an argument behind a colon.", lock_config=True
@@ -34,8 +35,8 @@ STOPPED = (
 
 def main() -> None:
     """Validates and trains."""
-    config = config_lib.from_config_dict(_CONFIG.value)
-    command_line.start_jax(config)
+    config = schema.from_config_dict(_CONFIG.value)
+    devices.start(config)
     metrics.log_versions()
     summary = loop.train(config, pathlib.Path(_WORKDIR.value))
     if summary is not None:

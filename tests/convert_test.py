@@ -16,10 +16,11 @@ import pytest
 from absl.testing import flagsaver
 
 from sage_grpo_jax import convert, weights
+from sage_grpo_jax.common import command_line
 from sage_grpo_jax.models import hunyuan_video, lora
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.models.lora import LoraConfig
-from sage_grpo_jax.training import checkpoint, command_line, state
+from sage_grpo_jax.training import checkpoint, state
 from sage_grpo_jax.weights import writing
 
 CONFIG = HunyuanVideoConfig(

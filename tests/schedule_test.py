@@ -8,9 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+from sage_grpo_jax.config import schema, step_plan
 from sage_grpo_jax.flow import excess, injected_noise, schedules, sde
-from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import step_plan
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -42,16 +41,16 @@ def test_the_equalizer_gives_every_trained_step_the_same_share(full_size):
     assert full_size["trained_steps"] == 19
 
 
-def recipe(**rollout) -> config_lib.Config:
-    config = config_lib.default_config()
+def recipe(**rollout) -> schema.Config:
+    config = schema.default_config()
     config.rollout.update(num_steps=10, shift=3.0)
     kind, eta = rollout.pop("match", ("", 0.0))
     config.rollout.eta_match.update(kind=kind, eta=eta)
     config.rollout.update(rollout)
-    return config_lib.from_config_dict(config)
+    return schema.from_config_dict(config)
 
 
-def injected_variance(config: config_lib.Config) -> float:
+def injected_variance(config: schema.Config) -> float:
     """Over every place of the window, with all steps in it where the recipe trains them."""
     plan, rollout = step_plan.plan_steps(config), config.rollout
     sigmas = np.asarray(plan.schedule.sigmas, np.float64)

@@ -8,7 +8,7 @@ On the moving shapes, 45 runs of about 5 minutes on two CPU cores. A smaller one
 
 import pathlib
 
-from sage_grpo_jax.training import sweeps
+from sage_grpo_jax.experiments import sweeps
 
 _BASE = sweeps.load_module(pathlib.Path(__file__).parent.parent / "moving_shapes.py")
 

@@ -6,7 +6,7 @@ the trust region, two seeds, 12 steps.
 
 import pathlib
 
-from sage_grpo_jax.training import sweeps
+from sage_grpo_jax.experiments import sweeps
 
 _BASE = sweeps.load_module(pathlib.Path(__file__).parent.parent / "moving_shapes.py")
 

@@ -9,7 +9,7 @@ in all of them. 54 runs of about 5 minutes on two CPU cores.
 
 import pathlib
 
-from sage_grpo_jax.training import sweeps
+from sage_grpo_jax.experiments import sweeps
 
 _BASE = sweeps.load_module(pathlib.Path(__file__).parent.parent / "moving_shapes.py")
 

@@ -19,16 +19,18 @@ from jax.experimental import multihost_utils
 
 from sage_grpo_jax.common import folders
 from sage_grpo_jax.common import progress as progress_lib
-from sage_grpo_jax.data import captions, embedding_cache, media
-from sage_grpo_jax.data import moving_shapes_spec as spec
+from sage_grpo_jax.config import schema
+from sage_grpo_jax.data import embedding_cache, media
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.parallel import sharding
-from sage_grpo_jax.sampling import outputs, policy
+from sage_grpo_jax.policy import conditions
+from sage_grpo_jax.policy import loading as policy
+from sage_grpo_jax.policy.sampler import Numerics, Sampler, key_data
+from sage_grpo_jax.sampling import outputs
 from sage_grpo_jax.sampling import settings as settings_lib
-from sage_grpo_jax.sampling.sampler import Numerics, Sampler, key_data
-from sage_grpo_jax.training import conditions, setup
-from sage_grpo_jax.training import config as config_lib
+from sage_grpo_jax.training import setup
 from sage_grpo_jax.training import workdir as workdir_lib
+from sage_grpo_jax.worlds.moving_shapes import captions, spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Request:
 
 
 def sample(
-    config: config_lib.Config, request: Request, devices: Sequence[jax.Device] | None = None
+    config: schema.Config, request: Request, devices: Sequence[jax.Device] | None = None
 ) -> int:
     """Makes all clips that are not there yet; returns how many were made.
 
@@ -185,13 +187,13 @@ class _Batches:
         return next(conditions.batches(iter([padded])))
 
 
-def _with_clip(config: config_lib.Config, settings: settings_lib.Settings) -> config_lib.Config:
+def _with_clip(config: schema.Config, settings: settings_lib.Settings) -> schema.Config:
     """The recipe with the clip of the settings, which a cache of images has to fit."""
     clip = {name: getattr(settings, name) for name in ("frames", "height", "width", "fps")}
     return dataclasses.replace(config, video=dataclasses.replace(config.video, **clip))
 
 
-def _read_networks(config: config_lib.Config, source: policy.Source) -> setup.Networks:
+def _read_networks(config: schema.Config, source: policy.Source) -> setup.Networks:
     try:
         return setup.read_networks(config.model)
     except ValueError as error:
@@ -200,9 +202,7 @@ def _read_networks(config: config_lib.Config, source: policy.Source) -> setup.Ne
         raise ValueError(str(error).replace("config.model.transformer", flag)) from error
 
 
-def _make_mesh(
-    config: config_lib.Config, devices: Sequence[jax.Device] | None
-) -> jax.sharding.Mesh:
+def _make_mesh(config: schema.Config, devices: Sequence[jax.Device] | None) -> jax.sharding.Mesh:
     try:
         return mesh_lib.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     except ValueError as error:
@@ -210,7 +210,7 @@ def _make_mesh(
 
 
 def _open_prompts(
-    config: config_lib.Config, request: Request, networks: setup.Networks
+    config: schema.Config, request: Request, networks: setup.Networks
 ) -> embedding_cache.EmbeddingCache:
     """The cache that --prompts names, or the word embeddings of its prompts."""
     source = request.prompts
@@ -225,7 +225,7 @@ def _open_prompts(
         raise ValueError(str(error).replace("config.data.eval_prompts", "--prompts")) from error
 
 
-def _note_incomplete(config: config_lib.Config, request: Request, texts: Sequence[str]) -> None:
+def _note_incomplete(config: schema.Config, request: Request, texts: Sequence[str]) -> None:
     """Says which prompts are less than the captions that the small model was trained on."""
     if config.data.text_encoder != "words" or jax.process_index():
         return
@@ -246,14 +246,14 @@ def _check_batch_size(size: int | None, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def _default_batch_size(count: int, config: config_lib.Config, mesh: jax.sharding.Mesh) -> int:
+def _default_batch_size(count: int, config: schema.Config, mesh: jax.sharding.Mesh) -> int:
     """What is decoded at a time, but not more than there is to do; a multiple of the shards."""
     shards = mesh_lib.batch_shards(mesh)
     wanted = min(count, max(config.rollout.decode_batch, shards))
     return -(-wanted // shards) * shards
 
 
-def _decode_batch(size: int, config: config_lib.Config, mesh: jax.sharding.Mesh) -> int:
+def _decode_batch(size: int, config: schema.Config, mesh: jax.sharding.Mesh) -> int:
     """The largest part of a batch that divides it, divides over the mesh and is not too large."""
     shards = mesh_lib.batch_shards(mesh)
     per_shard = size // shards

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from sage_grpo_jax.config import schema
 from sage_grpo_jax.flow import schedules, sde
 from sage_grpo_jax.models import vae_tiling
 from sage_grpo_jax.models.vae import VaeConfig
-from sage_grpo_jax.training import config as config_lib
 
 FORMATS = ("mp4", "gif", "both")
 TILINGS = ("auto", "off", *vae_tiling.OVERLAPS)
@@ -78,7 +78,7 @@ class Settings:
         )
 
 
-def from_config(config: config_lib.Config, **given: Any) -> Settings:
+def from_config(config: schema.Config, **given: Any) -> Settings:
     """The recipe's settings of its evaluation, with those that are `given` and not None.
 
     Raises:

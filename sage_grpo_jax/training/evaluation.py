@@ -10,7 +10,7 @@ import numpy as np
 from sage_grpo_jax.common import files
 from sage_grpo_jax.data import media
 from sage_grpo_jax.flow import noise
-from sage_grpo_jax.training import conditions
+from sage_grpo_jax.policy import conditions
 from sage_grpo_jax.training import learner as learner_lib
 
 
@@ -126,11 +126,11 @@ def _world_metrics(config, videos: np.ndarray, captions: list[str]) -> dict[str,
     """What only the moving-shapes world knows of its clips."""
     found = {}
     if config.eval.manifold_distance:
-        from sage_grpo_jax.data import moving_shapes
+        from sage_grpo_jax.worlds.moving_shapes import world as moving_shapes
 
         found["manifold_distance"] = float(np.mean(moving_shapes.manifold_distance(videos)))
     if config.eval.shape_identity:
-        from sage_grpo_jax.data import shape_recognition
+        from sage_grpo_jax.worlds.moving_shapes import recognition as shape_recognition
 
         identity = shape_recognition.identity(videos, captions)
         found |= {f"shape/{name}": value for name, value in identity._asdict().items()}

@@ -9,24 +9,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sage_grpo_jax.config import plan as plan_lib
+from sage_grpo_jax.config import schema
 from sage_grpo_jax.models import attention
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.training import checkpoint, setup, starting_adapters
-from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import recipe as recipe_lib
+from sage_grpo_jax.policy import starting_adapters
+from sage_grpo_jax.training import checkpoint, setup
 from sage_grpo_jax.weights import store
 
 
-def check(config: config_lib.Config) -> tuple[setup.Networks, jax.sharding.Mesh]:
+def check(config: schema.Config) -> tuple[setup.Networks, jax.sharding.Mesh]:
     """All that can be checked before weights are loaded, but for the prompts.
 
     Raises:
       ValueError: naming the field: networks, clip, mesh, attention or weights that do not fit.
     """
     networks = setup.read_networks(config.model)
-    recipe_lib.make_recipe(config, networks.transformer, networks.vae)
+    plan_lib.make_recipe(config, networks.transformer, networks.vae)
     mesh = make_mesh(config)
-    recipe_lib.check_mesh(config, mesh)
+    plan_lib.check_mesh(config, mesh)
     _check_attention(networks, mesh)
     shapes = setup.abstract_params(networks.transformer)
     starting_adapters.check(config.lora, networks.transformer, shapes)
@@ -34,7 +35,7 @@ def check(config: config_lib.Config) -> tuple[setup.Networks, jax.sharding.Mesh]
     return networks, mesh
 
 
-def make_mesh(config: config_lib.Config) -> jax.sharding.Mesh:
+def make_mesh(config: schema.Config) -> jax.sharding.Mesh:
     """The mesh of a config.
 
     Raises:
@@ -57,7 +58,7 @@ def _check_attention(networks: setup.Networks, mesh: jax.sharding.Mesh) -> None:
 
 
 def open_prompts(
-    config: config_lib.Config, workdir: pathlib.Path, networks: setup.Networks
+    config: schema.Config, workdir: pathlib.Path, networks: setup.Networks
 ) -> setup.Prompts:
     """`setup.open_prompts` of a run.
 

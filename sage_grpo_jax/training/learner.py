@@ -11,18 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from sage_grpo_jax.checks import shadow
+from sage_grpo_jax.config import plan as plan_lib
+from sage_grpo_jax.config import step_plan
 from sage_grpo_jax.flow import noise
 from sage_grpo_jax.grpo import advantage
 from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.parallel import hosts, sharding
+from sage_grpo_jax.policy import conditions
+from sage_grpo_jax.policy.conditions import PromptBatch
 from sage_grpo_jax.rewards import types as reward_types
-from sage_grpo_jax.training import conditions, micro_losses, optimizers, shadow, step_plan
+from sage_grpo_jax.training import micro_losses, optimizers
 from sage_grpo_jax.training import programs as programs_lib
 from sage_grpo_jax.training import ratio as ratio_lib
-from sage_grpo_jax.training import recipe as recipe_lib
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training import update as update_lib
-from sage_grpo_jax.training.conditions import PromptBatch
 
 NumericsError = ratio_lib.NumericsError
 
@@ -202,7 +205,7 @@ class Learner:
           name: start of the request ids.
           timer: gets the phases `decode` and `reward`.
         """
-        size = recipe_lib.decode_batch(self.config, self._mesh)
+        size = plan_lib.decode_batch(self.config, self._mesh)
         count = latents.shape[0] // size
         pending: dict[int, futures.Future] = {}
         for piece in range(count):
@@ -224,7 +227,7 @@ class Learner:
 
     def decode(self, latents: jax.Array) -> np.ndarray:
         """All frames of a batch on every process; uint8 [B, F, H, W, 3]."""
-        size = recipe_lib.decode_batch(self.config, self._mesh)
+        size = plan_lib.decode_batch(self.config, self._mesh)
         count = latents.shape[0] // size
         pieces = [
             hosts.to_host(self.programs.decode(self._vae_params, latents, p, size=size))

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 from absl import logging
 
+from sage_grpo_jax.config import schema
 from sage_grpo_jax.parallel import hosts
 from sage_grpo_jax.training import checkpoint, evaluation, input_checks, metrics, setup
-from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import workdir as workdir_lib
 from sage_grpo_jax.training.scoring import open_scorer
@@ -65,7 +65,7 @@ class Interrupt:
             raise Interrupted
 
 
-def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any] | None:
+def train(config: schema.Config, workdir: pathlib.Path) -> dict[str, Any] | None:
     """Trains until `config.num_steps`, going on from the newest checkpoint in `workdir`.
 
     Args:
@@ -290,7 +290,7 @@ def skip_reason(values: dict[str, float]) -> str:
     return f"only {100 * values['reward/valid_fraction']:.0f} % of the samples had a reward"
 
 
-def summarise(rows: list[dict[str, Any]], config: config_lib.Config) -> dict[str, Any]:
+def summarise(rows: list[dict[str, Any]], config: schema.Config) -> dict[str, Any]:
     """First and last evaluation, seconds by phase, from the rows of metrics.jsonl."""
     seconds: dict[str, float] = {}
     for row in rows:

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sage_grpo_jax.config.plan import Recipe
 from sage_grpo_jax.flow import guidance, noise, schedules, sde
 from sage_grpo_jax.grpo import kl, loss, nft, trust_region
 from sage_grpo_jax.models import hunyuan_video
-from sage_grpo_jax.training import conditions
+from sage_grpo_jax.policy import conditions
 from sage_grpo_jax.training import ratio as ratio_lib
-from sage_grpo_jax.training.recipe import Recipe
 
 
 class MicroBatch(NamedTuple):

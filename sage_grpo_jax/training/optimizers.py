@@ -5,15 +5,15 @@ from typing import Any
 import optax
 from flax import traverse_util
 
+from sage_grpo_jax.config import schema
 from sage_grpo_jax.grpo import trust_region
-from sage_grpo_jax.training import config as config_lib
 
 # The scale of the official code's Muon: 0.2 · sqrt(max(in, out)), which makes the root mean square
 # of an update that of AdamW.
 _CONSISTENT_RMS = 0.2
 
 
-def make_optimizer(config: config_lib.Config) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: schema.Config) -> optax.GradientTransformationExtraArgs:
     """Global-norm clip, AdamW or Muon, trust region last (it sees the final update)."""
     return optax.chain(
         optax.clip_by_global_norm(config.optimizer.grad_clip),
@@ -22,7 +22,7 @@ def make_optimizer(config: config_lib.Config) -> optax.GradientTransformationExt
     )
 
 
-def learning_rate(config: config_lib.Config) -> optax.Schedule:
+def learning_rate(config: schema.Config) -> optax.Schedule:
     """The learning rate over applied updates: linear warm-up, then as `optimizer.schedule` says."""
     optimizer, peak = config.optimizer, config.learning_rate
     total = config.num_steps * config.loss.updates_per_rollout
@@ -41,7 +41,7 @@ def learning_rate(config: config_lib.Config) -> optax.Schedule:
     return optax.schedules.join_schedules([warmup, after], [optimizer.warmup_steps])
 
 
-def _adamw(config: config_lib.Config) -> optax.GradientTransformation:
+def _adamw(config: schema.Config) -> optax.GradientTransformation:
     optimizer = config.optimizer
     return optax.adamw(
         learning_rate(config),
@@ -52,7 +52,7 @@ def _adamw(config: config_lib.Config) -> optax.GradientTransformation:
     )
 
 
-def _muon(config: config_lib.Config) -> optax.GradientTransformation:
+def _muon(config: schema.Config) -> optax.GradientTransformation:
     optimizer = config.optimizer
     return optax.contrib.muon(
         learning_rate(config),

@@ -13,15 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sage_grpo_jax.config import step_plan
+from sage_grpo_jax.config.plan import Recipe
 from sage_grpo_jax.flow import noise, schedules
 from sage_grpo_jax.flow import rollout as rollout_lib
 from sage_grpo_jax.models import frames
 from sage_grpo_jax.parallel import sharding
-from sage_grpo_jax.training import micro_losses, step_plan
+from sage_grpo_jax.training import micro_losses
 from sage_grpo_jax.training import ratio as ratio_lib
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training import update as update_lib
-from sage_grpo_jax.training.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True)

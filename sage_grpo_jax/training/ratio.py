@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from sage_grpo_jax.config import schema
+from sage_grpo_jax.config.plan import Recipe
 from sage_grpo_jax.flow import rollout as rollout_lib
 from sage_grpo_jax.flow import sde
 from sage_grpo_jax.parallel import sharding
-from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training.recipe import Recipe
 
 # Of `loss.rollout_tolerance`, where it is 0. Measured: docs/precision.md.
 FULL_PRECISION_TOLERANCE = 1e-3
@@ -168,7 +168,7 @@ def abstract_old_means(recipe: Recipe, mesh: jax.sharding.Mesh) -> OldMeans | No
 # The gate, on the host
 
 
-def rollout_tolerance(config: config_lib.Config) -> float:
+def rollout_tolerance(config: schema.Config) -> float:
     """`loss.rollout_tolerance`, or what the precision of the model allows."""
     if config.loss.rollout_tolerance:
         return config.loss.rollout_tolerance
@@ -177,7 +177,7 @@ def rollout_tolerance(config: config_lib.Config) -> float:
     return FULL_PRECISION_TOLERANCE if full else LOW_PRECISION_TOLERANCE
 
 
-def tolerances(config: config_lib.Config) -> Tolerances:
+def tolerances(config: schema.Config) -> Tolerances:
     """The limits that the update program applies; infinite only where the config says `log`."""
     if config.loss.ratio_action == "log":
         return Tolerances(np.float32(np.inf), np.float32(np.inf))
@@ -186,7 +186,7 @@ def tolerances(config: config_lib.Config) -> Tolerances:
     )
 
 
-def check(config: config_lib.Config, values: Mapping[str, float]) -> None:
+def check(config: schema.Config, values: Mapping[str, float]) -> None:
     """Judges the first update of a rollout by its metrics, which the program did before.
 
     Raises:

@@ -8,20 +8,18 @@ from collections.abc import Iterator
 import jax
 from absl import logging
 
+from sage_grpo_jax.config import schema
 from sage_grpo_jax.rewards import client as client_lib
 from sage_grpo_jax.rewards import supervisor
 from sage_grpo_jax.rewards import types as reward_types
 from sage_grpo_jax.training import checkpoint
-from sage_grpo_jax.training import config as config_lib
 
 # How long a run that has not begun looks for its reward service: by then the address is wrong.
 FIRST_CONTACT_SECONDS = 120.0
 
 
 @contextlib.contextmanager
-def open_scorer(
-    config: config_lib.Config, workdir: pathlib.Path
-) -> Iterator[client_lib.RewardClient]:
+def open_scorer(config: schema.Config, workdir: pathlib.Path) -> Iterator[client_lib.RewardClient]:
     """A client of the reward service; starts the service when `rewards.spawn`.
 
     Raises:
@@ -53,7 +51,7 @@ def open_scorer(
         yield client
 
 
-def _own_server(rewards: config_lib.RewardsConfig, workdir: pathlib.Path) -> supervisor.KeptServer:
+def _own_server(rewards: schema.RewardsConfig, workdir: pathlib.Path) -> supervisor.KeptServer:
     log = workdir / f"rewards-{jax.process_index()}.log"
     try:
         return supervisor.KeptServer(rewards.backend, log, rewards.silence_seconds)
@@ -62,7 +60,7 @@ def _own_server(rewards: config_lib.RewardsConfig, workdir: pathlib.Path) -> sup
 
 
 def _first_contact(
-    client: client_lib.RewardClient, rewards: config_lib.RewardsConfig, begun: bool
+    client: client_lib.RewardClient, rewards: schema.RewardsConfig, begun: bool
 ) -> reward_types.RewardInfo:
     patience = rewards.budget_seconds
     if not begun:

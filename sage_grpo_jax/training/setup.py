@@ -13,25 +13,28 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from sage_grpo_jax import weights
-from sage_grpo_jax.data import captions, embedding_cache, moving_shapes_spec, word_embeddings
+from sage_grpo_jax.config import plan as plan_lib
+from sage_grpo_jax.config import schema
+from sage_grpo_jax.data import embedding_cache
 from sage_grpo_jax.data import prompts as prompts_lib
 from sage_grpo_jax.flow import noise
 from sage_grpo_jax.models import hunyuan_video, lora, vae
 from sage_grpo_jax.parallel import sharding
-from sage_grpo_jax.text_encoders import qwen
-from sage_grpo_jax.training import checkpoint as checkpoint_lib
-from sage_grpo_jax.training import conditions, optimizers, starting_adapters
-from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import programs as programs_lib
-from sage_grpo_jax.training import recipe as recipe_lib
-from sage_grpo_jax.training import state as state_lib
-from sage_grpo_jax.training.networks import (
+from sage_grpo_jax.policy import conditions, starting_adapters
+from sage_grpo_jax.policy.networks import (
     ASSET,
     Networks,
     describe_networks,
     read_networks,
     resolve_path,
 )
+from sage_grpo_jax.text_encoders import qwen
+from sage_grpo_jax.training import checkpoint as checkpoint_lib
+from sage_grpo_jax.training import optimizers
+from sage_grpo_jax.training import programs as programs_lib
+from sage_grpo_jax.training import state as state_lib
+from sage_grpo_jax.worlds.moving_shapes import captions, word_embeddings
+from sage_grpo_jax.worlds.moving_shapes import spec as moving_shapes_spec
 
 # The networks are reached from here.
 __all__ = ["ASSET", "Networks", "describe_networks", "read_networks", "resolve_path"]
@@ -68,19 +71,19 @@ def _abstract_transformer(networks: Networks, mesh: jax.sharding.Mesh, dtype: An
     )
 
 
-def _base_dtype(networks: Networks, config: config_lib.Config) -> Any:
+def _base_dtype(networks: Networks, config: schema.Config) -> Any:
     wanted = config.lora.base_dtype
     return jnp.dtype(networks.transformer.dtype if wanted == "auto" else wanted)
 
 
-def abstract_base(networks: Networks, config: config_lib.Config, mesh: jax.sharding.Mesh) -> Any:
+def abstract_base(networks: Networks, config: schema.Config, mesh: jax.sharding.Mesh) -> Any:
     """The frozen weights under the adapters as shapes with shardings; None without adapters."""
     if config.lora.adapters is None:
         return None
     return _abstract_transformer(networks, mesh, _base_dtype(networks, config))
 
 
-def load_base(networks: Networks, config: config_lib.Config, mesh: jax.sharding.Mesh) -> Any:
+def load_base(networks: Networks, config: schema.Config, mesh: jax.sharding.Mesh) -> Any:
     """The frozen weights under the adapters; None without adapters."""
     if config.lora.adapters is None:
         return None
@@ -88,7 +91,7 @@ def load_base(networks: Networks, config: config_lib.Config, mesh: jax.sharding.
 
 
 def make_abstract_state(
-    networks: Networks, config: config_lib.Config, mesh: jax.sharding.Mesh
+    networks: Networks, config: schema.Config, mesh: jax.sharding.Mesh
 ) -> state_lib.LearnerState:
     """The learner's state as shapes with shardings; with LoRA its parameters are the adapters."""
     shapes, adapters = abstract_params(networks.transformer), config.lora.adapters
@@ -101,7 +104,7 @@ def make_abstract_state(
 
 
 def fresh_state(
-    networks: Networks, config: config_lib.Config, mesh: jax.sharding.Mesh
+    networks: Networks, config: schema.Config, mesh: jax.sharding.Mesh
 ) -> state_lib.LearnerState:
     """The state at step 0: loaded weights or adapters, empty optimizer, trust region."""
     tx, averages = optimizers.make_optimizer(config), config.averages
@@ -124,7 +127,7 @@ def fresh_state(
 
 def load_policy(
     networks: Networks,
-    config: config_lib.Config,
+    config: schema.Config,
     mesh: jax.sharding.Mesh,
     checkpoint: str | pathlib.Path | None = None,
     ema: bool = False,
@@ -154,10 +157,10 @@ def load_policy(
 
 
 def build_programs(
-    networks: Networks, config: config_lib.Config, mesh: jax.sharding.Mesh
+    networks: Networks, config: schema.Config, mesh: jax.sharding.Mesh
 ) -> programs_lib.Programs:
     """The recipe's constants and its jitted programs."""
-    recipe = recipe_lib.make_recipe(config, networks.transformer, networks.vae)
+    recipe = plan_lib.make_recipe(config, networks.transformer, networks.vae)
     tx = optimizers.make_optimizer(config)
     state = make_abstract_state(networks, config, mesh)
     return programs_lib.build(recipe, tx, mesh, state, abstract_base(networks, config, mesh))
@@ -185,7 +188,7 @@ def read_prompts(source: str, field: str) -> list[prompts_lib.Prompt]:
 
 
 def open_cache(
-    config: config_lib.Config,
+    config: schema.Config,
     field: str,
     workdir: pathlib.Path,
     networks: Networks,
@@ -238,7 +241,7 @@ def open_cache(
 
 
 def _check_fits(
-    cache: embedding_cache.EmbeddingCache, config: config_lib.Config, networks: Networks
+    cache: embedding_cache.EmbeddingCache, config: schema.Config, networks: Networks
 ) -> None:
     transformer, ratio = networks.transformer, networks.vae.spatial_compression_ratio
     height, width = config.video.height // ratio, config.video.width // ratio
@@ -271,7 +274,7 @@ class Prompts:
         return conditions.batches(self.train)
 
 
-def open_prompts(config: config_lib.Config, workdir: pathlib.Path, networks: Networks) -> Prompts:
+def open_prompts(config: schema.Config, workdir: pathlib.Path, networks: Networks) -> Prompts:
     """Opens the training prompts (shuffled, repeated) and fixes those of the evaluation.
 
     Raises:
@@ -310,7 +313,7 @@ def open_prompts(config: config_lib.Config, workdir: pathlib.Path, networks: Net
 
 
 def _check_fixed(
-    config: config_lib.Config,
+    config: schema.Config,
     field: str,
     cache: embedding_cache.EmbeddingCache,
     count: int,
@@ -334,7 +337,7 @@ def _check_fixed(
 def _fixed_batch(
     cache: embedding_cache.EmbeddingCache,
     count: int,
-    settings: config_lib.EvalConfig,
+    settings: schema.EvalConfig,
     shapes: dict[str, int | None],
 ) -> conditions.PromptBatch:
     """`count` prompts, the same in every run, each `samples_per_prompt` times in a row."""
@@ -345,7 +348,7 @@ def _fixed_batch(
 
 
 def _static_shapes(
-    config: config_lib.Config, networks: Networks, *caches: embedding_cache.EmbeddingCache
+    config: schema.Config, networks: Networks, *caches: embedding_cache.EmbeddingCache
 ) -> dict[str, int | None]:
     """Lengths that hold the prompts of all caches: one compilation for training and evaluation."""
     length = config.data.max_text_tokens or embedding_cache.text_bucket(

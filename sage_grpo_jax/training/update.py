@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sage_grpo_jax.config import step_plan
+from sage_grpo_jax.config.plan import Recipe
 from sage_grpo_jax.grpo import averaging, loss, trust_region
 from sage_grpo_jax.models import hunyuan_video
-from sage_grpo_jax.training import micro_losses, step_plan
+from sage_grpo_jax.training import micro_losses
 from sage_grpo_jax.training import ratio as ratio_lib
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training.micro_losses import Frozen, LossInputs, MicroBatch
-from sage_grpo_jax.training.recipe import Recipe
 
 
 class UpdateBatch(NamedTuple):

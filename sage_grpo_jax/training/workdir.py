@@ -12,8 +12,8 @@ from typing import Any
 import jax
 
 from sage_grpo_jax.common import files, folders
+from sage_grpo_jax.config import schema
 from sage_grpo_jax.data import embedding_cache
-from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import metrics, setup
 
 CONFIG_FILE = "config.json"
@@ -50,7 +50,7 @@ OPERATIONAL = (
 )
 
 
-def claim(config: config_lib.Config, workdir: pathlib.Path) -> None:
+def claim(config: schema.Config, workdir: pathlib.Path) -> None:
     """Writes config.json into a `locked` folder, or checks that it belongs to the same run.
 
     A folder of ours in which no step was ever recorded may change its config: a mistake in the
@@ -66,7 +66,7 @@ def claim(config: config_lib.Config, workdir: pathlib.Path) -> None:
     with writable(workdir):
         _check_record(workdir)
         theirs = flatten(read_object(path)) if path.exists() and _has_begun(workdir) else mine
-    theirs = flatten(dataclasses.asdict(config_lib.Config())) | theirs
+    theirs = flatten(dataclasses.asdict(schema.Config())) | theirs
     differing = [
         f"{name} ({theirs.get(name)!r} there, {mine.get(name)!r} here)"
         for name in sorted(mine.keys() | theirs.keys())
@@ -85,7 +85,7 @@ def claim(config: config_lib.Config, workdir: pathlib.Path) -> None:
 
 
 def claim_encoder(
-    config: config_lib.Config, encoder: embedding_cache.Encoder, workdir: pathlib.Path
+    config: schema.Config, encoder: embedding_cache.Encoder, workdir: pathlib.Path
 ) -> None:
     """Writes encoder.json into a claimed folder, or checks that its run began with this encoder.
 
@@ -226,7 +226,7 @@ def _lock(descriptor: int) -> None:
             raise
 
 
-def finished(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any] | None:
+def finished(config: schema.Config, workdir: pathlib.Path) -> dict[str, Any] | None:
     """The summary of a run that has nothing left to do.
 
     Raises:
@@ -241,7 +241,7 @@ def finished(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]
     return summary if summary["steps"] >= config.num_steps else None
 
 
-def describe_policy(config: config_lib.Config, networks: Any, workdir: pathlib.Path) -> None:
+def describe_policy(config: schema.Config, networks: Any, workdir: pathlib.Path) -> None:
     """Writes transformer.json, and lora.json with adapters: all that `convert` needs to know."""
     if jax.process_index():
         return

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import small_policy
 
-from sage_grpo_jax.sampling import policy
-from sage_grpo_jax.training import checkpoint, evaluation, methods, setup
+from sage_grpo_jax.config import methods
+from sage_grpo_jax.policy import loading as policy
+from sage_grpo_jax.training import checkpoint, evaluation, setup
 from sage_grpo_jax.training import learner as learner_lib
 
 # The policy that samples lags behind from the second update on, so the two differ.

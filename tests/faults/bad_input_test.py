@@ -22,8 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_service import Script, scripted
 
+from sage_grpo_jax.config import schema
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import input_checks
 
 PROMPT_FILES = {
@@ -254,7 +254,7 @@ def _collect(values, prefix=""):
             FIELDS[f"{prefix}{name}"] = value
 
 
-_collect(config_lib.default_config().to_dict())
+_collect(schema.default_config().to_dict())
 VALUES = st.one_of(
     st.integers(-(2**1100), 2**1100),
     st.integers(-3, 20),
@@ -272,7 +272,7 @@ VALUES = st.one_of(
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.dictionaries(st.sampled_from(sorted(FIELDS)), VALUES, min_size=1, max_size=2))
 def test_any_config_is_taken_or_refused_with_field_and_value(changes):
-    values = config_lib.default_config().to_dict()
+    values = schema.default_config().to_dict()
     for path, value in changes.items():
         *groups, name = path.split(".")
         group = values
@@ -280,14 +280,14 @@ def test_any_config_is_taken_or_refused_with_field_and_value(changes):
             group = group[part]
         group[name] = value
     try:
-        config = config_lib.from_config_dict(ml_collections.ConfigDict(values))
+        config = schema.from_config_dict(ml_collections.ConfigDict(values))
     except ValueError as error:
         text = str(error)
         assert text.startswith("config."), text
         named = [p for p in changes if p.rpartition(".")[2] in text or p.rpartition(".")[0] in text]
         assert named, (text, changes)
     else:
-        assert isinstance(config, config_lib.Config)
+        assert isinstance(config, schema.Config)
         for path, value in changes.items():
             if path == "rollout.eta":
                 continue  # eta_match may have replaced it

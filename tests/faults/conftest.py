@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from tiny_recipe import LocalScorer
 
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import input_checks, loop, metrics, setup
@@ -25,12 +26,7 @@ def _load(name: str, path: pathlib.Path) -> Any:
     return module
 
 
-_fixtures = _load("training_fixtures", TESTS / "training" / "conftest.py")
 _load("scripted_service", TESTS / "rewards" / "scripted_service.py")
-tiny_networks = _fixtures.tiny_networks
-tiny_overrides = _fixtures.tiny_overrides
-make_config = _fixtures.make_config
-LocalScorer = _fixtures.LocalScorer
 
 # Compiled programs, by what they depend on.
 _PROGRAMS: dict[Any, Any] = {}

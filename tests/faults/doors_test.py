@@ -9,8 +9,8 @@ import pytest
 from entry_modules import import_entry
 from entry_process import ENTRIES, FULL, Result, run_all
 
-from sage_grpo_jax.common import folders
-from sage_grpo_jax.training import command_line, run_report
+from sage_grpo_jax.common import command_line, folders
+from sage_grpo_jax.experiments import run_report
 
 report = import_entry("report")
 

@@ -3,8 +3,8 @@
 import pytest
 from entry_modules import import_entry
 
-from sage_grpo_jax.data import moving_shapes_spec
 from sage_grpo_jax.training import loop, scoring
+from sage_grpo_jax.worlds.moving_shapes import spec as moving_shapes_spec
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import shutil
 import numpy as np
 import pytest
 
-from sage_grpo_jax.data import embedding_cache, moving_shapes_spec, prompts
+from sage_grpo_jax.data import embedding_cache, prompts
 from sage_grpo_jax.training import workdir
+from sage_grpo_jax.worlds.moving_shapes import spec as moving_shapes_spec
 
 
 def test_an_embedding_cache_of_another_encoder(refused, tmp_path):

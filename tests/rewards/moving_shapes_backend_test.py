@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from sage_grpo_jax.data import moving_shapes
-from sage_grpo_jax.data import moving_shapes_spec as spec
 from sage_grpo_jax.rewards.backends import moving_shapes as backend
+from sage_grpo_jax.worlds.moving_shapes import spec
+from sage_grpo_jax.worlds.moving_shapes import world as moving_shapes
 
 COUNT = 16
 BACKEND = backend.MovingShapesBackend()

@@ -14,7 +14,9 @@ from sage_grpo_jax.data import embedding_cache, media
 from sage_grpo_jax.data.prompts import Prompt
 from sage_grpo_jax.models import lora
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.sampling import policy, run, sampler
+from sage_grpo_jax.policy import loading as policy
+from sage_grpo_jax.policy import sampler
+from sage_grpo_jax.sampling import run
 from sage_grpo_jax.training import checkpoint, setup
 
 CAPTIONS = ("a red disk", "a blue square moves", "green")

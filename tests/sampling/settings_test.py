@@ -5,17 +5,17 @@ import dataclasses
 import numpy as np
 import pytest
 
+from sage_grpo_jax.config import schema
 from sage_grpo_jax.models.vae import VaeConfig
 from sage_grpo_jax.sampling import settings as settings_lib
-from sage_grpo_jax.training import config as config_lib
 
 
 def _settings(**given) -> settings_lib.Settings:
-    config = config_lib.default_config()
+    config = schema.default_config()
     config.eval.num_steps = 7
     config.rollout.update(shift=9.0, guidance=6.0, eta=0.3)
     config.video.update(frames=9, height=352, width=624, fps=24.0)
-    return settings_lib.from_config(config_lib.from_config_dict(config), **given)
+    return settings_lib.from_config(schema.from_config_dict(config), **given)
 
 
 def test_defaults_are_those_of_the_recipes_evaluation():
@@ -29,9 +29,9 @@ def test_defaults_are_those_of_the_recipes_evaluation():
     ("sampler", "clamp"), [("precise", 0.02), ("flow", 0.0), ("ode", 0.0), (None, 0.0)]
 )
 def test_the_clamp_of_the_recipe_belongs_to_its_sampler(sampler, clamp):
-    recipe = config_lib.default_config()
+    recipe = schema.default_config()
     recipe.rollout.clamp = 0.02
-    made = settings_lib.from_config(config_lib.from_config_dict(recipe), sampler=sampler, steps=20)
+    made = settings_lib.from_config(schema.from_config_dict(recipe), sampler=sampler, steps=20)
     assert made.clamp == clamp
     # The last step is clean; the first ends within 0.02 of pure noise.
     recipe_steps = {"precise": 18, "flow": 19, "ode": 0, None: 0}[sampler]

@@ -31,8 +31,8 @@ _HEAVY = (
     "sage_grpo_jax.rewards.server",
     "sage_grpo_jax.sampling.run",
     "sage_grpo_jax.training.loop",
-    "sage_grpo_jax.training.pretraining",
-    "sage_grpo_jax.training.sweep_report",
+    "sage_grpo_jax.pretraining.run",
+    "sage_grpo_jax.experiments.sweep_report",
     "sage_grpo_jax.weights.conversion",
 )
 

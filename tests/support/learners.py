@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from sage_grpo_jax.training import conditions, setup
-from sage_grpo_jax.training import config as config_lib
+from sage_grpo_jax.config import schema
+from sage_grpo_jax.policy import conditions
 from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import programs as programs_lib
+from sage_grpo_jax.training import setup
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training import update as update_lib
 
@@ -73,7 +74,7 @@ class Trainer:
 _PROGRAMS: dict[tuple, programs_lib.Programs] = {}
 
 
-def compiled(networks, config: config_lib.Config, mesh: jax.sharding.Mesh) -> programs_lib.Programs:
+def compiled(networks, config: schema.Config, mesh: jax.sharding.Mesh) -> programs_lib.Programs:
     """The programs of a config, compiled once for all tests."""
     updates = config.loss.updates_per_rollout
     if not (config.loss.split_updates or config.loss.objective == "nft"):
@@ -94,7 +95,7 @@ def compiled(networks, config: config_lib.Config, mesh: jax.sharding.Mesh) -> pr
 
 
 def make(
-    config: config_lib.Config,
+    config: schema.Config,
     scorer: Any,
     mesh: jax.sharding.Mesh,
     folder: pathlib.Path,

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_recipe import TRANSFORMER, VAE
 
+from sage_grpo_jax.config import schema
 from sage_grpo_jax.flow import noise, windows
 from sage_grpo_jax.grpo import trust_region
 from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.parallel import sharding
-from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import micro_losses, programs, ratio, recipe, state
+from sage_grpo_jax.training import micro_losses, programs, ratio, state
 from sage_grpo_jax.training import update as update_lib
-from tests.training.conftest import TRANSFORMER, VAE
 
 BATCH, PIECE = 8, 2
 OLD = {"a": 0.4, "b": -0.3, "c": 0.2}  # the policy that samples
@@ -62,10 +62,10 @@ class Case:
 
     def __init__(self, rate=1.0, **overrides):
         self.rate = rate
-        config = config_lib.default_config()
+        config = schema.default_config()
         config.update_from_flattened_dict({**OVERRIDES, **overrides})
-        self.config = config_lib.from_config_dict(config)
-        self.recipe = recipe.make_recipe(self.config, TRANSFORMER, VAE)
+        self.config = schema.from_config_dict(config)
+        self.recipe = plan_lib.make_recipe(self.config, TRANSFORMER, VAE)
         self.plan = self.recipe.plan
         rng = np.random.default_rng(0)
         hashes = np.repeat(np.uint32([5, 9]), 4)
@@ -242,7 +242,7 @@ def test_a_moving_window_trains_where_it_injects(tiny_policy):
         **{"rollout.window": "decay", "rollout.window_size": 2},
         **{f"rollout.window_motion.{name}": value for name, value in motion.items()},
     )
-    from sage_grpo_jax.training import step_plan
+    from sage_grpo_jax.config import step_plan
 
     starts = [
         int(step_plan.window_starts(case.plan, case.config, step, np.uint32([5, 9]))[1])

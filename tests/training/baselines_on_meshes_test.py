@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import small_policy
 
+from sage_grpo_jax.config import methods
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.training import methods
 
 # Adam turns the rounding of a gradient near 0 into a whole step: a large eps keeps it small.
 RATE = {"optimizer.eps": 1e-3, "optimizer.learning_rate": 1e-2, "ema.decay": 0.5, "ema.every": 1}

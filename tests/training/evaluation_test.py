@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sage_grpo_jax.data import moving_shapes_spec as spec
-from sage_grpo_jax.training import conditions, evaluation, run_report, setup
+from sage_grpo_jax.experiments import run_report
+from sage_grpo_jax.policy import conditions
+from sage_grpo_jax.training import evaluation, setup
 from sage_grpo_jax.training import learner as learner_lib
+from sage_grpo_jax.worlds.moving_shapes import spec
 
 
 def _write_run(folder, seed: int, before: float, after: float):

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+from sage_grpo_jax.config import plan as plan_lib
+from sage_grpo_jax.config import schema
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.training import config as config_lib
-from sage_grpo_jax.training import recipe as recipe_lib
 from sage_grpo_jax.training import setup
 
 RECIPE = pathlib.Path(__file__).parents[2] / "configs" / "hunyuan_video_15.py"
@@ -29,8 +29,8 @@ def recipe():
     return module
 
 
-def make(recipe, arg: str | None) -> config_lib.Config:
-    return config_lib.from_config_dict(recipe.get_config(arg))
+def make(recipe, arg: str | None) -> schema.Config:
+    return schema.from_config_dict(recipe.get_config(arg))
 
 
 def count(tree) -> int:
@@ -55,7 +55,7 @@ def test_full_fine_tuning_builds_abstractly(recipe, mesh):
     # Two moments, anchor and previous.
     assert count(state.opt_state) == pytest.approx(4 * PARAMETERS, abs=1000)
     assert setup.abstract_base(networks, config, mesh) is None
-    built = recipe_lib.make_recipe(config, networks.transformer, networks.vae)
+    built = plan_lib.make_recipe(config, networks.transformer, networks.vae)
     assert built.latent_shape == (21, 22, 39, 32)
     assert built.trained.sum() == 19
     # What every device holds is about a fourth: fsdp and context are 2 each.
@@ -80,7 +80,7 @@ def test_every_variant_is_a_valid_recipe(recipe):
     for variant, frames in itertools.product(recipe.VARIANTS, (81, 121)):
         config = make(recipe, f"variant={variant},frames={frames}")
         networks = setup.describe_networks(config.model)
-        built = recipe_lib.make_recipe(config, networks.transformer, networks.vae)
+        built = plan_lib.make_recipe(config, networks.transformer, networks.vae)
         assert built.latent_shape[0] == (frames + 3) // 4
         meanflow = variant == "480p_i2v_step_distilled"
         assert networks.transformer.use_meanflow == meanflow

@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
+from sage_grpo_jax.config import methods
 from sage_grpo_jax.grpo import trust_region
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import learner as learner_lib
-from sage_grpo_jax.training import methods, recipe, setup
+from sage_grpo_jax.training import setup
 
 BASELINES = ("flow_grpo", "dance_grpo", "cps", "diffusion_nft", "sage_official", "sage_paper")
 # Where the trust region has no part in what is tested: compiles in half the time.
@@ -188,7 +189,7 @@ def test_equalized_kl_weighs_steps_by_their_sensitivity(make_config, local_score
     """Per unit of velocity every step costs the same: w_t·N_t² is one number."""
     config = make_config({"trust_region.kl_time_weight": "equalized", "loss.log_prob": "squared"})
     networks = setup.read_networks(config.model)
-    made = recipe.make_recipe(config, networks.transformer, networks.vae)
+    made = plan_lib.make_recipe(config, networks.transformer, networks.vae)
     sigmas = np.asarray(made.schedule.sigmas, np.float64)
     costs = []
     for sigma, after, weight in zip(sigmas, sigmas[1:], made.kl_weights, strict=False):

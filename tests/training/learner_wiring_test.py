@@ -16,8 +16,9 @@ import pytest
 
 from sage_grpo_jax.flow import noise, rollout
 from sage_grpo_jax.models import frames
+from sage_grpo_jax.policy import conditions
 from sage_grpo_jax.rewards import types
-from sage_grpo_jax.training import conditions, evaluation, programs, recipe, setup
+from sage_grpo_jax.training import evaluation, programs, setup
 from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training import update as update_lib
@@ -48,7 +49,7 @@ def reward(name: str, number: int) -> float:
 class Scripted:
     """Programs and scorer; notes what it is given."""
 
-    recipe: recipe.Recipe
+    recipe: plan_lib.Recipe
     failing: frozenset[int] = frozenset()
     code: str = types.INTERNAL
     lacking: dict[int, str] = dataclasses.field(default_factory=dict)  # sample -> reward of NaN
@@ -127,7 +128,7 @@ def make_learner(make_config, one_device):
     def make(overrides=None, **fields):
         config = make_config({**OVERRIDES, **(overrides or {})})
         networks = setup.read_networks(config.model)
-        made = recipe.make_recipe(config, networks.transformer, networks.vae)
+        made = plan_lib.make_recipe(config, networks.transformer, networks.vae)
         script = Scripted(made, **fields)
         negative = prompt_batch(1)
         learner = learner_lib.Learner(script.programs(), None, negative, script, one_device)

@@ -15,7 +15,7 @@ import pytest
 
 from sage_grpo_jax.flow import noise
 from sage_grpo_jax.models import hunyuan_video
-from sage_grpo_jax.training import conditions
+from sage_grpo_jax.policy import conditions
 
 P, G = 2, 3
 SHIFT, ETA, CLAMP = 3.0, 0.7, 3e-3

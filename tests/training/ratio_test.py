@@ -9,11 +9,11 @@ import learners
 import numpy as np
 import pytest
 
+from sage_grpo_jax.config import plan as plan_lib
+from sage_grpo_jax.config import schema
 from sage_grpo_jax.flow import noise
-from sage_grpo_jax.training import config as config_lib
 from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import ratio, setup, workdir
-from sage_grpo_jax.training import recipe as recipe_lib
 from sage_grpo_jax.training import update as update_lib
 
 NO_KL = {"trust_region.kind": "none"}
@@ -35,7 +35,7 @@ def make_recipe(make_config):
     def make(overrides):
         config = make_config({**NO_KL, **overrides})
         networks = setup.read_networks(config.model)
-        return recipe_lib.make_recipe(config, networks.transformer, networks.vae)
+        return plan_lib.make_recipe(config, networks.transformer, networks.vae)
 
     return make
 
@@ -253,7 +253,7 @@ def test_an_old_workdir_goes_on_or_is_refused_in_one_line(make_config, tmp_path)
     with pytest.raises(ValueError, match=r"loss.ratio_action \('replay' there, 'stop' here\)") as e:
         workdir.claim(config, tmp_path)
     assert "\n" not in str(e.value)
-    again = config_lib.default_config()
+    again = schema.default_config()
     again.update_from_flattened_dict({"loss.ratio_action": "replay"})
     with pytest.raises(ValueError, match="ratio_action: got 'replay'; allowed: stop, log"):
-        config_lib.from_config_dict(again)
+        schema.from_config_dict(again)

@@ -13,12 +13,12 @@ import sys, jax, numpy as np
 from jax.experimental import topologies
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import compile_checks, setup
-from sage_grpo_jax.training import config as config_lib
+from sage_grpo_jax.training import config as schema
 
 topology = topologies.get_topology_desc(topology_name="v6e:2x4", platform="tpu")
-config = config_lib.default_config()
+config = schema.default_config()
 config.update_from_flattened_dict(eval(sys.argv[1]))
-config = config_lib.from_config_dict(config)
+config = schema.from_config_dict(config)
 mesh = mesh_lib.make_mesh(2, 2, 2, devices=topology.devices)
 for name, lowered in compile_checks.lower_programs(config, mesh).items():
     # A mesh that does not reach the model would silently drop its constraints.

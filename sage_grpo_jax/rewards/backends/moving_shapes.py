@@ -37,8 +37,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sage_grpo_jax.data import moving_shapes_spec as spec
 from sage_grpo_jax.rewards.backends.base import Backend, Limits, Score
+from sage_grpo_jax.worlds.moving_shapes import spec
 
 VERSION = 2  # To be raised with every change of a score that the tables below do not show.
 

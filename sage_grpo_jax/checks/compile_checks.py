@@ -1,0 +1,82 @@
+"""Lowers the programs of a step from shapes alone: no weights, no devices of the target kind."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sage_grpo_jax.config import plan as plan_lib
+from sage_grpo_jax.config import schema
+from sage_grpo_jax.models import hunyuan_video
+from sage_grpo_jax.parallel import sharding
+from sage_grpo_jax.training import micro_losses, ratio, setup
+from sage_grpo_jax.training import update as update_lib
+
+
+def lower_programs(config: schema.Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """`jax.stages.Lowered` of rollout, decode and update.
+
+    Call it outside `jax.set_mesh`: the devices of a topology description can't run anything, and
+    the recipe's constants are worked out on the host first.
+
+    Args:
+      config: the recipe; only the networks' config.json files are read.
+      mesh: of the target's devices, which may come from a topology description.
+    """
+    networks = setup.describe_networks(config.model)
+    plan_lib.check_mesh(config, mesh)
+    programs = setup.build_programs(networks, config, mesh)
+    state = setup.make_abstract_state(networks, config, mesh)
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+
+    def shape(size: tuple[int, ...], dtype: Any, place: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(size, dtype, sharding=place)
+
+    def condition(batch: int, place: Any) -> hunyuan_video.Condition:
+        length, dim = config.data.max_text_tokens or 1000, networks.transformer.text_embed_dim
+        dtype = jnp.dtype(networks.transformer.dtype)
+        return hunyuan_video.Condition(
+            shape((batch, length, dim), dtype, place), shape((batch, length), bool, place)
+        )
+
+    batch = config.batch_size
+    keys = shape((batch,), jax.random.key(0).dtype, rows)
+    starts = shape((batch,), jnp.int32, rows)
+    latent_shape = programs.recipe.latent_shape
+    trajectory = shape(
+        (1 if programs.recipe.is_forward else config.rollout.num_steps + 1, batch, *latent_shape),
+        jnp.float32,
+        sharding.batch_sharding(mesh, 1),
+    )
+    vae_params = jax.tree.map(
+        lambda s: shape(s.shape, jnp.dtype(networks.vae.dtype), whole),
+        setup.abstract_params(networks.vae),
+    )
+    update_batch = update_lib.UpdateBatch(
+        trajectory,
+        keys,
+        condition(batch, rows),
+        shape((batch,), jnp.float32, rows),
+        shape((batch,), bool, rows),
+        starts,
+    )
+    frozen = micro_losses.Frozen(condition(1, whole), setup.abstract_base(networks, config, mesh))
+    scalar = shape((), jnp.float32, whole)
+    old = ratio.abstract_old_means(programs.recipe, mesh)
+    arguments = {
+        "rollout": (state.params, condition(batch, rows), frozen, keys, starts),
+        "decode": (
+            vae_params,
+            shape((batch, *latent_shape), jnp.float32, rows),
+            shape((), jnp.int32, whole),
+        ),
+        "update": (state, update_batch, frozen, ratio.Tolerances(scalar, scalar), old),
+    }
+    with jax.set_mesh(mesh):
+        return {
+            "rollout": programs.rollout.lower(*arguments["rollout"]),
+            "decode": programs.decode.lower(
+                *arguments["decode"], size=plan_lib.decode_batch(config, mesh)
+            ),
+            "update": programs.update.lower(*arguments["update"]),
+        }

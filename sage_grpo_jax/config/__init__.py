@@ -1,0 +1,1 @@
+"""The configuration: fields, checks, method presets, and the plan made from them."""

@@ -1,0 +1,384 @@
+"""The configuration: frozen dataclasses, filled from a ConfigDict and validated once.
+
+A recipe (configs/*.py) starts from `default_config()`, flags override its fields, and
+`from_config_dict` turns the result into the dataclasses below. Every error names the field, the
+value and what is allowed.
+"""
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+import ml_collections
+
+from sage_grpo_jax.config import checks as config_checks
+from sage_grpo_jax.flow import injected_noise, schedules, sde, windows
+from sage_grpo_jax.grpo import trust_region as trust_region_lib
+from sage_grpo_jax.models import lora as lora_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which networks, and in which numerics."""
+
+    # Folder in diffusers, Tencent or our orbax layout; "asset:NAME" for shipped weights.
+    transformer: str = ""
+    vae: str = ""
+    variant: str = ""  # released HunyuanVideo-1.5 variant, as in 480p_t2v; "": another model
+    compute_dtype: str = "float32"  # float32 | bfloat16
+    matmul_precision: str = "highest"  # highest | high | default: of float32 matmuls
+    attention: str = "auto"  # auto | splash | cudnn | xla
+    remat: bool = True  # recompute each block in the backward pass
+    unroll: bool = False  # lay the blocks out instead of scanning them: small models on CPUs
+    vae_tiling: str = "off"  # off | official | diffusers: decode in overlapping tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoConfig:
+    """The clips, in pixels."""
+
+    frames: int = 81
+    height: int = 352
+    width: int = 624
+    fps: float = 24.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The prompts: embeddings from `encode_prompts`, or text for the small world's encoder."""
+
+    # cache:FOLDER of encode_prompts; with text_encoder=words also FILE.{txt,csv,jsonl}, or
+    # moving_shapes:SPLIT with train | validation | test | held_out (the last two) | all
+    train_prompts: str = ""
+    eval_prompts: str = ""  # choices are made on these: while a run trains, and between runs
+    test_prompts: str = ""  # what is reported: sampled before and after, never in between; "": none
+    text_encoder: str = "words"  # words: the small world's word embeddings; cache: encoded before
+    max_text_tokens: int = 16  # static length; 0: the smallest bucket that holds every prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class EtaMatch:
+    """Chooses eta by the noise that another sampler injects: the same sum of variances."""
+
+    kind: str = ""  # flow, precise, dance or cps; "": rollout.eta holds
+    eta: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How videos are sampled."""
+
+    sde: str = "precise"
+    eta: float = 0.5
+    eta_match: EtaMatch = dataclasses.field(default_factory=EtaMatch)
+    # How close to σ = 1 precise and flow look, where their variance diverges: 1 - σ >= clamp; 0: as
+    # their authors have it.
+    clamp: float = 0.0
+    # The steps that inject noise: all; the first window_size of them; so many in a row, at a random
+    # place (the same within a group) or one that moves with the rollouts: progressive, decay,
+    # dynamic. The others follow the ODE.
+    window: str = "all"
+    window_size: int = 0
+    window_motion: windows.Motion = dataclasses.field(default_factory=windows.Motion)
+    # The share of the steps that inject noise at which a sample is trained: the first of them, or
+    # random ones of its own.
+    trained_fraction: float = 1.0
+    trained_choice: str = "first"  # first | random
+    same_initial_noise: bool = False  # within a group
+    num_steps: int = 20
+    shift: float = 5.0
+    guidance: float = 1.0
+    guidance_mode: str = "batch"  # batch | sequential
+    last_step: str = "deterministic"  # deterministic | stochastic
+    prompts_per_step: int = 16
+    group_size: int = 4
+    decode_batch: int = 16  # clips decoded at a time; at least one on each shard of the batch
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardWeights:
+    """The weights of the dimensions in the reward that is optimised."""
+
+    VQ: float = 1.0
+    MQ: float = 1.0
+    TA: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardsConfig:
+    """The reward service and what to do when it fails."""
+
+    backend: str = "moving_shapes"
+    spawn: bool = True  # the trainer starts (and ends) its own server
+    address: str = ""  # HOST:PORT of a server that runs elsewhere
+    timeout_seconds: float = 60.0  # of one call
+    budget_seconds: float = 900.0  # of one clip, with all retries and waiting for the server
+    max_in_flight: int = 8
+    # Of its own server, without any answer to health checks, until it is killed and started again;
+    # 0: never. A server that is only busy answers them.
+    silence_seconds: float = 60.0
+    min_valid_fraction: float = 0.75  # below it the update is skipped
+    max_skipped_updates: int = 3  # so many skips in a row end the run
+    weights: RewardWeights = dataclasses.field(default_factory=RewardWeights)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdvantageConfig:
+    """Group-normalised advantages."""
+
+    epsilon: float = 1e-4
+    clip: float = 5.0
+    std_floor: float = 0.0  # in reward units
+    # What they are divided by: group | group_unbiased (over one less) | global, of all samples.
+    std: str = "group"
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The policy loss."""
+
+    objective: str = "ppo"  # ppo | reinforce | nft (on the forward process, see NftConfig)
+    clip_range: float = 1e-4
+    equalizer: bool = True
+    median: str = "lower"  # lower | mean: of an even number of steps
+    log_prob: str = "gaussian"  # gaussian | squared
+    log_prob_reduction: str = "mean"  # mean | sum, over the elements of a sample
+    step_reduction: str = "mean"  # mean | sum, over the trained steps
+    updates_per_rollout: int = 1
+    split_updates: bool = False  # each update takes its share of the samples; False: all of them
+    guidance_gradient: str = "both"  # both | condition: the branches that get a gradient
+    micro_batch: int = 16  # samples in one forward and backward pass
+    # Largest |ratio - 1| before the first update of a rollout; at most a tenth of clip_range.
+    ratio_tolerance: float = 1e-6
+    # Largest distance of the rollout's means from the update's, root mean square over the elements
+    # of a sample, in standard deviations of the step; 0: by the precision of the model.
+    rollout_tolerance: float = 0.0
+    ratio_action: str = "stop"  # stop | log (and apply): what happens above one of them
+
+
+@dataclasses.dataclass(frozen=True)
+class NftConfig:
+    """DiffusionNFT: the loss of `loss.objective=nft`, and the policy that samples for it."""
+
+    beta: float = 1.0  # of the implicit policies v_old ± beta·(v - v_old)
+    adaptive: bool = True  # every sample and noise level weighs about the same
+    # The sampling policy is an average of the trained one that keeps min(rate·(n - start), limit)
+    # of itself after n updates: at first the trained policy itself.
+    decay_start: int = 0
+    decay_rate: float = 0.001
+    decay_limit: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class EmaConfig:
+    """A moving average of the policy, part of the checkpoints; evaluated on request."""
+
+    decay: float = 0.0  # at most, min(decay, (1 + n)/(10 + n)) after n updates; 0: no average
+    every: int = 1  # applied updates from one step of the average to the next
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW or Muon behind a global-norm clip."""
+
+    name: str = "adamw"  # adamw | muon (matrices by Muon, vectors by AdamW)
+    learning_rate: float = 1e-5
+    warmup_steps: int = 0
+    schedule: str = "constant"  # constant | linear | cosine, after the warm-up, over num_steps
+    final_fraction: float = 0.0  # of the learning rate, at the end of linear and cosine
+    momentum: float = 0.95  # of Muon
+    newton_schulz_steps: int = 5
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in place of full fine-tuning."""
+
+    rank: int = 0  # 0: all weights are trained
+    alpha: float = 0.0  # adapters are scaled by alpha / rank; 0: alpha = 2 * rank
+    targets: str = ",".join(lora_lib.TARGETS)  # of both streams, or paths: blocks/image/query
+    init: str = ""  # folder or file of adapters that the run starts from; "": fresh ones
+    base_dtype: str = "auto"  # of the frozen weights; auto: the compute dtype
+    learning_rate: float = 0.0  # 0: that of the optimizer
+
+    @property
+    def adapters(self) -> lora_lib.LoraConfig | None:
+        """Rank, scale and targets; None without adapters."""
+        if self.rank == 0:
+            return None
+        alpha = self.alpha or 2.0 * self.rank
+        return lora_lib.LoraConfig(self.rank, alpha, tuple(self.targets.split(",")))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """The evaluation on fixed prompts and seeds."""
+
+    every: int = 50  # 0: only at the start and at the end
+    weights: str = "trained"  # trained | ema: whose videos are scored
+    num_prompts: int = 32
+    num_test_prompts: int = 0  # of data.test_prompts; 0: all of them
+    samples_per_prompt: int = 1  # from 2 on the diversity within a prompt is measured
+    num_steps: int = 20
+    seed: int = 12345
+    manifold_distance: bool = False  # only the moving-shapes world knows its manifold
+    shape_identity: bool = False  # how often its captioned shape is seen: of that world too
+    sheet_prompts: int = 8  # the first prompts, one clip of each, in contact sheet and animation
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    every: int = 20
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1: the rest."""
+
+    data: int = 1
+    fsdp: int = -1
+    context: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DebugConfig:
+    """Checks that cost time."""
+
+    shadow: bool = False  # recompute one micro-batch a step in float64 on the CPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    name: str = "sage_grpo"
+    method: str = "sage"  # the preset that the recipe's argument names; a label, see below
+    applied_method: str = "sage"  # the preset whose overrides are in place; set with `method`
+    seed: int = 0
+    num_steps: int = 100
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    video: VideoConfig = dataclasses.field(default_factory=VideoConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    rewards: RewardsConfig = dataclasses.field(default_factory=RewardsConfig)
+    advantage: AdvantageConfig = dataclasses.field(default_factory=AdvantageConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    nft: NftConfig = dataclasses.field(default_factory=NftConfig)
+    trust_region: trust_region_lib.TrustRegionConfig = dataclasses.field(
+        default_factory=trust_region_lib.TrustRegionConfig
+    )
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    ema: EmaConfig = dataclasses.field(default_factory=EmaConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    debug: DebugConfig = dataclasses.field(default_factory=DebugConfig)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of one rollout: prompts × group."""
+        return self.rollout.prompts_per_step * self.rollout.group_size
+
+    @property
+    def learning_rate(self) -> float:
+        """Of what is trained: the adapters where there are any."""
+        return (self.lora.rank and self.lora.learning_rate) or self.optimizer.learning_rate
+
+    @property
+    def averages(self) -> tuple[str, ...]:
+        """The moving averages that the learner's state has, see `state.AVERAGES`."""
+        kept = {"ema": self.ema.decay > 0, "sampling": self.loss.objective == "nft"}
+        return tuple(name for name, wanted in kept.items() if wanted)
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every field of `Config` with its default, locked, for recipes to start from."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
+
+
+def from_config_dict(config: ml_collections.ConfigDict) -> Config:
+    """The validated dataclasses of a ConfigDict.
+
+    Raises:
+      ValueError: unknown or missing field, wrong type, value out of range.
+    """
+    result = _build(Config, config.to_dict(), "config")
+    config_checks.validate(result)
+    region = result.trust_region.with_fixed_weight()
+    return _with_matched_eta(dataclasses.replace(result, trust_region=region))
+
+
+def _with_matched_eta(config: Config) -> Config:
+    """Replaces eta by the one that `rollout.eta_match` asks for."""
+    rollout, match = config.rollout, config.rollout.eta_match
+    if not match.kind:
+        return config
+    schedule = schedules.host_schedule(rollout.num_steps, rollout.shift)
+    stochastic = sde.stochastic_steps(
+        rollout.sde, schedule, 1.0, rollout.last_step, clamp=rollout.clamp
+    )
+    config_checks.require_stochastic(rollout, stochastic)
+    try:
+        eta = injected_noise.matched_eta(
+            rollout.sde,
+            schedule,
+            match.kind,
+            match.eta,
+            last_step=rollout.last_step,
+            window=rollout.window,
+            window_size=rollout.window_size,
+            motion=rollout.window_motion,
+            clamp=rollout.clamp,
+        )
+    except ValueError as error:
+        raise ValueError(f"config.rollout.eta_match: {error}") from error
+    config_checks.validate_matched_eta(rollout, eta)
+    return dataclasses.replace(config, rollout=dataclasses.replace(rollout, eta=eta))
+
+
+def _build(cls: type, values: Any, path: str) -> Any:
+    """The dataclass `cls` from a nested dict, with the types of its annotations checked."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: got {values!r}; allowed: a group of fields")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise ValueError(f"{path}.{unknown[0]}: unknown field; allowed: {', '.join(fields)}")
+    if missing := sorted(set(fields) - set(values)):
+        raise ValueError(f"{path}.{missing[0]}: missing")
+    hints = typing.get_type_hints(cls)
+    converted = {n: _convert(hints[n], values[n], f"{path}.{n}") for n in fields}
+    try:
+        return cls(**converted)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the annotated type, or an error; only int -> float is converted."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path)
+    if typing.get_origin(hint) is types.UnionType:
+        if value is None:
+            return None
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{path}: got {value}; allowed: finite numbers") from None
+    # bool is an int in Python; a flag in place of a number is a mistake.
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(
+            f"{path}: got {value!r} ({type(value).__name__}); allowed: {hint.__name__}"
+        )
+    return value

@@ -1,0 +1,1 @@
+"""The policy: its networks, its conditions, and how it samples."""

@@ -1,0 +1,1 @@
+"""Makes the small networks of the moving-shapes world."""

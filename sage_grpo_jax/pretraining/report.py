@@ -1,0 +1,144 @@
+"""Judges pretrained models: reconstructions, samples of validation captions, contact sheets."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sage_grpo_jax.data import media
+from sage_grpo_jax.flow import noise, rollout, schedules
+from sage_grpo_jax.models import hunyuan_video, vae
+from sage_grpo_jax.pretraining.loop import Params, say
+from sage_grpo_jax.pretraining.settings import ReportConfig
+from sage_grpo_jax.rewards.backends.moving_shapes import MovingShapesBackend
+from sage_grpo_jax.worlds.moving_shapes import recognition as shape_recognition
+from sage_grpo_jax.worlds.moving_shapes import word_embeddings
+from sage_grpo_jax.worlds.moving_shapes import world as moving_shapes
+
+_BATCH = 16
+
+
+class Pipeline(NamedTuple):
+    """An autoencoder and a transformer with their parameters; vae.scaling_factor joins them."""
+
+    vae: vae.VaeConfig
+    vae_params: Params
+    transformer: hunyuan_video.HunyuanVideoConfig
+    transformer_params: Params
+
+
+def judge(
+    pipeline: Pipeline, config: ReportConfig, key: jax.Array, workdir: pathlib.Path
+) -> dict[str, float]:
+    """Measures real clips, reconstructions and validation samples; writes contact sheets.
+
+    Returns: reconstruction error, manifold distances, mean normalised rewards and how often the
+    captioned shape is seen, by name.
+    """
+    captions = spread(moving_shapes.split_captions("validation"), config.num_samples)
+    real = moving_shapes.render(moving_shapes.parameters_from_captions(captions, key))
+    decoded = reconstruct(pipeline, real)
+    numbers = {
+        "reconstruction_l1": float(jnp.mean(jnp.abs(jnp.clip(decoded, 0, 1) - real))),
+        "reconstruction_psnr": float(
+            -10 * jnp.log10(jnp.mean(jnp.square(jnp.clip(decoded, 0, 1) - real)))
+        ),
+    }
+    videos = {
+        "real": moving_shapes.to_uint8(real),
+        "reconstructions": moving_shapes.to_uint8(decoded),
+    }
+    for steps in config.sampling_steps:
+        samples = sample(pipeline, captions, steps, config.shift, noise_seed=0)
+        videos[f"samples_{steps}_steps"] = moving_shapes.to_uint8(samples)
+    for name, clips in videos.items():
+        distance = np.asarray(moving_shapes.manifold_distance(clips))
+        numbers[f"manifold_distance/{name}"] = float(distance.mean())
+        say(f"export: manifold distance of {name}: {distance.mean():.5f}")
+        numbers |= mean_rewards(clips, captions, name)
+        identity = shape_recognition.identity(clips, captions)
+        numbers |= {f"shape_{key}/{name}": value for key, value in identity._asdict().items()}
+        rows = np.unique(np.linspace(0, len(clips) - 1, config.sheet_rows).round().astype(int))
+        shown = [captions[row] for row in rows]
+        sheet = media.contact_sheet(clips[rows], shown, config.sheet_frames)
+        media.write_picture(workdir / f"{name}.png", sheet)
+    return numbers
+
+
+def mean_rewards(clips: np.ndarray, captions: Sequence[str], name: str) -> dict[str, float]:
+    """Mean normalised VQ, MQ and TA of uint8[N, F, H, W, 3], as "vq/name" and so on."""
+    backend, fps = MovingShapesBackend(), float(moving_shapes.spec.FPS)
+    scores = [backend.score(clip, text, fps) for clip, text in zip(clips, captions, strict=True)]
+    return {
+        f"{reward.lower()}/{name}": float(np.mean([score[reward].normalised for score in scores]))
+        for reward in backend.names
+    }
+
+
+def spread(items: Sequence[str], n: int) -> list[str]:
+    """n items at even distances, repeated from the start when there are fewer."""
+    return [items[(i * max(len(items), n) // n) % len(items)] for i in range(n)]
+
+
+def reconstruct(pipeline: Pipeline, videos: jax.Array) -> jax.Array:
+    """Encodes and decodes clips: f32[N, F, H, W, 3] in [0, 1], the output not clipped."""
+    chex.assert_rank(videos, 5)
+
+    @jax.jit
+    def round_trip(batch: jax.Array) -> jax.Array:
+        mean, _ = vae.encode(pipeline.vae_params, 2.0 * batch - 1.0, pipeline.vae)
+        return 0.5 * vae.decode(pipeline.vae_params, mean, pipeline.vae) + 0.5
+
+    return jnp.concatenate([round_trip(videos[i : i + _BATCH]) for i in _starts(len(videos))])
+
+
+def sample(
+    pipeline: Pipeline, captions: Sequence[str], steps: int, shift: float, noise_seed: int
+) -> jax.Array:
+    """Clips for captions by the ODE sampler, without guidance.
+
+    Returns: f32[N, F, H, W, 3], 0 to 1 but not clipped.
+    """
+    schedule = schedules.make_schedule(steps, shift)
+    deterministic = jnp.zeros(steps, bool)
+    shape = latent_shape(pipeline.vae)
+    text, mask = word_embeddings.encode_padded(captions, pipeline.transformer.text_embed_dim)
+
+    @jax.jit
+    def generate(keys: jax.Array, text: jax.Array, mask: jax.Array) -> jax.Array:
+        condition = hunyuan_video.Condition(text=text, text_mask=mask)
+
+        def velocity_fn(latents: jax.Array, timestep: jax.Array) -> jax.Array:
+            return hunyuan_video.velocity(
+                pipeline.transformer_params, latents, timestep, condition, pipeline.transformer
+            )
+
+        path = rollout.rollout(velocity_fn, keys, shape, schedule, "ode", 0.0, deterministic)
+        latents = path.latents[-1] / pipeline.vae.scaling_factor
+        return 0.5 * vae.decode(pipeline.vae_params, latents, pipeline.vae) + 0.5
+
+    videos = []
+    for start in _starts(len(captions)):
+        batch = slice(start, start + _BATCH)
+        hashes = jnp.array([noise.prompt_hash(text) for text in captions[batch]], jnp.uint32)
+        numbers = jnp.arange(start, start + len(hashes))
+        keys = noise.sample_keys(noise_seed, 0, 0, hashes, numbers)
+        videos.append(generate(keys, text[batch], mask[batch]))
+    return jnp.concatenate(videos)
+
+
+def latent_shape(model: vae.VaeConfig) -> tuple[int, ...]:
+    """[T, H, W, C] of the latents of one clip of the world."""
+    spec = moving_shapes.spec
+    params = jax.eval_shape(lambda: vae.init_params(model, jax.random.key(0)))
+    clip = jax.ShapeDtypeStruct((1, spec.NUM_FRAMES, spec.HEIGHT, spec.WIDTH, 3), jnp.float32)
+    mean, _ = jax.eval_shape(lambda p, v: vae.encode(p, v, model), params, clip)
+    return mean.shape[1:]
+
+
+def _starts(n: int) -> range:
+    return range(0, n, _BATCH)

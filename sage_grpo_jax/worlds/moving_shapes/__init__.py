@@ -1,0 +1,1 @@
+"""The moving-shapes world: captions, renderer, analysis by synthesis."""

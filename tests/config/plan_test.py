@@ -1,0 +1,99 @@
+"""Schedule, trained steps and weights of a recipe: every field that decides them, in float64."""
+
+import numpy as np
+import pytest
+
+from sage_grpo_jax.training import setup
+
+FLOW = {
+    "rollout.sde": "flow",
+    "rollout.num_steps": 7,
+    "rollout.shift": 2.0,
+    "rollout.eta": 0.8,
+    "loss.equalizer": True,
+}
+
+
+@pytest.fixture
+def make_recipe(make_config):
+    def make(overrides):
+        config = make_config({**FLOW, **overrides})
+        networks = setup.read_networks(config.model)
+        return plan_lib.make_recipe(config, networks.transformer, networks.vae)
+
+    return make
+
+
+def scales(log_prob="gaussian", eta=0.8):
+    """N_t of Flow-GRPO's transition at all 7 steps: mean = x + dt·v - std²/(2σ)·(x + (1 - σ)·v)."""
+    u = np.linspace(1, 0, 8)
+    sigmas = 2 * u / (1 + u)
+    sigma, after = sigmas[:-1], sigmas[1:]
+    distance = np.where(sigma == 1, 1 - after, 1 - sigma)
+    std = eta * np.sqrt(sigma * (sigma - after) / distance)
+    sensitivity = (sigma - after) + std**2 / (2 * sigma) * (1 - sigma)
+    return sensitivity / std if log_prob == "gaussian" else sensitivity * std
+
+
+def median_over(values, kind):
+    ordered = np.sort(values)
+    lower, upper = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+    return lower if kind == "lower" else (lower + upper) / 2
+
+
+@pytest.mark.parametrize("last_step", ["deterministic", "stochastic"])
+@pytest.mark.parametrize("median", ["lower", "mean"])
+@pytest.mark.parametrize("log_prob", ["gaussian", "squared"])
+def test_weights_of_the_steps(make_recipe, last_step, median, log_prob):
+    made = make_recipe(
+        {"rollout.last_step": last_step, "loss.median": median, "loss.log_prob": log_prob}
+    )
+    trained = np.arange(7) < (6 if last_step == "deterministic" else 7)
+    np.testing.assert_array_equal(made.trained, trained)
+    assert made.positions == trained.sum()
+    n = scales(log_prob)[trained]
+    wanted = np.zeros(7)
+    wanted[trained] = median_over(n, median) / n
+    np.testing.assert_allclose(made.weights, wanted, rtol=1e-5)
+    np.testing.assert_allclose(made.schedule.timesteps[1], 1000 * 12 / 13, rtol=1e-6)
+
+
+def test_without_equalizer_every_trained_step_counts_alike(make_recipe):
+    made = make_recipe({"loss.equalizer": False})
+    np.testing.assert_array_equal(made.weights, [1, 1, 1, 1, 1, 1, 0])
+    np.testing.assert_array_equal(made.kl_weights, [1, 1, 1, 1, 1, 1, 0])
+
+
+@pytest.mark.parametrize("log_prob", ["gaussian", "squared"])
+def test_equalized_kl_weights_are_those_of_the_gaussian(make_recipe, log_prob):
+    made = make_recipe({"trust_region.kl_time_weight": "equalized", "loss.log_prob": log_prob})
+    n = scales()[:6]
+    wanted = np.append((median_over(n, "lower") / n) ** 2, 0)
+    np.testing.assert_allclose(made.kl_weights, wanted, rtol=1e-5)
+
+
+def test_a_window_at_the_start(make_recipe):
+    made = make_recipe({"rollout.window": "first_k", "rollout.window_size": 3})
+    np.testing.assert_array_equal(made.trained, np.arange(7) < 3)
+    assert made.positions == 3
+    n = scales()[:3]
+    wanted = np.append(median_over(n, "lower") / n, np.zeros(4))
+    np.testing.assert_allclose(made.weights, wanted, rtol=1e-5)
+
+
+def test_eta_that_matches_another_sampler(make_recipe):
+    """The sum of the variances over the noisy steps is DanceGRPO's at its eta."""
+    made = make_recipe({"rollout.eta_match.kind": "dance", "rollout.eta_match.eta": 0.3})
+    u = np.linspace(1, 0, 8)
+    sigmas = 2 * u / (1 + u)
+    wanted = 0.3**2 * (sigmas[0] - sigmas[-2])
+    sigma, after = sigmas[:-2], sigmas[1:-1]
+    distance = np.where(sigma == 1, 1 - after, 1 - sigma)
+    found = made.config.rollout.eta**2 * np.sum(sigma * (sigma - after) / distance)
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_latent_shape(make_recipe):
+    """Time is compressed by 4 after the first frame, space by 8."""
+    made = make_recipe({"video.frames": 9, "video.height": 32, "video.width": 48})
+    assert made.latent_shape == (3, 4, 6, 4)
