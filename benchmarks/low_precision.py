@@ -87,8 +87,8 @@ class Side:
 
     @functools.cached_property
     def _gradients(self):
-        recipe = self.learner.recipe
-        return jax.jit(lambda *args: update_lib._gradients(recipe, *args, None)[:2])
+        plan = self.learner.plan
+        return jax.jit(lambda *args: update_lib._gradients(plan, *args, None)[:2])
 
     def gradient(self, latents: Any, advantages: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
         """The gradient as one vector, and the metrics of the update."""

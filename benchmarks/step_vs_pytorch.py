@@ -78,7 +78,7 @@ class Ours:
             batch = next(iter(prompts))
         programs = setup.build_programs(networks, config, mesh)
         self.learner = learner_lib.Learner(programs, None, prompts.negative, None, mesh)
-        self.recipe, self.programs = self.learner.recipe, programs
+        self.plan, self.programs = self.learner.plan, programs
         self.state = setup.fresh_state(networks, config, mesh)
         self.prompts, self.negative = batch.repeat(config.rollout.group_size), prompts.negative
         self.condition = self.learner.condition(self.prompts)
@@ -114,7 +114,7 @@ class Theirs:
     """The same in eager PyTorch; latents are channels first [B, C, T, H, W] here."""
 
     def __init__(self, ours: Ours) -> None:
-        self.recipe, self.config = ours.recipe, ours.config
+        self.plan, self.config = ours.plan, ours.config
         self.model = load_torch_model(ours.networks.transformer_path)
         optimizer = self.config.optimizer
         self.optimizer = torch.optim.AdamW(
@@ -124,21 +124,21 @@ class Theirs:
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
         )
-        shape = ours.recipe.latent_shape
+        shape = ours.plan.latent_shape
         self.first = to_torch(noise.initial_noise(ours.keys, shape))
-        count = len(ours.recipe.trained)
+        count = len(ours.plan.trained)
         self.noise = [to_torch(noise.step_noise(ours.keys, t, shape)) for t in range(count)]
         text, mask = ours.prompts.text, ours.prompts.mask
         negative, negative_mask = ours.negative.text, ours.negative.mask
         self.text = torch.tensor(text), torch.tensor(mask).long()
         self.negative = torch.tensor(negative), torch.tensor(negative_mask).long()
-        sigmas = np.asarray(ours.recipe.schedule.sigmas, np.float64)
+        sigmas = np.asarray(ours.plan.schedule.sigmas, np.float64)
         rollout = self.config.rollout
         removed, std = sde.step_coefficients(
             rollout.sde, sigmas[:-1], sigmas[1:], rollout.eta, xp=np
         )
         # As in the trainer, steps that are not trained follow the ODE.
-        self.sigmas, trained = sigmas, ours.recipe.trained
+        self.sigmas, trained = sigmas, ours.plan.trained
         self.removed, self.std = np.where(trained, removed, 0), np.where(trained, std, 0)
 
     def velocity(self, x: torch.Tensor, t: int, rows: slice) -> torch.Tensor:
@@ -155,7 +155,7 @@ class Theirs:
 
     def network(self, x, t, text, mask) -> torch.Tensor:
         count, config = len(x), self.model.config
-        timestep = float(np.asarray(self.recipe.schedule.timesteps)[t])
+        timestep = float(np.asarray(self.plan.schedule.timesteps)[t])
         condition = torch.zeros(count, config.in_channels - x.shape[1], *x.shape[2:])
         return self.model(
             hidden_states=torch.cat([x, condition], 1),
@@ -184,7 +184,7 @@ class Theirs:
     def update(self, states: list[torch.Tensor], advantages: torch.Tensor) -> dict[str, float]:
         """Gradient accumulation over (step, micro-batch), clip, AdamW."""
         loss_config, total = self.config.loss, 0.0
-        steps, size = np.flatnonzero(self.recipe.trained), loss_config.micro_batch
+        steps, size = np.flatnonzero(self.plan.trained), loss_config.micro_batch
         normalizer = len(steps) * len(advantages)
         self.optimizer.zero_grad(set_to_none=True)
         for t in steps:
@@ -196,7 +196,7 @@ class Theirs:
                 ratio = (draw * delta - delta**2 / 2).mean((1, 2, 3, 4)).exp()
                 clipped = ratio.clip(1 - loss_config.clip_range, 1 + loss_config.clip_range)
                 gain = torch.minimum(advantages[rows] * ratio, advantages[rows] * clipped)
-                loss = -(gain * float(self.recipe.weights[t])).sum() / normalizer
+                loss = -(gain * float(self.plan.weights[t])).sum() / normalizer
                 loss.backward()
                 total += float(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(

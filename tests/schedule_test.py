@@ -41,7 +41,7 @@ def test_the_equalizer_gives_every_trained_step_the_same_share(full_size):
     assert full_size["trained_steps"] == 19
 
 
-def recipe(**rollout) -> schema.Config:
+def plan(**rollout) -> schema.Config:
     config = schema.default_config()
     config.rollout.update(num_steps=10, shift=3.0)
     kind, eta = rollout.pop("match", ("", 0.0))
@@ -79,19 +79,19 @@ def test_matched_noise_is_that_of_the_steps_in_the_window(window, match):
     if window.get("last_step") and match[0] == "cps":
         window = window | {"window_size": 9}  # cps has no noise in the last step
     kind, eta = match
-    wanted = injected_variance(recipe(**window | {"sde": kind, "eta": eta}))
-    assert injected_variance(recipe(match=match, **window)) == pytest.approx(wanted, rel=1e-6)
+    wanted = injected_variance(plan(**window | {"sde": kind, "eta": eta}))
+    assert injected_variance(plan(match=match, **window)) == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.5, 7.0])
 def test_an_eta_that_is_replaced_is_not_checked(eta):
-    config = recipe(sde="cps", eta=eta, match=("flow", 0.2))
+    config = plan(sde="cps", eta=eta, match=("flow", 0.2))
     assert config.rollout.eta == pytest.approx(0.1194, abs=1e-4)
 
 
 def test_matches_that_need_too_large_an_eta_are_refused():
     with pytest.raises(ValueError, match=r"config\.rollout\.eta_match") as error:
-        recipe(sde="dance", match=("flow", 2.0))
+        plan(sde="dance", match=("flow", 2.0))
     assert str(error.value) == (
         "config.rollout.eta_match: kind='flow' with eta=2.0 needs rollout.eta = 4.709 with "
         "sde='dance'; allowed: an eta of at most 2"
@@ -102,16 +102,16 @@ def test_matches_that_need_too_large_an_eta_are_refused():
         injected_noise.injected_variance("flow", schedule, 2.0), rel=1e-3
     )
     with pytest.raises(ValueError, match=r"config.rollout.eta_match: kind='cps' injects .* most"):
-        recipe(sde="cps", match=("flow", 2.0))
+        plan(sde="cps", match=("flow", 2.0))
 
 
 def test_matches_without_a_stochastic_step_are_refused():
     with pytest.raises(ValueError, match=r"^config.rollout: num_steps=1, .* no stochastic step"):
-        recipe(num_steps=1, match=("flow", 0.5))
+        plan(num_steps=1, match=("flow", 0.5))
     with pytest.raises(ValueError, match=r"^config.rollout.eta_match: kind='cps' with eta=0.5 has"):
-        recipe(num_steps=1, last_step="stochastic", match=("cps", 0.5))
+        plan(num_steps=1, last_step="stochastic", match=("cps", 0.5))
     with pytest.raises(ValueError, match=r"sde='ode' .* samples without noise"):
-        recipe(sde="ode", match=("flow", 0.5))
+        plan(sde="ode", match=("flow", 0.5))
 
 
 def test_a_random_window_is_printed_as_the_mean_over_its_places():

@@ -42,9 +42,9 @@ def lower_programs(config: schema.Config, mesh: jax.sharding.Mesh) -> dict[str, 
     batch = config.batch_size
     keys = shape((batch,), jax.random.key(0).dtype, rows)
     starts = shape((batch,), jnp.int32, rows)
-    latent_shape = programs.recipe.latent_shape
+    latent_shape = programs.plan.latent_shape
     trajectory = shape(
-        (1 if programs.recipe.is_forward else config.rollout.num_steps + 1, batch, *latent_shape),
+        (1 if programs.plan.is_forward else config.rollout.num_steps + 1, batch, *latent_shape),
         jnp.float32,
         sharding.batch_sharding(mesh, 1),
     )
@@ -62,7 +62,7 @@ def lower_programs(config: schema.Config, mesh: jax.sharding.Mesh) -> dict[str, 
     )
     frozen = micro_losses.Frozen(condition(1, whole), setup.abstract_base(networks, config, mesh))
     scalar = shape((), jnp.float32, whole)
-    old = ratio.abstract_old_means(programs.recipe, mesh)
+    old = ratio.abstract_old_means(programs.plan, mesh)
     arguments = {
         "rollout": (state.params, condition(batch, rows), frozen, keys, starts),
         "decode": (

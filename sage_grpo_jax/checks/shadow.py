@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sage_grpo_jax.checks import float64, shadow_formulas
-from sage_grpo_jax.config.plan import Recipe
+from sage_grpo_jax.config.plan import Plan
 from sage_grpo_jax.flow import noise
 from sage_grpo_jax.grpo import trust_region
 from sage_grpo_jax.models import hunyuan_video
@@ -51,7 +51,7 @@ class Sides(NamedTuple):
 class Shadow:
     """Recomputes a micro-batch and reports the deviation of the update's arithmetic."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, plan: Plan) -> None:
         """
         Raises:
           ValueError: more than one process, or no CPU backend next to the accelerator.
@@ -68,11 +68,11 @@ class Shadow:
                 "config.debug.shadow: got True without a CPU backend; allowed: JAX_PLATFORMS that "
                 "ends with ,cpu, or False"
             ) from error
-        self._recipe = recipe
+        self._recipe = plan
         self._mesh = mesh_lib.make_mesh(1, 1, 1, devices=[device])
-        self._float32 = jax.jit(functools.partial(_float32_side, recipe))
+        self._float32 = jax.jit(functools.partial(_float32_side, plan))
         self._float64: Callable | None = None
-        self._controller = shadow_formulas.Controller(recipe.config.trust_region)
+        self._controller = shadow_formulas.Controller(plan.config.trust_region)
 
     def __call__(
         self,
@@ -89,9 +89,9 @@ class Shadow:
             loss itself is a sum of terms that cancel.
           shadow/gradient: norm of the difference over the norm of the float64 gradient.
         """
-        recipe = self._recipe
-        pieces = recipe.config.batch_size // recipe.config.loss.micro_batch
-        turn = int(state.step) % (recipe.positions * pieces)
+        plan = self._recipe
+        pieces = plan.config.batch_size // plan.config.loss.micro_batch
+        turn = int(state.step) % (plan.positions * pieces)
         position, piece = turn // pieces, turn % pieces
         inputs = self._inputs(state, batch, frozen, position, piece)
         sides = self._float32(state, batch, frozen, np.int32(position), np.int32(piece))
@@ -102,10 +102,10 @@ class Shadow:
 
     def _inputs(self, state, batch, frozen, position: int, piece: int) -> _Inputs:
         """The micro-batch and its constants from config and rollout, on the host."""
-        recipe, config = self._recipe, self._recipe.config
+        plan, config = self._recipe, self._recipe.config
         size = config.loss.micro_batch
         rows = np.arange(size) * (config.batch_size // size) + piece  # see `update.split_batch`
-        sigmas = np.asarray(recipe.schedule.sigmas, np.float64)
+        sigmas = np.asarray(plan.schedule.sigmas, np.float64)
         noisy = shadow_formulas.noisy_steps(config, sigmas)
         trained = shadow_formulas.trained_steps(config, noisy)
         window, positions = shadow_formulas.window_and_positions(config, noisy)
@@ -129,7 +129,7 @@ class Shadow:
             condition=jax.tree.map(lambda x: np.asarray(x)[rows], batch.condition),
             latents=np.where(of_sample, latents[step, rows], 0),
             next_latents=np.where(of_sample, latents[step + 1, rows], 0),
-            noise=np.asarray(noise.step_noise(keys, step, recipe.latent_shape)),
+            noise=np.asarray(noise.step_noise(keys, step, plan.latent_shape)),
             advantages=np.asarray(batch.advantages)[rows],
             valid=valid[rows],
             step=step,
@@ -143,12 +143,12 @@ class Shadow:
     def _exact(self, inputs: _Inputs) -> tuple[Sides, float]:
         if self._float64 is None:
             # Traced with the float32 inputs: the program of the network as the update has it.
-            recipe = self._recipe
+            plan = self._recipe
             timestep = np.zeros(inputs.latents.shape[0], np.float32)
             network = inputs.trained, inputs.base, inputs.negative, inputs.condition
-            program = _velocity_program(recipe)
+            program = _velocity_program(plan)
             velocity = float64.in_float64(program, *network, inputs.latents, timestep)
-            self._float64 = jax.jit(lambda values: _float64_side(recipe, velocity, values))
+            self._float64 = jax.jit(lambda values: _float64_side(plan, velocity, values))
         with jax.enable_x64(True):
             wide = jax.tree.map(float64.widen, inputs)
             values = jax.device_put(wide, sharding.replicated(self._mesh))
@@ -192,42 +192,42 @@ class _Inputs(NamedTuple):
     normalizer: np.ndarray
 
 
-def _float32_side(recipe: Recipe, state, batch, frozen, position, piece) -> Sides:
+def _float32_side(plan: Plan, state, batch, frozen, position, piece) -> Sides:
     """The update's own loss, gradient and log-ratio at one micro-batch."""
-    given = update_lib.loss_inputs(recipe, state, frozen, jnp.sum(batch.valid))
-    micro = update_lib.take_micro_batch(recipe, batch, position, piece)
-    loss = functools.partial(micro_losses.policy_micro_loss, recipe=recipe)
+    given = update_lib.loss_inputs(plan, state, frozen, jnp.sum(batch.valid))
+    micro = update_lib.take_micro_batch(plan, batch, position, piece)
+    loss = functools.partial(micro_losses.policy_micro_loss, plan=plan)
     (total, _), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, micro, given)
-    draw = noise.step_noise(micro.keys, micro.step, recipe.latent_shape)
-    new = micro_losses.transition(recipe, state.params, micro, frozen)
-    log_ratio = ratio_lib.rollout_log_ratio(recipe, draw, new.mean, micro.next_latents, new.std)
+    draw = noise.step_noise(micro.keys, micro.step, plan.latent_shape)
+    new = micro_losses.transition(plan, state.params, micro, frozen)
+    log_ratio = ratio_lib.rollout_log_ratio(plan, draw, new.mean, micro.next_latents, new.std)
     return Sides(jnp.where(micro.counts, log_ratio, 0.0), total, gradient)
 
 
-def _velocity_program(recipe: Recipe) -> Callable:
+def _velocity_program(plan: Plan) -> Callable:
     """(trained, base, negative, condition, latents, timestep) -> velocity, as the update has it.
 
     With plain attention and nothing recomputed: what changes is how it runs.
     """
-    transformer = dataclasses.replace(recipe.transformer, attention="xla", remat=False)
-    recipe = dataclasses.replace(recipe, transformer=transformer)
+    transformer = dataclasses.replace(plan.transformer, attention="xla", remat=False)
+    plan = dataclasses.replace(plan, transformer=transformer)
 
     def velocity(trained, base, negative, condition, latents, timestep):
         frozen = micro_losses.Frozen(negative, base)
-        gradient = recipe.config.loss.guidance_gradient
-        policy = micro_losses.velocity_fn(recipe, trained, condition, frozen, gradient=gradient)
+        gradient = plan.config.loss.guidance_gradient
+        policy = micro_losses.velocity_fn(plan, trained, condition, frozen, gradient=gradient)
         return policy(latents, timestep)
 
     return velocity
 
 
-def _float64_side(recipe: Recipe, velocity: Callable, inputs: _Inputs) -> tuple[Sides, jax.Array]:
+def _float64_side(plan: Plan, velocity: Callable, inputs: _Inputs) -> tuple[Sides, jax.Array]:
     """The same quantities from the papers, and the scale that the loss is judged by."""
-    config, rollout = recipe.config, recipe.config.rollout
+    config, rollout = plan.config, plan.config.rollout
     shape = (-1,) + (1,) * (inputs.latents.ndim - 1)
-    sigmas = jnp.asarray(np.asarray(recipe.schedule.sigmas, np.float64))
+    sigmas = jnp.asarray(np.asarray(plan.schedule.sigmas, np.float64))
     sigma, sigma_next = (sigmas[inputs.step + i].reshape(shape) for i in (0, 1))
-    timestep = jnp.asarray(np.asarray(recipe.schedule.timesteps, np.float64))[inputs.step]
+    timestep = jnp.asarray(np.asarray(plan.schedule.timesteps, np.float64))[inputs.step]
     masked = jnp.where(inputs.valid, 1.0, 0.0)
 
     def transition(trained):

@@ -13,30 +13,30 @@ from sage_grpo_jax.parallel import mesh as mesh_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Plan:
     """The constants of the programs: networks' configs, schedule, trained steps and weights."""
 
     config: schema.Config
     transformer: hunyuan_video.HunyuanVideoConfig
     vae: vae.VaeConfig
-    plan: step_plan.StepPlan
+    steps: step_plan.StepPlan
     weights: np.ndarray  # float32 [T]: S_t, or 1 without the equalizer
     kl_weights: np.ndarray  # float32 [T]: of the KLs to the references
 
     @property
     def schedule(self) -> schedules.Schedule:
         """Of the rollout."""
-        return self.plan.schedule
+        return self.steps.schedule
 
     @property
     def trained(self) -> np.ndarray:
         """The steps that are trained, in some rollout; bool [T]."""
-        return self.plan.trained
+        return self.steps.trained
 
     @property
     def positions(self) -> int:
         """How many steps of a sample are trained."""
-        return self.plan.positions
+        return self.steps.positions
 
     @property
     def is_forward(self) -> bool:
@@ -61,11 +61,11 @@ class Recipe:
         )
 
 
-def make_recipe(
+def make_plan(
     config: schema.Config,
     transformer: hunyuan_video.HunyuanVideoConfig,
     vae_config: vae.VaeConfig,
-) -> Recipe:
+) -> Plan:
     """Works out schedule, trained steps and time weights; checks the clip against the networks.
 
     Raises:
@@ -84,37 +84,37 @@ def make_recipe(
             f"config.model: the transformer makes {transformer.out_channels} latent channels, "
             f"the VAE decodes {vae_config.latent_channels}; allowed: networks that fit"
         )
-    plan = step_plan.plan_steps(config)
-    weights, kl_weights = step_weights(config, plan), step_kl_weights(config, plan)
-    return Recipe(config, transformer, vae_config, plan, weights, kl_weights)
+    steps = step_plan.plan_steps(config)
+    weights, kl_weights = step_weights(config, steps), step_kl_weights(config, steps)
+    return Plan(config, transformer, vae_config, steps, weights, kl_weights)
 
 
-def step_weights(config: schema.Config, plan: step_plan.StepPlan) -> np.ndarray:
+def step_weights(config: schema.Config, steps: step_plan.StepPlan) -> np.ndarray:
     """S_t of every step, 0 where nothing is trained; float32 [T]."""
     if not config.loss.equalizer:
-        return plan.trained.astype(np.float32)
-    return _equalized(config, plan, config.loss.log_prob)
+        return steps.trained.astype(np.float32)
+    return _equalized(config, steps, config.loss.log_prob)
 
 
-def step_kl_weights(config: schema.Config, plan: step_plan.StepPlan) -> np.ndarray:
+def step_kl_weights(config: schema.Config, steps: step_plan.StepPlan) -> np.ndarray:
     """The weight of every step in the KLs, see `TrustRegionConfig.kl_time_weight`; float32 [T]."""
-    kind, trained = config.trust_region.kl_time_weight, plan.trained.astype(np.float32)
+    kind, trained = config.trust_region.kl_time_weight, steps.trained.astype(np.float32)
     if kind == "equalized":
         # Whatever the form of the log-probability, the KL is that of the Gaussian transitions.
-        return _equalized(config, plan, "gaussian") ** 2
+        return _equalized(config, steps, "gaussian") ** 2
     if kind == "step_length":
-        return trained * -np.diff(np.asarray(plan.schedule.sigmas, np.float64)).astype(np.float32)
+        return trained * -np.diff(np.asarray(steps.schedule.sigmas, np.float64)).astype(np.float32)
     return trained
 
 
-def _equalized(config: schema.Config, plan: step_plan.StepPlan, log_prob: str) -> np.ndarray:
+def _equalized(config: schema.Config, steps: step_plan.StepPlan, log_prob: str) -> np.ndarray:
     rollout = config.rollout
     return np.asarray(
         equalizer.equalizer_weights(
             rollout.sde,
-            plan.schedule,
+            steps.schedule,
             rollout.eta,
-            plan.trained,
+            steps.trained,
             median=config.loss.median,
             log_prob=log_prob,
             clamp=rollout.clamp,

@@ -97,53 +97,53 @@ def plan_steps(config: schema.Config) -> StepPlan:
 
 
 def window_starts(
-    plan: StepPlan, config: schema.Config, step: int, prompt_hashes: np.ndarray
+    steps: StepPlan, config: schema.Config, step: int, prompt_hashes: np.ndarray
 ) -> np.ndarray:
     """How many counted steps lie before the window of each prompt in a rollout; int32 [P].
 
     Args:
-      plan: of `config`.
+      steps: of `config`.
       config: the recipe.
       step: number of the rollout.
       prompt_hashes: uint32 [P].
     """
     count, rollout = len(prompt_hashes), config.rollout
-    if plan.kind == "random_k":
+    if steps.kind == "random_k":
         slots = np.arange(count, dtype=np.uint32)
-        return noise.window_starts(config.seed, step, slots, prompt_hashes, plan.window_places)
+        return noise.window_starts(config.seed, step, slots, prompt_hashes, steps.window_places)
     start = 0
-    if plan.kind in windows.MOVING:
-        total = int(plan.counted.sum())
-        start = windows.start_at(step, plan.kind, total, plan.window, rollout.window_motion)
+    if steps.kind in windows.MOVING:
+        total = int(steps.counted.sum())
+        start = windows.start_at(step, steps.kind, total, steps.window, rollout.window_motion)
     return np.full(count, start, np.int32)
 
 
-def noisy_steps(plan: StepPlan, starts: jax.Array) -> Any:
+def noisy_steps(steps: StepPlan, starts: jax.Array) -> Any:
     """The steps that inject noise; bool [T], or [T, B] where windows differ.
 
     Args:
-      plan: the recipe's.
+      steps: the recipe's.
       starts: int32 [B], of `window_starts`.
     """
-    if plan.window_places == 1:
-        return plan.noisy
-    rank = jnp.asarray(np.cumsum(plan.counted) - 1)[:, None]
-    inside = (rank >= starts) & (rank < starts + plan.window)
-    return jnp.asarray(plan.noisy)[:, None] & inside
+    if steps.window_places == 1:
+        return steps.noisy
+    rank = jnp.asarray(np.cumsum(steps.counted) - 1)[:, None]
+    inside = (rank >= starts) & (rank < starts + steps.window)
+    return jnp.asarray(steps.noisy)[:, None] & inside
 
 
-def trained_step(plan: StepPlan, position: Any, starts: jax.Array, keys: jax.Array) -> jax.Array:
+def trained_step(steps: StepPlan, position: Any, starts: jax.Array, keys: jax.Array) -> jax.Array:
     """The `position`-th trained step; int32 [], or [m] where the steps differ.
 
     Args:
-      plan: the recipe's.
+      steps: the recipe's.
       position: 0 to `plan.positions` - 1, int32 [].
       starts: int32 [m].
       keys: of the samples, [m].
     """
-    steps = jnp.asarray(np.flatnonzero(plan.counted), jnp.int32)
-    if not plan.varies:
-        return steps[position]
-    if plan.draws:
-        position = noise.chosen_steps(keys, plan.window, plan.positions)[:, position]
-    return steps[starts + position]
+    counted = jnp.asarray(np.flatnonzero(steps.counted), jnp.int32)
+    if not steps.varies:
+        return counted[position]
+    if steps.draws:
+        position = noise.chosen_steps(keys, steps.window, steps.positions)[:, position]
+    return counted[starts + position]

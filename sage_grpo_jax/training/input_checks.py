@@ -25,7 +25,7 @@ def check(config: schema.Config) -> tuple[setup.Networks, jax.sharding.Mesh]:
       ValueError: naming the field: networks, clip, mesh, attention or weights that do not fit.
     """
     networks = setup.read_networks(config.model)
-    plan_lib.make_recipe(config, networks.transformer, networks.vae)
+    plan_lib.make_plan(config, networks.transformer, networks.vae)
     mesh = make_mesh(config)
     plan_lib.check_mesh(config, mesh)
     _check_attention(networks, mesh)

@@ -100,8 +100,8 @@ class Learner:
           base: with LoRA the frozen weights, on the mesh; None for full fine-tuning.
         """
         self.programs = programs
-        self.recipe = programs.recipe
-        self.config = programs.recipe.config
+        self.plan = programs.plan
+        self.config = programs.plan.config
         self._vae_params = vae_params
         self._scorer = scorer
         self._mesh = mesh
@@ -109,7 +109,7 @@ class Learner:
         self._rows = sharding.batch_sharding(mesh)
         whole = sharding.replicated(mesh)
         self.frozen = micro_losses.Frozen(self.condition(negative, whole), base)
-        self._shadow = shadow.Shadow(self.recipe) if self.config.debug.shadow else None
+        self._shadow = shadow.Shadow(self.plan) if self.config.debug.shadow else None
 
     def step(
         self, state: state_lib.LearnerState, batch: PromptBatch
@@ -185,7 +185,7 @@ class Learner:
     def window_starts(self, batch: PromptBatch, step: int) -> jax.Array:
         """Where the window of trained steps starts, int32 [P·G]; the same within a group."""
         hashes = np.array([noise.prompt_hash(i) for i in batch.ids], np.uint32)
-        starts = step_plan.window_starts(self.recipe.plan, self.config, step, hashes)
+        starts = step_plan.window_starts(self.plan.steps, self.config, step, hashes)
         return hosts.to_global(np.repeat(starts, self.config.rollout.group_size), self._rows)
 
     def sample(self, params: Any, batch: PromptBatch, keys: jax.Array) -> jax.Array:
@@ -319,7 +319,7 @@ class Learner:
             state, values, old = self.programs.update(state, batch, self.frozen, limits, old)
             # With several updates the metrics of the last one tell how far the policy has gone.
             metrics = self._floats(values)
-            if index == 0 and not self.recipe.is_forward:
+            if index == 0 and not self.plan.is_forward:
                 ratio_lib.check(self.config, metrics)
             for name in ("loss", "gradient", "params"):
                 if not metrics[f"update/finite_{name}"]:
@@ -334,7 +334,7 @@ class Learner:
             if np.ndim(value) == 0:
                 values[name] = float(value)
             else:
-                steps = np.flatnonzero(self.recipe.trained)
+                steps = np.flatnonzero(self.plan.trained)
                 values |= {f"{name}_{t:02d}": float(value[t]) for t in steps}
         return values
 
@@ -349,7 +349,7 @@ class Learner:
     ) -> hunyuan_video.Condition:
         """The condition of B samples, divided over the mesh; B must divide."""
         place = self._rows if place is None else place
-        dtype, frames = self.recipe.transformer.dtype, self.recipe.latent_shape[0]
+        dtype, frames = self.plan.transformer.dtype, self.plan.latent_shape[0]
         return conditions.to_condition(batch, place, dtype, frames)
 
 

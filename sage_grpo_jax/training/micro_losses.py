@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sage_grpo_jax.config.plan import Recipe
+from sage_grpo_jax.config.plan import Plan
 from sage_grpo_jax.flow import guidance, noise, schedules, sde
 from sage_grpo_jax.grpo import kl, loss, nft, trust_region
 from sage_grpo_jax.models import hunyuan_video
@@ -58,7 +58,7 @@ class LossInputs(NamedTuple):
 
 
 def velocity_fn(
-    recipe: Recipe,
+    plan: Plan,
     trained: Any,
     condition: hunyuan_video.Condition,
     frozen: Frozen,
@@ -68,7 +68,7 @@ def velocity_fn(
     """(latents, timestep) -> velocity of the policy, with guidance.
 
     Args:
-      recipe: the constants.
+      plan: the constants.
       trained: all parameters, or the adapters where `frozen` holds their base.
       condition: of B samples.
       frozen: negative prompt and base.
@@ -76,41 +76,41 @@ def velocity_fn(
         ends (use_meanflow) looks at it.
       gradient: of which branches of guidance, see `guidance.guided`.
     """
-    schedule = recipe.schedule if schedule is None else schedule
+    schedule = plan.schedule if schedule is None else schedule
     negative = conditions.unconditional(condition, frozen.negative)
     params, adapters, scale = trained, None, 1.0
     if frozen.base is not None:
-        params, adapters, scale = frozen.base, trained, recipe.config.lora.adapters.scale
+        params, adapters, scale = frozen.base, trained, plan.config.lora.adapters.scale
 
     def model(latents, timestep, branch):
-        if recipe.transformer.use_meanflow:
+        if plan.transformer.use_meanflow:
             branch = branch._replace(timestep_r=schedules.next_timestep(schedule, timestep))
-        with jax.default_matmul_precision(recipe.config.model.matmul_precision):
+        with jax.default_matmul_precision(plan.config.model.matmul_precision):
             return hunyuan_video.velocity(
-                params, latents, timestep, branch, recipe.transformer, adapters, scale
+                params, latents, timestep, branch, plan.transformer, adapters, scale
             )
 
-    rollout = recipe.config.rollout
+    rollout = plan.config.rollout
     guided = guidance.guided(model, rollout.guidance, mode=rollout.guidance_mode, gradient=gradient)
     return lambda latents, timestep: guided(latents, timestep, condition, negative)
 
 
 def _velocity(
-    recipe: Recipe, params: Any, micro: MicroBatch, frozen: Frozen, latents: jax.Array
+    plan: Plan, params: Any, micro: MicroBatch, frozen: Frozen, latents: jax.Array
 ) -> jax.Array:
     """The velocity of the policy `params` at states of a micro-batch; float32 [m, ...]."""
-    gradient = recipe.config.loss.guidance_gradient
-    velocity = velocity_fn(recipe, params, micro.condition, frozen, gradient=gradient)
-    timestep = jnp.asarray(recipe.schedule.timesteps)[micro.step]
+    gradient = plan.config.loss.guidance_gradient
+    velocity = velocity_fn(plan, params, micro.condition, frozen, gradient=gradient)
+    timestep = jnp.asarray(plan.schedule.timesteps)[micro.step]
     return velocity(latents, jnp.broadcast_to(timestep, micro.valid.shape))
 
 
-def transition(recipe: Recipe, params: Any, micro: MicroBatch, frozen: Frozen) -> sde.Transition:
+def transition(plan: Plan, params: Any, micro: MicroBatch, frozen: Frozen) -> sde.Transition:
     """The transition of the policy `params` at the states of a micro-batch."""
-    config, sigmas = recipe.config.rollout, jnp.asarray(recipe.schedule.sigmas)
+    config, sigmas = plan.config.rollout, jnp.asarray(plan.schedule.sigmas)
     return sde.transition(
         config.sde,
-        _velocity(recipe, params, micro, frozen, micro.latents),
+        _velocity(plan, params, micro, frozen, micro.latents),
         micro.latents,
         sigmas[micro.step],
         sigmas[micro.step + 1],
@@ -120,46 +120,46 @@ def transition(recipe: Recipe, params: Any, micro: MicroBatch, frozen: Frozen) -
 
 
 def policy_micro_loss(
-    params, micro: MicroBatch, inputs: LossInputs, recipe: Recipe, recorded=None, known=None
+    params, micro: MicroBatch, inputs: LossInputs, plan: Plan, recorded=None, known=None
 ):
     """Policy loss and KL of one micro-batch, both divided by the fixed `normalizer`.
 
     `recorded` and `known`: see `ratio.old_mean`. Returns (loss, MicroResult).
     """
-    new = transition(recipe, params, micro, inputs.frozen)
-    draw = noise.step_noise(micro.keys, micro.step, recipe.latent_shape)
+    new = transition(plan, params, micro, inputs.frozen)
+    draw = noise.step_noise(micro.keys, micro.step, plan.latent_shape)
     mean_old = ratio_lib.old_mean(new.mean, recorded, known)
-    log_ratio = ratio_lib.log_ratio(recipe, draw, new.mean, mean_old, new.std)
+    log_ratio = ratio_lib.log_ratio(plan, draw, new.mean, mean_old, new.std)
     mismatch = ratio_lib.mismatch(
-        recipe, micro.step, micro.valid, draw, mean_old, micro.next_latents, new.std
+        plan, micro.step, micro.valid, draw, mean_old, micro.next_latents, new.std
     )
-    config = recipe.config.loss
-    weights = jnp.asarray(recipe.weights)[micro.step]
+    config = plan.config.loss
+    weights = jnp.asarray(plan.weights)[micro.step]
     policy_loss, metrics = loss.policy_loss(
         log_ratio[:, None],
         micro.advantages,
-        weights.reshape(-1, 1) * _step_factor(recipe),
+        weights.reshape(-1, 1) * _step_factor(plan),
         config.clip_range,
         mask=micro.counts[:, None],
         objective=config.objective,
         normalizer=inputs.normalizer,
     )
-    divergences = _divergences(recipe, new, log_ratio, micro, inputs)
+    divergences = _divergences(plan, new, log_ratio, micro, inputs)
     total, metrics = _with_penalty(policy_loss, metrics, divergences, micro, inputs)
     return total, jax.lax.stop_gradient(MicroResult(metrics, mismatch, mean_old))
 
 
 def forward_micro_loss(
-    params, micro: MicroBatch, inputs: LossInputs, recipe: Recipe, recorded=None, known=None
+    params, micro: MicroBatch, inputs: LossInputs, plan: Plan, recorded=None, known=None
 ):
     """`policy_micro_loss` of DiffusionNFT: clean samples, noised again; see `grpo.nft`."""
     del recorded, known  # there is no ratio
-    config = recipe.config
-    draw = noise.forward_noise(micro.keys, micro.step, recipe.latent_shape)
-    sigma = jnp.asarray(recipe.schedule.sigmas)[micro.step]
+    config = plan.config
+    draw = noise.forward_noise(micro.keys, micro.step, plan.latent_shape)
+    sigma = jnp.asarray(plan.schedule.sigmas)[micro.step]
     latents, target = nft.noised(micro.latents, draw, sigma)
     new, *others = (
-        _velocity(recipe, trained, micro, inputs.frozen, latents)
+        _velocity(plan, trained, micro, inputs.frozen, latents)
         for trained in (params, inputs.sampling, *(r.params for r in inputs.references))
     )
     old, *references = map(jax.lax.stop_gradient, others)
@@ -169,7 +169,7 @@ def forward_micro_loss(
     losses = nft.nft_loss(
         new, old, target, sigma, good, config.nft.beta, adaptive=config.nft.adaptive
     )
-    losses *= config.advantage.clip * _step_factor(recipe)
+    losses *= config.advantage.clip * _step_factor(plan)
     divergences = [
         (reference.name, nft.velocity_distance(new, velocity), reference.beta)
         for reference, velocity in zip(inputs.references, references, strict=True)
@@ -200,20 +200,18 @@ def _with_penalty(policy_loss, metrics, divergences, micro: MicroBatch, inputs: 
     }
 
 
-def _step_factor(recipe: Recipe) -> float:
+def _step_factor(plan: Plan) -> float:
     """What turns the mean over the trained steps into what the recipe asks for."""
-    return float(recipe.positions) if recipe.config.loss.step_reduction == "sum" else 1.0
+    return float(plan.positions) if plan.config.loss.step_reduction == "sum" else 1.0
 
 
-def _divergences(
-    recipe: Recipe, new: sde.Transition, log_ratio, micro: MicroBatch, inputs: LossInputs
-):
+def _divergences(plan: Plan, new: sde.Transition, log_ratio, micro: MicroBatch, inputs: LossInputs):
     """(name, divergence [m], beta) for every term of the KL penalty."""
-    region, reduction = recipe.config.trust_region, recipe.config.loss.log_prob_reduction
+    region, reduction = plan.config.trust_region, plan.config.loss.log_prob_reduction
     for name, reference, beta in inputs.references:
-        mean = jax.lax.stop_gradient(transition(recipe, reference, micro, inputs.frozen).mean)
+        mean = jax.lax.stop_gradient(transition(plan, reference, micro, inputs.frozen).mean)
         divergence = kl.gaussian_kl(new.mean, mean, new.std, reduction=reduction)
-        yield name, divergence * jnp.asarray(recipe.kl_weights)[micro.step], beta
+        yield name, divergence * jnp.asarray(plan.kl_weights)[micro.step], beta
     if region.penalises_motion and not region.has_previous:
         # Eq. 15: the mean of log π_old - log π over the samples of π_old.
         yield "previous", -log_ratio, region.previous_weight

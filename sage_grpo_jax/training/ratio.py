@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 
 from sage_grpo_jax.config import schema
-from sage_grpo_jax.config.plan import Recipe
+from sage_grpo_jax.config.plan import Plan
 from sage_grpo_jax.flow import rollout as rollout_lib
 from sage_grpo_jax.flow import sde
 from sage_grpo_jax.parallel import sharding
@@ -77,31 +77,31 @@ def old_mean(mean: jax.Array, recorded: jax.Array | None, known: jax.Array | Non
 
 
 def log_ratio(
-    recipe: Recipe, noise: jax.Array, mean: jax.Array, mean_old: jax.Array, std: jax.Array
+    plan: Plan, noise: jax.Array, mean: jax.Array, mean_old: jax.Array, std: jax.Array
 ) -> jax.Array:
     """log π(x')/π_old(x') [m] at x' = mean_old + std·noise, in the form that the recipe names."""
-    loss = recipe.config.loss
+    loss = plan.config.loss
     return sde.log_ratio(
         noise, mean, mean_old, std, log_prob=loss.log_prob, reduction=loss.log_prob_reduction
     )
 
 
 def rollout_log_ratio(
-    recipe: Recipe, noise: jax.Array, mean: jax.Array, next_latents: jax.Array, std: jax.Array
+    plan: Plan, noise: jax.Array, mean: jax.Array, next_latents: jax.Array, std: jax.Array
 ) -> jax.Array:
     """log of `mean`'s probability of x' over that of the rollout's mean x' - std·noise; [m]."""
     rollout_mean = rollout_lib.behaviour_mean(next_latents, noise, std)
-    return log_ratio(recipe, noise, mean, rollout_mean, std)
+    return log_ratio(plan, noise, mean, rollout_mean, std)
 
 
-def no_mismatch(recipe: Recipe) -> Mismatch:
+def no_mismatch(plan: Plan) -> Mismatch:
     """Of no sample: what `jnp.maximum` over micro-batches starts from."""
-    nothing = jnp.full(recipe.trained.shape, -jnp.inf, jnp.float32)
+    nothing = jnp.full(plan.trained.shape, -jnp.inf, jnp.float32)
     return Mismatch(nothing, nothing)
 
 
 def mismatch(
-    recipe: Recipe,
+    plan: Plan,
     step: jax.Array,
     valid: jax.Array,
     noise: jax.Array,
@@ -112,7 +112,7 @@ def mismatch(
     """The mismatch of a micro-batch of m samples.
 
     Args:
-      recipe: the constants.
+      plan: the constants.
       step: int32 [] or [m].
       valid: bool [m]; the others do not count, whatever they hold.
       noise: that the rollout drew, [m, ...].
@@ -120,12 +120,12 @@ def mismatch(
       next_latents: x' of the rollout, [m, ...].
       std: of the step.
     """
-    deviation = jnp.abs(jnp.expm1(rollout_log_ratio(recipe, noise, mean_old, next_latents, std)))
+    deviation = jnp.abs(jnp.expm1(rollout_log_ratio(plan, noise, mean_old, next_latents, std)))
     rollout_mean = rollout_lib.behaviour_mean(next_latents, noise, std)
     delta = sde.standardized_difference(mean_old, rollout_mean, std)
     shift = jnp.sqrt(sde.reduce_elements(delta**2))
     steps = jnp.broadcast_to(step, valid.shape)[:, None]
-    counts = (steps == jnp.arange(recipe.trained.size)) & valid[:, None]  # [m, T]
+    counts = (steps == jnp.arange(plan.trained.size)) & valid[:, None]  # [m, T]
 
     def largest(values: jax.Array) -> jax.Array:
         return jnp.max(jnp.where(counts, values[:, None], -jnp.inf), axis=0)
@@ -153,16 +153,16 @@ def in_tolerance(
     return found if old is None else found | old.known
 
 
-def abstract_old_means(recipe: Recipe, mesh: jax.sharding.Mesh) -> OldMeans | None:
+def abstract_old_means(plan: Plan, mesh: jax.sharding.Mesh) -> OldMeans | None:
     """`OldMeans` as shapes with shardings; None with one update a rollout, which needs none."""
-    config = recipe.config
+    config = plan.config
     if config.loss.updates_per_rollout == 1:
         return None
-    count = recipe.positions * (config.batch_size // config.loss.micro_batch)
-    shape = (count, config.loss.micro_batch, *recipe.latent_shape)
+    count = plan.positions * (config.batch_size // config.loss.micro_batch)
+    shape = (count, config.loss.micro_batch, *plan.latent_shape)
     means = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(mesh, 1))
     turn = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
-    return OldMeans(None if recipe.is_forward else means, turn)
+    return OldMeans(None if plan.is_forward else means, turn)
 
 
 # The gate, on the host

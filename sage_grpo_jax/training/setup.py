@@ -160,10 +160,10 @@ def build_programs(
     networks: Networks, config: schema.Config, mesh: jax.sharding.Mesh
 ) -> programs_lib.Programs:
     """The recipe's constants and its jitted programs."""
-    recipe = plan_lib.make_recipe(config, networks.transformer, networks.vae)
+    plan = plan_lib.make_plan(config, networks.transformer, networks.vae)
     tx = optimizers.make_optimizer(config)
     state = make_abstract_state(networks, config, mesh)
-    return programs_lib.build(recipe, tx, mesh, state, abstract_base(networks, config, mesh))
+    return programs_lib.build(plan, tx, mesh, state, abstract_base(networks, config, mesh))
 
 
 def read_prompts(source: str, field: str) -> list[prompts_lib.Prompt]:

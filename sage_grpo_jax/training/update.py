@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from sage_grpo_jax.config import step_plan
-from sage_grpo_jax.config.plan import Recipe
+from sage_grpo_jax.config.plan import Plan
 from sage_grpo_jax.grpo import averaging, loss, trust_region
 from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.training import micro_losses
@@ -46,22 +46,22 @@ def split_batch(tree: Any, size: int) -> Any:
 
 
 def take_micro_batch(
-    recipe: Recipe, batch: UpdateBatch, position: jax.Array, piece: jax.Array
+    plan: Plan, batch: UpdateBatch, position: jax.Array, piece: jax.Array
 ) -> MicroBatch:
     """A piece of the samples at the `position`-th of their trained steps."""
-    size = recipe.config.loss.micro_batch
+    size = plan.config.loss.micro_batch
 
     def take(x):
         return split_batch(x, size)[piece]
 
     valid, starts, keys = take(batch.valid), take(batch.starts), take(batch.keys)
-    step = step_plan.trained_step(recipe.plan, position, starts, keys)
+    step = step_plan.trained_step(plan.steps, position, starts, keys)
 
     def state(after):
         """The states after `after` steps, for one step or one of each sample."""
-        if recipe.is_forward:
+        if plan.is_forward:
             return take(batch.latents[-1])
-        if not recipe.plan.varies:
+        if not plan.steps.varies:
             return take(batch.latents[after])
         pieces = split_batch(jnp.moveaxis(batch.latents, 0, 1), size)[piece]  # [m, T + 1, ...]
         return jax.vmap(lambda states, t: states[t])(pieces, after)
@@ -83,54 +83,54 @@ def take_micro_batch(
 
 
 def loss_inputs(
-    recipe: Recipe, state: state_lib.LearnerState, frozen: Frozen, count: jax.Array
+    plan: Plan, state: state_lib.LearnerState, frozen: Frozen, count: jax.Array
 ) -> LossInputs:
     """The inputs of an update over `count` samples."""
     region = trust_region.find_state(state.opt_state)
     return LossInputs(
         frozen=frozen,
-        references=trust_region.references(region, recipe.config.trust_region),
+        references=trust_region.references(region, plan.config.trust_region),
         kl_weight=region.weight,
-        normalizer=jnp.maximum(count * recipe.positions, 1).astype(jnp.float32),
-        sampling=state.sampled if recipe.is_forward else None,
+        normalizer=jnp.maximum(count * plan.positions, 1).astype(jnp.float32),
+        sampling=state.sampled if plan.is_forward else None,
     )
 
 
-def _share(recipe: Recipe, piece: Any, turn: Any) -> jax.Array:
+def _share(plan: Plan, piece: Any, turn: Any) -> jax.Array:
     """Whether the samples of a piece belong to update `turn` of a rollout; bool like `piece`.
 
     With split updates sample b is trained in update b mod U, and so a part of every group is:
     whichever, as the members of a group are drawn alike.
     """
-    if not recipe.config.loss.split_updates:
+    if not plan.config.loss.split_updates:
         return jnp.full(jnp.shape(piece), True)
     # The samples of piece p are p + n·row, n the number of pieces, which U divides.
-    return piece % recipe.config.loss.updates_per_rollout == turn
+    return piece % plan.config.loss.updates_per_rollout == turn
 
 
-def _where_needed(recipe: Recipe, entry, index, recorded, old: ratio_lib.OldMeans | None):
+def _where_needed(plan: Plan, entry, index, recorded, old: ratio_lib.OldMeans | None):
     """`entry(index, recorded)`; nothing of it for the samples that an update has no use for.
 
     The first update of a rollout goes through all of them: it records the means of those that the
     later updates are trained on, in the same program as theirs.
     """
-    if not recipe.config.loss.split_updates:
+    if not plan.config.loss.split_updates:
         return entry(index, recorded)
-    needed = _share(recipe, index[1], old.turn)
-    if not recipe.is_forward:
+    needed = _share(plan, index[1], old.turn)
+    if not plan.is_forward:
         needed |= ~old.known
 
     def nothing(index, recorded):
         shapes = jax.eval_shape(entry, index, recorded)
         grads, result = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        none = None if recipe.is_forward else ratio_lib.no_mismatch(recipe)
+        none = None if plan.is_forward else ratio_lib.no_mismatch(plan)
         return grads, result._replace(mismatch=none, mean_old=recorded)
 
     return jax.lax.cond(needed, entry, nothing, index, recorded)
 
 
 def _gradients(
-    recipe: Recipe,
+    plan: Plan,
     state: state_lib.LearnerState,
     batch: UpdateBatch,
     frozen: Frozen,
@@ -140,24 +140,24 @@ def _gradients(
 
     Returns (gradient, metrics, weight of the KL, the old means for the next update or None).
     """
-    config = recipe.config
+    config = plan.config
     pieces = config.batch_size // config.loss.micro_batch
     turn = None if old is None else old.turn
     valid = split_batch(batch.valid, config.loss.micro_batch)  # [pieces, m]
-    mine = valid & _share(recipe, jnp.arange(pieces), turn)[:, None]
-    inputs = loss_inputs(recipe, state, frozen, jnp.sum(mine))
+    mine = valid & _share(plan, jnp.arange(pieces), turn)[:, None]
+    inputs = loss_inputs(plan, state, frozen, jnp.sum(mine))
     micro_loss = micro_losses.policy_micro_loss
-    if recipe.is_forward:
+    if plan.is_forward:
         micro_loss = micro_losses.forward_micro_loss
 
     def loss_fn(params, micro, recorded):
         known = None if old is None else old.known
-        return micro_loss(params, micro, inputs, recipe, recorded, known)
+        return micro_loss(params, micro, inputs, plan, recorded, known)
 
     def entry(index, recorded):
         """(gradient, MicroResult) of a micro-batch."""
-        micro = take_micro_batch(recipe, batch, *index)
-        micro = micro._replace(counts=micro.valid & _share(recipe, index[1], turn))
+        micro = take_micro_batch(plan, batch, *index)
+        micro = micro._replace(counts=micro.valid & _share(plan, index[1], turn))
         (_, result), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.params, micro, recorded
         )
@@ -165,7 +165,7 @@ def _gradients(
 
     def body(totals, scanned):
         index, recorded = scanned
-        grads, result = _where_needed(recipe, entry, index, recorded, old)
+        grads, result = _where_needed(plan, entry, index, recorded, old)
         totals = (
             jax.tree.map(jnp.add, totals[0], grads),
             loss.accumulate_metrics(totals[1], result.metrics),
@@ -173,13 +173,13 @@ def _gradients(
         )
         return totals, None if old is None else result.mean_old
 
-    index = jnp.asarray(np.indices((recipe.positions, pieces)).reshape(2, -1), jnp.int32)
+    index = jnp.asarray(np.indices((plan.positions, pieces)).reshape(2, -1), jnp.int32)
     scanned = (tuple(index), None if old is None else old.means)
     _, shapes = jax.eval_shape(lambda: entry(*jax.tree.map(lambda x: x[0], scanned)))
     init = (
         jax.tree.map(jnp.zeros_like, state.params),
         {k: jnp.full(s.shape, 0.0, s.dtype) for k, s in shapes.metrics.items()},
-        None if recipe.is_forward else ratio_lib.no_mismatch(recipe),
+        None if plan.is_forward else ratio_lib.no_mismatch(plan),
     )
     (grads, metrics, mismatch), means = jax.lax.scan(body, init, scanned)
     if mismatch is not None:
@@ -194,18 +194,18 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 def _averages(
-    recipe: Recipe, state: state_lib.LearnerState, params: Any, count: jax.Array, is_last: Any
+    plan: Plan, state: state_lib.LearnerState, params: Any, count: jax.Array, is_last: Any
 ) -> dict[str, Any]:
     """The moving averages after an applied update; by name, those that the state has.
 
     Args:
-      recipe: the constants.
+      plan: the constants.
       state: before the update.
       params: after it.
       count: applied updates, this one included.
       is_last: whether it is the last one of its rollout; the policy that samples changes then.
     """
-    averages, ema, ramp = {}, recipe.config.ema, recipe.config.nft
+    averages, ema, ramp = {}, plan.config.ema, plan.config.nft
     if state.ema is not None:
         decay = averaging.warmed_up(count, ema.decay)
         decay = jnp.where(count % ema.every == 0, decay, 1.0)
@@ -216,7 +216,7 @@ def _averages(
     return averages
 
 
-def make_update(recipe: Recipe, tx: optax.GradientTransformationExtraArgs):
+def make_update(plan: Plan, tx: optax.GradientTransformationExtraArgs):
     """(state, batch, frozen, tolerances, old) -> (state, metrics, old).
 
     The update is applied only if loss, gradient and new parameters are finite, and the first one of
@@ -228,21 +228,21 @@ def make_update(recipe: Recipe, tx: optax.GradientTransformationExtraArgs):
     """
 
     def update(state, batch, frozen, tolerances, old):
-        grads, metrics, kl_weight, recorded = _gradients(recipe, state, batch, frozen, old)
+        grads, metrics, kl_weight, recorded = _gradients(plan, state, batch, frozen, old)
         updates, opt_state = tx.update(
-            grads, state.opt_state, state.params, **_measured_kl(recipe, metrics)
+            grads, state.opt_state, state.params, **_measured_kl(plan, metrics)
         )
         params = optax.apply_updates(state.params, updates)
-        is_last = old is None or old.turn == recipe.config.loss.updates_per_rollout - 1
+        is_last = old is None or old.turn == plan.config.loss.updates_per_rollout - 1
         count = trust_region.find_state(opt_state).count
-        averages = _averages(recipe, state, params, count, is_last)
+        averages = _averages(plan, state, params, count, is_last)
         new = state._replace(params=params, opt_state=opt_state, **averages)
         checks = {
             "update/finite_loss": jnp.isfinite(metrics["loss/total"]),
             "update/finite_gradient": all_finite(grads),
             "update/finite_params": all_finite(params),
         }
-        if not recipe.is_forward:
+        if not plan.is_forward:
             checks["update/ratio_in_tolerance"] = ratio_lib.in_tolerance(metrics, tolerances, old)
         applied = jnp.all(jnp.stack(list(checks.values())))
         state = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, state)
@@ -251,7 +251,7 @@ def make_update(recipe: Recipe, tx: optax.GradientTransformationExtraArgs):
         metrics |= {
             "grad/norm": norm,
             # Adam divides by |g| + eps: below 1 the step is no longer scale-free.
-            "grad/rms_over_eps": norm / np.sqrt(size) / recipe.config.optimizer.eps,
+            "grad/rms_over_eps": norm / np.sqrt(size) / plan.config.optimizer.eps,
             "kl/weight": kl_weight,
             "update/applied": applied,
             **checks,
@@ -261,10 +261,10 @@ def make_update(recipe: Recipe, tx: optax.GradientTransformationExtraArgs):
     return update
 
 
-def _measured_kl(recipe: Recipe, metrics: loss.Metrics) -> dict[str, Any]:
+def _measured_kl(plan: Plan, metrics: loss.Metrics) -> dict[str, Any]:
     """What the trust region is told of an update."""
     # Its targets and bounds are KLs per element, whatever is in the loss.
-    elements = recipe.summed_elements
+    elements = plan.summed_elements
     previous = metrics.get("kl/previous")
     return {
         "kl": metrics["kl/total"] / elements,

@@ -97,11 +97,11 @@ def check(make_case, small_network):
     case.steps(1)
     batch, checker = some_batch(case), case.learner._shadow
 
-    def run(recipe=case.learner.recipe):
-        checker._float32 = jax.jit(functools.partial(shadow._float32_side, recipe))
+    def run(plan=case.learner.plan):
+        checker._float32 = jax.jit(functools.partial(shadow._float32_side, plan))
         return checker(case.state, batch, case.learner.frozen)
 
-    run.recipe = case.learner.recipe
+    run.plan = case.learner.plan
     return run
 
 
@@ -118,38 +118,38 @@ def test_a_wrong_loss_is_noticed(check, monkeypatch):
         assert found["shadow/log_ratio"] < 2e-6
         assert 0.02 < found["shadow/gradient"] < 0.1
     with monkeypatch.context() as patch:
-        patch.setattr(micro_losses, "_step_factor", lambda recipe: 1.01)
+        patch.setattr(micro_losses, "_step_factor", lambda plan: 1.01)
         assert 4e-3 < check()["shadow/gradient"] < 0.02
 
 
 def test_wrong_weights_of_steps_are_noticed(check):
     for name in ("weights", "kl_weights"):
-        values = np.array(getattr(check.recipe, name))
-        changed = dataclasses.replace(check.recipe, **{name: 1.05 * values})
+        values = np.array(getattr(check.plan, name))
+        changed = dataclasses.replace(check.plan, **{name: 1.05 * values})
         assert check(changed)["shadow/gradient"] > 1e-3, name
 
 
 def test_what_is_taken_from_the_run_is_not_believed(check, monkeypatch):
     """Normaliser, λ, mask, samples and steps are worked out again."""
     inputs, take = update_lib.loss_inputs, update_lib.take_micro_batch
-    size = check.recipe.config.batch_size
+    size = check.plan.config.batch_size
 
-    def whole_batch(recipe, state, frozen, count):
-        return inputs(recipe, state, frozen, size)
+    def whole_batch(plan, state, frozen, count):
+        return inputs(plan, state, frozen, size)
 
-    def larger_weight(recipe, state, frozen, count):
-        found = inputs(recipe, state, frozen, count)
+    def larger_weight(plan, state, frozen, count):
+        found = inputs(plan, state, frozen, count)
         return found._replace(kl_weight=1.05 * found.kl_weight)
 
     def no_mask(*args):
         found = take(*args)
         return found._replace(counts=jax.numpy.ones_like(found.counts))
 
-    def other_samples(recipe, batch, position, piece):
-        return take(recipe, batch, position, 1 - piece)
+    def other_samples(plan, batch, position, piece):
+        return take(plan, batch, position, 1 - piece)
 
-    def next_step(recipe, batch, position, piece):
-        return take(recipe, batch, position + 1, piece)
+    def next_step(plan, batch, position, piece):
+        return take(plan, batch, position + 1, piece)
 
     faults = {"loss_inputs": (whole_batch, larger_weight)}
     faults["take_micro_batch"] = (no_mask, other_samples, next_step)

@@ -19,9 +19,9 @@ MATCHED = {"flow_grpo_matched": "flow", "dance_grpo_matched": "dance", "cps_matc
 
 
 def make(method: str, file: str = "moving_shapes.py", **overrides) -> schema.Config:
-    recipe = sweeps.load_module(ROOT / "configs" / file).get_config(f"method={method}")
-    recipe.update_from_flattened_dict(overrides)
-    return schema.from_config_dict(recipe)
+    plan = sweeps.load_module(ROOT / "configs" / file).get_config(f"method={method}")
+    plan.update_from_flattened_dict(overrides)
+    return schema.from_config_dict(plan)
 
 
 def get(config, path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.training import setup
 
 FLOW = {
@@ -15,11 +16,11 @@ FLOW = {
 
 
 @pytest.fixture
-def make_recipe(make_config):
+def make_plan(make_config):
     def make(overrides):
         config = make_config({**FLOW, **overrides})
         networks = setup.read_networks(config.model)
-        return plan_lib.make_recipe(config, networks.transformer, networks.vae)
+        return plan_lib.make_plan(config, networks.transformer, networks.vae)
 
     return make
 
@@ -44,8 +45,8 @@ def median_over(values, kind):
 @pytest.mark.parametrize("last_step", ["deterministic", "stochastic"])
 @pytest.mark.parametrize("median", ["lower", "mean"])
 @pytest.mark.parametrize("log_prob", ["gaussian", "squared"])
-def test_weights_of_the_steps(make_recipe, last_step, median, log_prob):
-    made = make_recipe(
+def test_weights_of_the_steps(make_plan, last_step, median, log_prob):
+    made = make_plan(
         {"rollout.last_step": last_step, "loss.median": median, "loss.log_prob": log_prob}
     )
     trained = np.arange(7) < (6 if last_step == "deterministic" else 7)
@@ -58,22 +59,22 @@ def test_weights_of_the_steps(make_recipe, last_step, median, log_prob):
     np.testing.assert_allclose(made.schedule.timesteps[1], 1000 * 12 / 13, rtol=1e-6)
 
 
-def test_without_equalizer_every_trained_step_counts_alike(make_recipe):
-    made = make_recipe({"loss.equalizer": False})
+def test_without_equalizer_every_trained_step_counts_alike(make_plan):
+    made = make_plan({"loss.equalizer": False})
     np.testing.assert_array_equal(made.weights, [1, 1, 1, 1, 1, 1, 0])
     np.testing.assert_array_equal(made.kl_weights, [1, 1, 1, 1, 1, 1, 0])
 
 
 @pytest.mark.parametrize("log_prob", ["gaussian", "squared"])
-def test_equalized_kl_weights_are_those_of_the_gaussian(make_recipe, log_prob):
-    made = make_recipe({"trust_region.kl_time_weight": "equalized", "loss.log_prob": log_prob})
+def test_equalized_kl_weights_are_those_of_the_gaussian(make_plan, log_prob):
+    made = make_plan({"trust_region.kl_time_weight": "equalized", "loss.log_prob": log_prob})
     n = scales()[:6]
     wanted = np.append((median_over(n, "lower") / n) ** 2, 0)
     np.testing.assert_allclose(made.kl_weights, wanted, rtol=1e-5)
 
 
-def test_a_window_at_the_start(make_recipe):
-    made = make_recipe({"rollout.window": "first_k", "rollout.window_size": 3})
+def test_a_window_at_the_start(make_plan):
+    made = make_plan({"rollout.window": "first_k", "rollout.window_size": 3})
     np.testing.assert_array_equal(made.trained, np.arange(7) < 3)
     assert made.positions == 3
     n = scales()[:3]
@@ -81,9 +82,9 @@ def test_a_window_at_the_start(make_recipe):
     np.testing.assert_allclose(made.weights, wanted, rtol=1e-5)
 
 
-def test_eta_that_matches_another_sampler(make_recipe):
+def test_eta_that_matches_another_sampler(make_plan):
     """The sum of the variances over the noisy steps is DanceGRPO's at its eta."""
-    made = make_recipe({"rollout.eta_match.kind": "dance", "rollout.eta_match.eta": 0.3})
+    made = make_plan({"rollout.eta_match.kind": "dance", "rollout.eta_match.eta": 0.3})
     u = np.linspace(1, 0, 8)
     sigmas = 2 * u / (1 + u)
     wanted = 0.3**2 * (sigmas[0] - sigmas[-2])
@@ -93,7 +94,7 @@ def test_eta_that_matches_another_sampler(make_recipe):
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
-def test_latent_shape(make_recipe):
+def test_latent_shape(make_plan):
     """Time is compressed by 4 after the first frame, space by 8."""
-    made = make_recipe({"video.frames": 9, "video.height": 32, "video.width": 48})
+    made = make_plan({"video.frames": 9, "video.height": 32, "video.width": 48})
     assert made.latent_shape == (3, 4, 6, 4)

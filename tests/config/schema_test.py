@@ -13,7 +13,7 @@ RECIPE = pathlib.Path(__file__).parents[2] / "configs" / "moving_shapes.py"
 
 
 @pytest.fixture(scope="module")
-def recipe():
+def plan():
     """The module configs/moving_shapes.py."""
     spec = importlib.util.spec_from_file_location("recipe", RECIPE)
     module = importlib.util.module_from_spec(spec)
@@ -30,8 +30,8 @@ def recipe():
         ("cps", ("cps", False, "none", "squared")),
     ],
 )
-def test_presets_set_sampler_loss_and_trust_region(recipe, method, expected):
-    config = schema.from_config_dict(recipe.get_config(f"method={method}"))
+def test_presets_set_sampler_loss_and_trust_region(plan, method, expected):
+    config = schema.from_config_dict(plan.get_config(f"method={method}"))
     found = (
         config.rollout.sde,
         config.loss.equalizer,
@@ -41,21 +41,21 @@ def test_presets_set_sampler_loss_and_trust_region(recipe, method, expected):
     assert (config.method, found) == (method, expected)
 
 
-def test_overrides_win_over_the_preset(recipe):
-    config = recipe.get_config("method=flow_grpo")
+def test_overrides_win_over_the_preset(plan):
+    config = plan.get_config("method=flow_grpo")
     config.rollout.sde = "precise"
     assert schema.from_config_dict(config).rollout.sde == "precise"
 
 
 @pytest.mark.parametrize("arg", ["method=ppo", "methd=sage", "sage"])
-def test_bad_argument_is_named(recipe, arg):
+def test_bad_argument_is_named(plan, arg):
     with pytest.raises(ValueError, match="allowed: "):
-        recipe.get_config(arg)
+        plan.get_config(arg)
 
 
-def test_typing_a_wrong_field_fails(recipe):
+def test_typing_a_wrong_field_fails(plan):
     with pytest.raises(AttributeError, match="etaa"):
-        recipe.get_config().rollout.etaa = 1.0
+        plan.get_config().rollout.etaa = 1.0
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ def test_typing_a_wrong_field_fails(recipe):
         ("eval.weights", "ema", "a decay above 0"),
     ],
 )
-def test_a_bad_value_is_refused_with_its_field(recipe, path, value, allowed):
-    config = recipe.get_config()
+def test_a_bad_value_is_refused_with_its_field(plan, path, value, allowed):
+    config = plan.get_config()
     config.update_from_flattened_dict({path: value})
     with pytest.raises(ValueError, match=allowed) as error:
         schema.from_config_dict(config)
@@ -158,8 +158,8 @@ def test_a_bad_value_is_refused_with_its_field(recipe, path, value, allowed):
         ("sage", {"rollout.sde": "ode"}, "or loss.objective=nft"),
     ],
 )
-def test_fields_that_do_not_go_together(recipe, method, overrides, message):
-    config = recipe.get_config(f"method={method}")
+def test_fields_that_do_not_go_together(plan, method, overrides, message):
+    config = plan.get_config(f"method={method}")
     config.update_from_flattened_dict(overrides)
     with pytest.raises(ValueError, match=r"^config\.") as error:
         schema.from_config_dict(config)
@@ -167,8 +167,8 @@ def test_fields_that_do_not_go_together(recipe, method, overrides, message):
     assert "allowed: " in str(error.value)
 
 
-def test_a_share_of_less_than_a_step_is_refused(recipe):
-    config = recipe.get_config("method=dance_grpo")
+def test_a_share_of_less_than_a_step_is_refused(plan):
+    config = plan.get_config("method=dance_grpo")
     config.rollout.update(window="first_k", window_size=1)
     with pytest.raises(
         ValueError, match=r"got 0.6, which is less than one of 1 steps; allowed: at"
@@ -176,20 +176,20 @@ def test_a_share_of_less_than_a_step_is_refused(recipe):
         step_plan.plan_steps(schema.from_config_dict(config))
 
 
-def test_the_forward_process_takes_any_sampler_and_reference(recipe):
+def test_the_forward_process_takes_any_sampler_and_reference(plan):
     for overrides in (
         {"rollout.sde": "precise", "rollout.same_initial_noise": True},
         {"trust_region.kind": "dual"},
         {"rollout.guidance": 3.0, "loss.guidance_gradient": "condition"},
         {"lora.rank": 4},
     ):
-        config = recipe.get_config("method=diffusion_nft")
+        config = plan.get_config("method=diffusion_nft")
         config.update_from_flattened_dict(overrides)
         assert schema.from_config_dict(config).averages == ("ema", "sampling")
 
 
-def test_a_fixed_anchor_has_its_own_weight(recipe):
-    config = recipe.get_config()
+def test_a_fixed_anchor_has_its_own_weight(plan):
+    config = plan.get_config()
     config.trust_region.update(kind="fixed", fixed_weight=0.3)
     region = schema.from_config_dict(config).trust_region
     assert (region.initial_weight, region.final_weight, region.feedback) == (0.3, 0.3, "none")
@@ -197,8 +197,8 @@ def test_a_fixed_anchor_has_its_own_weight(recipe):
     assert schema.from_config_dict(config).trust_region.final_weight == 0.1
 
 
-def test_a_tenth_of_the_clip_range_is_allowed(recipe):
-    config = recipe.get_config()
+def test_a_tenth_of_the_clip_range_is_allowed(plan):
+    config = plan.get_config()
     config.loss.update(ratio_tolerance=1e-6, clip_range=1e-5)
     assert schema.from_config_dict(config).loss.ratio_tolerance == 1e-6
 
@@ -214,15 +214,15 @@ def test_wrong_type_and_unknown_fields_are_refused():
         schema._build(schema.Config, values, "config")
 
 
-def test_cps_takes_eta_up_to_one_only(recipe):
-    config = recipe.get_config("method=cps")
+def test_cps_takes_eta_up_to_one_only(plan):
+    config = plan.get_config("method=cps")
     config.rollout.eta = 1.5
     with pytest.raises(ValueError, match="0 to 1"):
         schema.from_config_dict(config)
 
 
-def test_manifold_distance_needs_clips_of_the_world(recipe):
-    config = recipe.get_config()
+def test_manifold_distance_needs_clips_of_the_world(plan):
+    config = plan.get_config()
     config.video.frames = 21
     with pytest.raises(ValueError, match=r"got True with clips of \(21, 32, 32\)"):
         schema.from_config_dict(config)
@@ -235,8 +235,8 @@ def test_methods_change_only_fields_that_exist():
         assert set(preset) <= set(known)
 
 
-def test_weights_that_are_all_zero_have_nothing_to_optimise(recipe):
-    config = recipe.get_config()
+def test_weights_that_are_all_zero_have_nothing_to_optimise(plan):
+    config = plan.get_config()
     config.rewards.weights.update(VQ=0.0, MQ=0.0, TA=0.0)
     with pytest.raises(ValueError, match=r"config.rewards.weights: got \(0.0, 0.0, 0.0\)"):
         schema.from_config_dict(config)

@@ -49,7 +49,7 @@ def _cached_programs(networks, config, mesh):
     if key not in _PROGRAMS:
         _PROGRAMS[key] = _build_programs(networks, config, mesh)
     programs = _PROGRAMS[key]
-    return dataclasses.replace(programs, recipe=dataclasses.replace(programs.recipe, config=config))
+    return dataclasses.replace(programs, plan=dataclasses.replace(programs.plan, config=config))
 
 
 @dataclasses.dataclass

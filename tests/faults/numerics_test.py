@@ -90,7 +90,7 @@ def _break_update(monkeypatch, gradients):
 
     def build(networks, config, mesh):
         programs = original(networks, config, mesh)
-        update = update_lib.make_update(programs.recipe, optimizers.make_optimizer(config))
+        update = update_lib.make_update(programs.plan, optimizers.make_optimizer(config))
         update = jax.jit(update)
         return dataclasses.replace(programs, update=update)
 
@@ -99,7 +99,7 @@ def _break_update(monkeypatch, gradients):
 
 
 def test_a_gradient_that_is_not_finite_is_named(runs, tmp_path, monkeypatch, caplog):
-    def gradients(recipe, state, batch, frozen, old):
+    def gradients(plan, state, batch, frozen, old):
         grads = jax.tree.map(jnp.zeros_like, state.params)
         leaves, structure = jax.tree.flatten(grads)
         leaves[3] = leaves[3].at[(0,) * leaves[3].ndim].set(jnp.nan)

@@ -90,8 +90,8 @@ def compiled(networks, config: schema.Config, mesh: jax.sharding.Mesh) -> progra
     key = (dataclasses.replace(config, loss=loss), mesh)
     if key not in _PROGRAMS:
         _PROGRAMS[key] = setup.build_programs(networks, config, mesh)
-    recipe = dataclasses.replace(_PROGRAMS[key].recipe, config=config)
-    return dataclasses.replace(_PROGRAMS[key], recipe=recipe)
+    plan = dataclasses.replace(_PROGRAMS[key].plan, config=config)
+    return dataclasses.replace(_PROGRAMS[key], plan=plan)
 
 
 def make(

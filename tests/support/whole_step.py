@@ -44,7 +44,7 @@ def make_problem(trainer) -> textbook.Problem:
             base, latents, timestep, condition, adapters=trained, scale=scale
         )
 
-    return textbook.Problem(config, learner.recipe.latent_shape, velocity)
+    return textbook.Problem(config, learner.plan.latent_shape, velocity)
 
 
 def make_conditions(trainer, batch):

@@ -15,6 +15,7 @@ import optax
 import pytest
 from tiny_recipe import TRANSFORMER, VAE
 
+from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.config import schema
 from sage_grpo_jax.flow import noise, windows
 from sage_grpo_jax.grpo import trust_region
@@ -65,8 +66,8 @@ class Case:
         config = schema.default_config()
         config.update_from_flattened_dict({**OVERRIDES, **overrides})
         self.config = schema.from_config_dict(config)
-        self.recipe = plan_lib.make_recipe(self.config, TRANSFORMER, VAE)
-        self.plan = self.recipe.plan
+        self.plan = plan_lib.make_plan(self.config, TRANSFORMER, VAE)
+        self.steps = self.plan.steps
         rng = np.random.default_rng(0)
         hashes = np.repeat(np.uint32([5, 9]), 4)
         self.keys = noise.sample_keys(1, 0, np.arange(8) // 4, hashes, np.arange(8) % 4)
@@ -79,15 +80,15 @@ class Case:
         self.advantages = jnp.float32(rng.normal(size=BATCH))
         self.valid = jnp.asarray([1, 1, 1, 0, 1, 1, 1, 1], bool)
         self.starts = jnp.zeros(BATCH, jnp.int32)
-        rollout = jax.jit(programs.make_rollout(self.recipe))
+        rollout = jax.jit(programs.make_rollout(self.plan))
         old = {name: jnp.float32(value) for name, value in OLD.items()}
         self.trajectory = rollout(old, self.condition, self.frozen, self.keys, self.starts)
         self.tx = optax.chain(optax.sgd(rate), trust_region.trust_region(self.config.trust_region))
-        shape, steps = self.recipe.latent_shape, range(self.config.rollout.num_steps)
-        draw = noise.forward_noise if self.recipe.is_forward else noise.step_noise
+        shape, steps = self.plan.latent_shape, range(self.config.rollout.num_steps)
+        draw = noise.forward_noise if self.plan.is_forward else noise.step_noise
         self.draws = [np.asarray(draw(self.keys, t, shape), np.float64) for t in steps]
         self.fixed_weights = {}  # of the adaptive form of NFT
-        self.update = jax.jit(update_lib.make_update(self.recipe, self.tx))
+        self.update = jax.jit(update_lib.make_update(self.plan, self.tx))
 
     def state(self, **changes):
         params = {name: jnp.float32(value) for name, value in OLD.items()}
@@ -106,7 +107,7 @@ class Case:
             )
         )
         mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "context"), devices=jax.devices()[:1])
-        shapes = ratio.abstract_old_means(self.recipe, mesh)
+        shapes = ratio.abstract_old_means(self.plan, mesh)
         old = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         limits, states, metrics = ratio.tolerances(self.config), [first], []
         for _ in range(count):
@@ -118,7 +119,7 @@ class Case:
 
     def guided(self, params, latents, t, constant=None):
         """The velocity in numpy; `constant`: parameters of the other branch of guidance."""
-        time = np.full(len(latents), 1000 * np.float64(self.recipe.schedule.sigmas[t]))
+        time = np.full(len(latents), 1000 * np.float64(self.plan.schedule.sigmas[t]))
         conditions = [
             hunyuan_video.Condition(np.asarray(c.text, np.float64), None)
             for c in (self.condition, self.frozen.negative)
@@ -134,7 +135,7 @@ class Case:
     def transition(self, params, t, constant=None):
         """(mean, std) of step t at the states of the rollout, as Flow-GRPO prints it."""
         assert self.config.rollout.sde == "flow"
-        sigmas = np.asarray(self.recipe.schedule.sigmas, np.float64)
+        sigmas = np.asarray(self.plan.schedule.sigmas, np.float64)
         x, s = np.asarray(self.trajectory.latents[t], np.float64), sigmas[t]
         dt, eta = sigmas[t + 1] - s, self.config.rollout.eta
         g = eta * np.sqrt(s / (1 - (sigmas[1] if s == 1 else s)))
@@ -185,7 +186,7 @@ def ppo_loss(case, params, old_mean, steps_of, members, constant=None, penalty=N
 
 def means_of(case, params):
     steps = range(case.config.rollout.num_steps)
-    return [case.transition(params, t)[0] for t in steps if case.plan.counted[t]]
+    return [case.transition(params, t)[0] for t in steps if case.steps.counted[t]]
 
 
 FLOW = {"rollout.sde": "flow", "rollout.eta": 0.7}
@@ -197,7 +198,7 @@ def test_each_update_has_its_share_of_the_samples(tiny_policy):
     split = {"loss.updates_per_rollout": 2, "loss.split_updates": True, "loss.clip_range": 5e-4}
     case = Case(rate=3.0, **FLOW, **split)
     states, metrics = case.updates(case.state(), 2)
-    steps_of = [set(np.flatnonzero(case.plan.trained))] * BATCH
+    steps_of = [set(np.flatnonzero(case.steps.trained))] * BATCH
     old = means_of(case, OLD)
     for turn in (0, 1):
         members = [b for b in VALID if b % 2 == turn]
@@ -221,7 +222,7 @@ def test_samples_are_trained_at_their_own_steps(tiny_policy, choice):
             "rollout.trained_choice": choice,
         },
     )
-    assert case.plan.positions == 3
+    assert case.steps.positions == 3
     # All six steps inject noise, whichever are trained.
     assert (np.asarray(case.trajectory.stds) > 0).all()
     (before, after), _ = case.updates(case.state())
@@ -229,7 +230,7 @@ def test_samples_are_trained_at_their_own_steps(tiny_policy, choice):
     if choice == "random":
         steps_of = list(map(set, np.asarray(noise.chosen_steps(case.keys, 6, 3)).tolist()))
         assert len(set(map(frozenset, steps_of))) > 3
-        assert case.plan.trained.all()
+        assert case.steps.trained.all()
     old = means_of(case, OLD)
     wanted = gradient(lambda p: ppo_loss(case, p, old, steps_of, VALID), OLD)
     assert_moved_by(case, before, after, wanted)
@@ -245,14 +246,14 @@ def test_a_moving_window_trains_where_it_injects(tiny_policy):
     from sage_grpo_jax.config import step_plan
 
     starts = [
-        int(step_plan.window_starts(case.plan, case.config, step, np.uint32([5, 9]))[1])
+        int(step_plan.window_starts(case.steps, case.config, step, np.uint32([5, 9]))[1])
         for step in range(6)
     ]
     # 3 rollouts, then floor(3·3/5 + 2/5) = 2, then again: the third place would not fit.
     assert starts == [0, 0, 0, 2, 2, 0]
     assert windows.start_at(3, "decay", 5, 2, windows.Motion(**motion)) == 2
     case.starts = jnp.full(BATCH, 2, jnp.int32)
-    rollout = jax.jit(programs.make_rollout(case.recipe))
+    rollout = jax.jit(programs.make_rollout(case.plan))
     old = {name: jnp.float32(value) for name, value in OLD.items()}
     case.trajectory = rollout(old, case.condition, case.frozen, case.keys, case.starts)
     noisy = np.asarray(case.trajectory.stds) > 0
@@ -266,7 +267,7 @@ def test_a_moving_window_trains_where_it_injects(tiny_policy):
 def test_the_gradient_through_the_condition_alone(tiny_policy):
     case = Case(**FLOW, **{"rollout.guidance": 3.0, "loss.guidance_gradient": "condition"})
     (before, after), _ = case.updates(case.state())
-    steps = [set(np.flatnonzero(case.plan.trained))] * BATCH
+    steps = [set(np.flatnonzero(case.steps.trained))] * BATCH
     old = means_of(case, OLD)
     wanted = gradient(lambda p: ppo_loss(case, p, old, steps, VALID, constant=OLD), OLD)
     assert_moved_by(case, before, after, wanted)
@@ -290,14 +291,14 @@ def test_the_penalty_of_flow_grpo(tiny_policy):
         is_leaf=lambda node: node is region,
     )
     (before, after), (metrics,) = case.updates(first._replace(opt_state=opt_state))
-    sigmas = np.asarray(case.recipe.schedule.sigmas, np.float64)
+    sigmas = np.asarray(case.plan.schedule.sigmas, np.float64)
 
     def penalty(mean, std, t):
         g = std / np.sqrt(sigmas[t] - sigmas[t + 1])
         reference, _ = case.transition(OTHER, t)
         return 0.04 * np.mean((mean - reference) ** 2, axis=(1, 2, 3, 4)) / (2 * g**2)
 
-    steps = [set(np.flatnonzero(case.plan.trained))] * BATCH
+    steps = [set(np.flatnonzero(case.steps.trained))] * BATCH
     old = means_of(case, OLD)
 
     def loss(params):
@@ -324,7 +325,7 @@ def nft_loss(case, params, steps_of, members, reference=None):
     clean = np.asarray(case.trajectory.latents[-1], np.float64)
     axes = (1, 2, 3, 4)
     for t in range(config.rollout.num_steps):
-        s = np.float64(case.recipe.schedule.sigmas[t])
+        s = np.float64(case.plan.schedule.sigmas[t])
         x = (1 - s) * clean + s * case.draws[t]
         new, old = case.guided(params, x, t), case.guided(OLD, x, t)
         beta, clip = config.nft.beta, config.advantage.clip
@@ -359,7 +360,7 @@ def test_the_update_of_diffusion_nft(tiny_policy, guidance):
         },
     )
     assert case.trajectory.latents.shape[0] == 1  # clean samples alone
-    assert case.plan.positions == 3
+    assert case.steps.positions == 3
     sampling = {name: jnp.float32(value) for name, value in OLD.items()}
     params = {name: jnp.float32(value) for name, value in OTHER.items()}
     first = case.state(params=params, sampling=sampling)

@@ -41,7 +41,7 @@ def make_learner(overrides, workdir, mesh):
 
 def gradient_norms(learner, params, prompts):
     """Norms of the policy gradient of each trained step, without and with S_t; two arrays [K]."""
-    recipe, count = learner.recipe, learner.config.batch_size
+    plan, count = learner.plan, learner.config.batch_size
     keys, starts = learner.sample_keys(prompts, 0), learner.window_starts(prompts, 0)
     condition = learner.condition(prompts.repeat(learner.config.rollout.group_size))
     latents = learner.programs.rollout(params, condition, learner.frozen, keys, starts).latents
@@ -52,29 +52,29 @@ def gradient_norms(learner, params, prompts):
 
     @jax.jit
     def norm(position, weights):
-        weighted = dataclasses.replace(recipe, weights=weights)
+        weighted = dataclasses.replace(plan, weights=weights)
 
         def loss(params):
-            micro = update_lib.take_micro_batch(recipe, batch, position, 0)
+            micro = update_lib.take_micro_batch(plan, batch, position, 0)
             inputs = micro_losses.LossInputs(learner.frozen, [], 0.0, float(count))
             return micro_losses.policy_micro_loss(params, micro, inputs, weighted)[0]
 
         return optax.tree.norm(jax.grad(loss)(params))
 
-    positions = np.arange(recipe.positions, dtype=np.int32)
+    positions = np.arange(plan.positions, dtype=np.int32)
     return tuple(
         np.array([float(norm(p, weights)) for p in positions])
-        for weights in (np.ones_like(recipe.weights), recipe.weights)
+        for weights in (np.ones_like(plan.weights), plan.weights)
     )
 
 
-def print_table(recipe, before, after):
+def print_table(plan, before, after):
     """One row per trained step, the spread last."""
     print("\n| step | σ → σ' | S_t | norm without | norm with S_t |\n|---|---|---|---|---|")
-    sigmas = recipe.schedule.sigmas
-    for row, t in enumerate(np.flatnonzero(recipe.trained)):
+    sigmas = plan.schedule.sigmas
+    for row, t in enumerate(np.flatnonzero(plan.trained)):
         print(
-            f"| {t} | {sigmas[t]:.3f} → {sigmas[t + 1]:.3f} | {recipe.weights[t]:.3f} "
+            f"| {t} | {sigmas[t]:.3f} → {sigmas[t + 1]:.3f} | {plan.weights[t]:.3f} "
             f"| {before[row]:.2e} | {after[row]:.2e} |"
         )
     print(f"| largest / smallest | | | {spread(before):.1f} | {spread(after):.2f} |")
@@ -89,7 +89,7 @@ def measure(overrides, workdir):
     with jax.set_mesh(mesh):
         learner, params, prompts = make_learner(overrides, workdir, mesh)
         before, after = gradient_norms(learner, params, prompts)
-    print_table(learner.recipe, before, after)
+    print_table(learner.plan, before, after)
     return before, after
 
 

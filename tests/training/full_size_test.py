@@ -21,7 +21,7 @@ MEANFLOW_PARAMETERS = 8_331_330_848
 
 
 @pytest.fixture(scope="module")
-def recipe():
+def plan():
     """The module configs/hunyuan_video_15.py."""
     spec = importlib.util.spec_from_file_location("full_size", RECIPE)
     module = importlib.util.module_from_spec(spec)
@@ -29,8 +29,8 @@ def recipe():
     return module
 
 
-def make(recipe, arg: str | None) -> schema.Config:
-    return schema.from_config_dict(recipe.get_config(arg))
+def make(plan, arg: str | None) -> schema.Config:
+    return schema.from_config_dict(plan.get_config(arg))
 
 
 def count(tree) -> int:
@@ -42,8 +42,8 @@ def mesh():
     return mesh_lib.make_mesh(2, 2, 2)
 
 
-def test_full_fine_tuning_builds_abstractly(recipe, mesh):
-    config = make(recipe, None)
+def test_full_fine_tuning_builds_abstractly(plan, mesh):
+    config = make(plan, None)
     video, rollout = config.video, config.rollout
     assert (video.frames, video.height, video.width) == (81, 352, 624)
     assert (rollout.num_steps, rollout.shift, rollout.eta, rollout.guidance) == (20, 5.0, 0.5, 6.0)
@@ -55,7 +55,7 @@ def test_full_fine_tuning_builds_abstractly(recipe, mesh):
     # Two moments, anchor and previous.
     assert count(state.opt_state) == pytest.approx(4 * PARAMETERS, abs=1000)
     assert setup.abstract_base(networks, config, mesh) is None
-    built = plan_lib.make_recipe(config, networks.transformer, networks.vae)
+    built = plan_lib.make_plan(config, networks.transformer, networks.vae)
     assert built.latent_shape == (21, 22, 39, 32)
     assert built.trained.sum() == 19
     # What every device holds is about a fourth: fsdp and context are 2 each.
@@ -63,8 +63,8 @@ def test_full_fine_tuning_builds_abstractly(recipe, mesh):
     assert held < 0.26 * PARAMETERS
 
 
-def test_lora_trains_adapters_on_a_frozen_base_in_bfloat16(recipe, mesh):
-    config = make(recipe, "lora=64")
+def test_lora_trains_adapters_on_a_frozen_base_in_bfloat16(plan, mesh):
+    config = make(plan, "lora=64")
     networks = setup.describe_networks(config.model)
     state = setup.make_abstract_state(networks, config, mesh)
     # r (4 (D + D) + 2 (D + 4D)) for each of two streams and 54 blocks, D = 2048.
@@ -76,18 +76,18 @@ def test_lora_trains_adapters_on_a_frozen_base_in_bfloat16(recipe, mesh):
     assert config.learning_rate == 1e-4
 
 
-def test_every_variant_is_a_valid_recipe(recipe):
-    for variant, frames in itertools.product(recipe.VARIANTS, (81, 121)):
-        config = make(recipe, f"variant={variant},frames={frames}")
+def test_every_variant_is_a_valid_recipe(plan):
+    for variant, frames in itertools.product(plan.VARIANTS, (81, 121)):
+        config = make(plan, f"variant={variant},frames={frames}")
         networks = setup.describe_networks(config.model)
-        built = plan_lib.make_recipe(config, networks.transformer, networks.vae)
+        built = plan_lib.make_plan(config, networks.transformer, networks.vae)
         assert built.latent_shape[0] == (frames + 3) // 4
         meanflow = variant == "480p_i2v_step_distilled"
         assert networks.transformer.use_meanflow == meanflow
     assert count(setup.abstract_params(networks.transformer)) == PARAMETERS
     step_distilled = dataclasses.replace(networks.transformer, use_meanflow=True)
     assert count(setup.abstract_params(step_distilled)) == MEANFLOW_PARAMETERS
-    config = make(recipe, "size=480x832,frames=121,variant=720p_t2v,method=cps,lora=8")
+    config = make(plan, "size=480x832,frames=121,variant=720p_t2v,method=cps,lora=8")
     assert (config.video.height, config.rollout.sde, config.lora.rank) == (480, "cps", 8)
     assert config.rollout.shift == 9.0
 
@@ -102,13 +102,13 @@ def test_every_variant_is_a_valid_recipe(recipe):
         ("rank=8", "allowed: variant="),
     ],
 )
-def test_bad_arguments_are_named(recipe, arg, text):
+def test_bad_arguments_are_named(plan, arg, text):
     with pytest.raises(ValueError, match=text):
-        recipe.get_config(arg)
+        plan.get_config(arg)
 
 
-def test_weights_of_another_variant_are_refused(recipe, tiny_networks):
-    config = make(recipe, "variant=480p_i2v_step_distilled")
+def test_weights_of_another_variant_are_refused(plan, tiny_networks):
+    config = make(plan, "variant=480p_i2v_step_distilled")
     model = dataclasses.replace(
         config.model, transformer=str(tiny_networks / "transformer"), vae=str(tiny_networks / "vae")
     )

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from sage_grpo_jax.config import methods
+from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.grpo import trust_region
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import learner as learner_lib
@@ -189,7 +190,7 @@ def test_equalized_kl_weighs_steps_by_their_sensitivity(make_config, local_score
     """Per unit of velocity every step costs the same: w_t·N_t² is one number."""
     config = make_config({"trust_region.kl_time_weight": "equalized", "loss.log_prob": "squared"})
     networks = setup.read_networks(config.model)
-    made = plan_lib.make_recipe(config, networks.transformer, networks.vae)
+    made = plan_lib.make_plan(config, networks.transformer, networks.vae)
     sigmas = np.asarray(made.schedule.sigmas, np.float64)
     costs = []
     for sigma, after, weight in zip(sigmas, sigmas[1:], made.kl_weights, strict=False):
@@ -219,7 +220,7 @@ def test_the_other_methods_run(make_config, local_scorer, one_device, tmp_path, 
     assert (trainer.state.ema is not None) == ("ema" in config.averages)
     assert ("nft/sampling_distance" in metrics) == (method == "diffusion_nft")
     if method.startswith("sage_"):
-        assert trainer.learner.recipe.trained.all()  # the last step too
+        assert trainer.learner.plan.trained.all()  # the last step too
         # With one update the estimate of Eq. 15 is 0 before it.
         assert abs(metrics["kl/previous"]) <= 1e-7
 
@@ -293,7 +294,7 @@ def test_random_windows_and_shared_initial_noise(make_config, local_scorer, one_
     trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
     learner, batch = trainer.learner, next(iter(trainer.prompts))
     starts = np.asarray(learner.window_starts(batch, 0))
-    assert learner.recipe.plan.window_places == 2
+    assert learner.plan.steps.window_places == 2
     trajectory, group = trainer.rollout(batch), config.rollout.group_size
     latents, stds = np.asarray(trajectory.latents), np.asarray(trajectory.stds)
     for b in range(16):

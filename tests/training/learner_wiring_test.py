@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.flow import noise, rollout
 from sage_grpo_jax.models import frames
 from sage_grpo_jax.policy import conditions
@@ -49,7 +50,7 @@ def reward(name: str, number: int) -> float:
 class Scripted:
     """Programs and scorer; notes what it is given."""
 
-    recipe: plan_lib.Recipe
+    plan: plan_lib.Plan
     failing: frozenset[int] = frozenset()
     code: str = types.INTERNAL
     lacking: dict[int, str] = dataclasses.field(default_factory=dict)  # sample -> reward of NaN
@@ -64,7 +65,7 @@ class Scripted:
 
     def programs(self) -> programs.Programs:
         return programs.Programs(
-            recipe=self.recipe,
+            plan=self.plan,
             rollout=self.rollout,
             sample=self.sample,
             decode=self.decode,
@@ -81,7 +82,7 @@ class Scripted:
         self.starts.append(np.asarray(starts))
         numbers = np.arange(len(keys), dtype=np.float32)
         numbers[list(self.broken)] = np.nan
-        shape = (len(keys), *self.recipe.latent_shape)
+        shape = (len(keys), *self.plan.latent_shape)
         clean = np.broadcast_to(numbers[:, None, None, None, None], shape)
         states = np.full((3, *shape), 200, np.float32)
         states[-1] = clean
@@ -128,7 +129,7 @@ def make_learner(make_config, one_device):
     def make(overrides=None, **fields):
         config = make_config({**OVERRIDES, **(overrides or {})})
         networks = setup.read_networks(config.model)
-        made = plan_lib.make_recipe(config, networks.transformer, networks.vae)
+        made = plan_lib.make_plan(config, networks.transformer, networks.vae)
         script = Scripted(made, **fields)
         negative = prompt_batch(1)
         learner = learner_lib.Learner(script.programs(), None, negative, script, one_device)

@@ -111,7 +111,7 @@ def rolled_out(case, params=None):
 def plain_rollout(case):
     """SAGE-GRPO's integrated variance, the last step along the ODE."""
     learner, batch = case.trainer.learner, case.batch.repeat(G)
-    keys, shape = learner.sample_keys(case.batch, 2), learner.recipe.latent_shape
+    keys, shape = learner.sample_keys(case.batch, 2), learner.plan.latent_shape
     sigmas = sigmas_of(4)
     x = np.asarray(noise.initial_noise(keys, shape), np.float64)
     states, stds = [x], []
@@ -144,7 +144,7 @@ def test_evaluation(make_case):
     learner, batch = case.trainer.learner, case.batch.repeat(G)
     keys = noise.sample_keys(77, 0, 0, np.arange(P * G, dtype=np.uint32), np.arange(P * G))
     found = np.asarray(learner.sample(case.trainer.state.params, batch, keys))
-    x = np.asarray(noise.initial_noise(keys, learner.recipe.latent_shape), np.float64)
+    x = np.asarray(noise.initial_noise(keys, learner.plan.latent_shape), np.float64)
     sigmas = sigmas_of(3)
     for sigma, after in itertools.pairwise(sigmas):
         x = x + (after - sigma) * case.velocity(x, sigma, batch)

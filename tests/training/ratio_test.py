@@ -31,11 +31,11 @@ def make_trainer(make_config, local_scorer, one_device, tmp_path):
 
 
 @pytest.fixture
-def make_recipe(make_config):
+def make_plan(make_config):
     def make(overrides):
         config = make_config({**NO_KL, **overrides})
         networks = setup.read_networks(config.model)
-        return plan_lib.make_recipe(config, networks.transformer, networks.vae)
+        return plan_lib.make_plan(config, networks.transformer, networks.vae)
 
     return make
 
@@ -48,20 +48,20 @@ def log_density(x, mean, std, *, squared: bool):
 
 @pytest.mark.parametrize("log_prob", ["gaussian", "squared"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_mismatch_of_the_steps(make_recipe, log_prob, reduction):
+def test_mismatch_of_the_steps(make_plan, log_prob, reduction):
     """The largest |ratio - 1| and distance of each step, from densities in float64."""
-    recipe = make_recipe({"loss.log_prob": log_prob, "loss.log_prob_reduction": reduction})
+    plan = make_plan({"loss.log_prob": log_prob, "loss.log_prob_reduction": reduction})
     rng = np.random.default_rng(0)
     step = np.array([0, 2, 2, 0, 2, 1])
     valid = np.array([True, True, True, True, False, False])
-    shape = (6, *recipe.latent_shape)
+    shape = (6, *plan.latent_shape)
     rollout_mean, draw = rng.standard_normal((2, *shape))
     std = np.array([0.5, 0.2, 0.2, 0.5, 0.2, 0.3]).reshape(-1, 1, 1, 1, 1)
     mean = rollout_mean + std * 0.01 * rng.standard_normal(shape)
     x = rollout_mean + std * draw
     mean[4], x[5] = np.nan, np.nan
 
-    found = jax.jit(lambda *a: ratio.mismatch(recipe, *a))(
+    found = jax.jit(lambda *a: ratio.mismatch(plan, *a))(
         *(step, valid, *(jnp.asarray(a, jnp.float32) for a in (draw, mean, x, std)))
     )
 
@@ -83,15 +83,15 @@ def test_mismatch_of_the_steps(make_recipe, log_prob, reduction):
     np.testing.assert_array_equal(np.isnan(each), [False, True, False, True])
 
 
-def test_what_is_not_finite_is_never_in_tolerance(make_recipe):
-    recipe = make_recipe({})
-    shape = (2, *recipe.latent_shape)
+def test_what_is_not_finite_is_never_in_tolerance(make_plan):
+    plan = make_plan({})
+    shape = (2, *plan.latent_shape)
     mean = jnp.zeros(shape).at[0, 0, 0, 0, 0].set(jnp.nan)
     step, valid = jnp.array([0, 1]), jnp.ones(2, bool)
     found = ratio.mismatch(
-        recipe, step, valid, jnp.zeros(shape), mean, jnp.zeros(shape), jnp.float32(0.1)
+        plan, step, valid, jnp.zeros(shape), mean, jnp.zeros(shape), jnp.float32(0.1)
     )
-    more = jax.tree.map(jnp.maximum, ratio.no_mismatch(recipe), found)
+    more = jax.tree.map(jnp.maximum, ratio.no_mismatch(plan), found)
     metrics = ratio.mismatch_metrics(more)
     assert np.isnan(metrics["ratio/rollout_mismatch"])
     assert not metrics["ratio/rollout_shift"] <= np.inf
@@ -99,17 +99,17 @@ def test_what_is_not_finite_is_never_in_tolerance(make_recipe):
 
 def rollout_means(trainer, batch, trajectory) -> np.ndarray:
     """x' - std·ε of the trained steps, float64 [K, B, ...]."""
-    recipe, keys = trainer.learner.recipe, trainer.learner.sample_keys(batch, 0)
+    plan, keys = trainer.learner.plan, trainer.learner.sample_keys(batch, 0)
     means = []
-    for t in np.flatnonzero(recipe.trained):
-        draw = np.asarray(noise.step_noise(keys, t, recipe.latent_shape), np.float64)
+    for t in np.flatnonzero(plan.trained):
+        draw = np.asarray(noise.step_noise(keys, t, plan.latent_shape), np.float64)
         means.append(np.asarray(trajectory.latents[t + 1]) - np.asarray(trajectory.stds[t]) * draw)
     return np.stack(means)
 
 
-def in_order(recipe, values: np.ndarray) -> np.ndarray:
+def in_order(plan, values: np.ndarray) -> np.ndarray:
     """[K, B, ...] -> [N, m, ...], the order in which the update goes through them."""
-    size = recipe.config.loss.micro_batch
+    size = plan.config.loss.micro_batch
     pieces = [np.asarray(update_lib.split_batch(v, size)) for v in values]
     return np.concatenate(pieces)
 
@@ -133,7 +133,7 @@ def test_later_updates_use_the_means_of_the_first(make_trainer):
     second, metrics, first_means = update(trainer.state, learner.programs.no_means())
     assert metrics["ratio/max_deviation"] <= 1e-7
     assert bool(first_means.known)
-    wanted = in_order(learner.recipe, rollout_means(trainer, batch, trajectory))
+    wanted = in_order(learner.plan, rollout_means(trainer, batch, trajectory))
     np.testing.assert_allclose(first_means.means, wanted, atol=2e-5)
 
     _, later, kept = update(second, known(first_means))
@@ -143,14 +143,14 @@ def test_later_updates_use_the_means_of_the_first(make_trainer):
     _, refused, second_means = update(second, learner.programs.no_means())
     assert not refused["update/applied"]
     assert later["update/applied"]
-    stds = np.asarray(trajectory.stds)[learner.recipe.trained]
+    stds = np.asarray(trajectory.stds)[learner.plan.trained]
     delta = (second_means.means.astype(np.float64) - first_means.means) / np.repeat(
         stds, len(kept.means) // len(stds)
     ).reshape(-1, 1, 1, 1, 1, 1)
     keys = learner.sample_keys(batch, 0)
-    steps = np.flatnonzero(learner.recipe.trained)
-    shape = learner.recipe.latent_shape
-    draws = in_order(learner.recipe, np.stack([noise.step_noise(keys, t, shape) for t in steps]))
+    steps = np.flatnonzero(learner.plan.trained)
+    shape = learner.plan.latent_shape
+    draws = in_order(learner.plan, np.stack([noise.step_noise(keys, t, shape) for t in steps]))
     log_ratio = (draws * delta - delta**2 / 2).mean((2, 3, 4, 5))
     assert later["ratio/max_deviation"] > learner.config.loss.clip_range
     np.testing.assert_allclose(
