@@ -82,7 +82,8 @@ def get_config() -> ConfigDict:
             "steps": 2600,
             "learning_rate": 4e-4,
             "latent_noise": 0.02,
-            "max_sigma": 0.5,
+            "max_sigma": 0.7,
+            "denoising_steps": 3,
         }
     )
     config.report = ConfigDict(

@@ -81,10 +81,12 @@ class SharpenStageConfig(VaeStageConfig):
     """The decoder on denoised latents: noise levels are uniform from 0 to `max_sigma`."""
 
     max_sigma: float = 0.5
+    denoising_steps: int = 1
 
     def __post_init__(self):
         super().__post_init__()
         _require(0 < self.max_sigma < 1, self, "max_sigma", "0 < value < 1")
+        _require(self.denoising_steps >= 1, self, "denoising_steps", "at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

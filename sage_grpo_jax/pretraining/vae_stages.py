@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from collections.abc import Callable
 
 import chex
 import jax
@@ -134,9 +135,9 @@ def sharpen_loss_fn(
 ) -> LossFn:
     """loss(params, key, step): reconstruction from latents that a transformer has denoised.
 
-    The latents of every other clip are noised to a level of up to `max_sigma` and denoised by one
-    prediction of the transformer, which errs as it does in sampling: towards what it takes for
-    likely. The decoder learns which clip that stands for. The others get a little noise.
+    The latents of every other clip are noised to a level of up to `max_sigma` and denoised by the
+    transformer in `denoising_steps` steps, which errs as it does in sampling: towards what it takes
+    for likely. The decoder learns which clip that stands for. The others get a little noise.
     """
     model, stage = config.vae_model, config.sharpen
     captions = [moving_shapes.spec.caption(words) for words in moving_shapes.spec.all_words()]
@@ -151,22 +152,39 @@ def sharpen_loss_fn(
         videos = 2.0 * moving_shapes.render(clips) - 1.0
         mean, _ = vae.encode({**encoder, **params}, videos, model)
         clean = mean / latent_std
-        sigma = jax.random.uniform(keys[1], (count,), maxval=stage.max_sigma)
-        level = sigma[:, None, None, None, None]
         noise = jax.random.normal(keys[2], clean.shape)
-        noisy = clean + level * (noise - clean)
-        row = jnp.ravel_multi_index(tuple(clips[: len(choices)]), choices, mode="clip")
+        row = jnp.ravel_multi_index(tuple(clips[: len(choices)]), choices, mode="clip")[::2]
         condition = hunyuan_video.Condition(text=text[row], text_mask=mask[row])
-        velocity = hunyuan_video.velocity(
-            transformer, noisy, 1000.0 * sigma, condition, config.transformer
-        )
-        denoised = (jnp.arange(count) % 2 == 0)[:, None, None, None, None]
-        latents = jnp.where(denoised, noisy - level * velocity, clean + stage.latent_noise * noise)
+        sigma = jax.random.uniform(keys[1], (len(row),), maxval=stage.max_sigma)
+
+        def velocity(noisy: jax.Array, level: jax.Array) -> jax.Array:
+            return hunyuan_video.velocity(
+                transformer, noisy, 1000.0 * level, condition, config.transformer
+            )
+
+        denoised = _denoise(velocity, clean[::2], noise[::2], sigma, stage.denoising_steps)
+        latents = (clean + stage.latent_noise * noise).at[::2].set(denoised)
         decoded = vae.decode(params, jax.lax.stop_gradient(latents) * latent_std, model)
         terms = reconstruction_terms(decoded, videos, stage.contrast_weight)
         return _weighted(terms, stage), terms
 
     return loss_fn
+
+
+def _denoise(
+    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    clean: jax.Array,
+    noise: jax.Array,
+    sigma_B: jax.Array,
+    steps: int,
+) -> jax.Array:
+    """Latents noised to sigma and brought back by Euler steps of one length."""
+    level = sigma_B[:, None, None, None, None]
+    latents = clean + level * (noise - clean)
+    for step in range(steps):
+        left = 1.0 - step / steps
+        latents -= level / steps * velocity(latents, left * sigma_B)
+    return latents
 
 
 def _weighted(terms: dict[str, jax.Array], stage: VaeStageConfig) -> jax.Array:

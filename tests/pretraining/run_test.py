@@ -245,7 +245,9 @@ def test_sharpening_decodes_what_the_transformer_denoises(finished, monkeypatch)
     config, _, _ = _flow_batch(finished)
     params = pretraining.load_vae(finished, ("decoder",))[1]
     std = 0.7
-    stage = dataclasses.replace(config.sharpen, latent_noise=0.0, contrast_weight=2.0)
+    stage = dataclasses.replace(
+        config.sharpen, latent_noise=0.0, contrast_weight=2.0, denoising_steps=3
+    )
     config = dataclasses.replace(config, sharpen=stage)
     key = jax.random.key(3)
     seen = {}
@@ -254,7 +256,9 @@ def test_sharpening_decodes_what_the_transformer_denoises(finished, monkeypatch)
         keys = jax.random.split(key, 3)
         noise = jax.random.normal(keys[2], noisy.shape)
         level = timestep[:, None, None, None, None] / 1000.0
-        seen.update(timestep=timestep, text=condition.text)
+        seen.setdefault("timesteps", []).append(np.asarray(timestep))
+        seen["text"] = condition.text
+        noise = noise[::2]
         return noise - (noisy - level * noise) / (1.0 - level)
 
     monkeypatch.setattr(hunyuan_video, "velocity", oracle)
@@ -270,8 +274,11 @@ def test_sharpening_decodes_what_the_transformer_denoises(finished, monkeypatch)
     )
     expected = stage.l1_weight * terms["l1"] + stage.edge_weight * terms["edge"]
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
-    assert 0 < float(seen["timestep"].max()) <= 400.0
-    texts = moving_shapes.captions(clips)
+    first, *others = seen["timesteps"]
+    assert first.shape == (stage.batch_size / 2,)
+    assert 0 < first.max() <= 400.0
+    np.testing.assert_allclose(others, [first * 2 / 3, first / 3], rtol=1e-6)
+    texts = moving_shapes.captions(clips)[::2]
     encoded, _ = word_embeddings.encode_padded(texts, config.transformer.text_embed_dim)
     length = min(encoded.shape[1], seen["text"].shape[1])
     np.testing.assert_array_equal(seen["text"][:, :length], encoded[:, :length])
