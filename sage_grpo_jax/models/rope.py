@@ -5,6 +5,8 @@ t-major order. The tables come from float32 angles as in HunyuanVideo-1.5 (diffu
 `HunyuanVideo15RotaryPosEmbed`), or from float64 ones as in Wan (`WanRotaryPosEmbed`).
 """
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -61,10 +63,11 @@ def float64_rotary_tables(
         for tables, table in ((cosines, np.repeat(np.cos(angles), 2, axis=-1)), (sines, sine)):
             lone = [size if other == axis else 1 for other in range(3)]
             table = jnp.asarray(table, jnp.float32).reshape(*lone, dim)
-            tables.append(jnp.broadcast_to(table, (*grid, dim)).reshape(-1, dim))
+            tables.append(jnp.broadcast_to(table, (*grid, dim)))
 
-    cos, sin = (jnp.concatenate(tables, axis=-1) for tables in (cosines, sines))
-    padding = ((0, padded_length - len(cos)), (0, 0))
+    shape = (math.prod(grid), sum(axes_dim))
+    cos, sin = (jnp.concatenate(tables, axis=-1).reshape(shape) for tables in (cosines, sines))
+    padding = ((0, padded_length - shape[0]), (0, 0))
     return jnp.pad(cos, padding, constant_values=1.0), jnp.pad(sin, padding)
 
 
