@@ -137,11 +137,13 @@ class Mlp(nn.Module):
     features: int
     activation: Callable[[jax.Array], jax.Array]
     dtype: jnp.dtype
+    kernel_init: Callable = xavier
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = dense(self.hidden, ("embed", "mlp"), self.dtype, name="in")(x)
-        return dense(self.features, ("mlp", "embed"), self.dtype, name="out")(self.activation(x))
+        x = dense(self.hidden, ("embed", "mlp"), self.dtype, init=self.kernel_init, name="in")(x)
+        out = dense(self.features, ("mlp", "embed"), self.dtype, init=self.kernel_init, name="out")
+        return out(self.activation(x))
 
 
 class VectorEmbed(nn.Module):
@@ -157,7 +159,7 @@ class VectorEmbed(nn.Module):
 
 
 class Modulation(nn.Module):
-    """SiLU and a zero-initialised dense layer: `count` vectors per sample, float32, each [B, 1, D].
+    """SiLU and a dense layer: `count` vectors per sample, float32, each [B, 1, D].
 
     Under a mesh the product is taken where the kernel lies and the small result is summed over
     devices: gathering these kernels would move a third of the model for one vector a sample.
@@ -165,12 +167,13 @@ class Modulation(nn.Module):
 
     count: int
     features: int
+    kernel_init: Callable = zeros  # the modulated block is the identity at first
 
     @nn.compact
     def __call__(self, vector_BxD: jax.Array) -> tuple[jax.Array, ...]:
         x = constrain(nn.silu(vector_BxD), "replica", "embed")
         layer = float32_dense(
-            self.count * self.features, ("embed", "mlp"), init=zeros, name="linear"
+            self.count * self.features, ("embed", "mlp"), init=self.kernel_init, name="linear"
         )
         x = constrain(layer(x), "batch", None)
         return tuple(jnp.split(x[:, None, :], self.count, axis=-1))
