@@ -39,7 +39,7 @@ class WanVaeConfig:
       num_res_blocks: resnets per encoder level; decoder levels have one more.
       attn_scales: must be empty; the middle block alone has attention. (Of diffusers, too, the
         encoder does not run with any others, and the decoder builds none.)
-      temperal_downsample: for each step from a level to the next, whether it halves the frames, too.
+      temperal_downsample: for each step from a level to the next, whether it also halves time.
       dropout: carried along; `encode` and `decode` drop nothing.
       latents_mean, latents_std: latents of the diffusion model = (mean - latents_mean) /
         latents_std, by channel.
@@ -195,11 +195,12 @@ def _validate_levels(config: WanVaeConfig) -> None:
              )  # fmt: skip
     _require(all(type(step) is bool for step in temporal), "temperal_downsample", temporal,
              "each true or false")  # fmt: skip
-    widest = max(max(config.encoder_width(i), config.decoder_width(i)) for i in range(config.levels))
+    levels = range(len(multiples))
+    widest = max(max(config.encoder_width(i), config.decoder_width(i)) for i in levels)
     _require(widest <= _MAX_WIDTH, "dim_mult", multiples,
              f"such that no level is wider than {_MAX_WIDTH}")  # fmt: skip
     # An upsampling leaves half of the channels.
-    narrowest = min((config.decoder_width(i) for i in range(config.levels - 1)), default=2)
+    narrowest = min((config.decoder_width(i) for i in levels[:-1]), default=2)
     _require(narrowest >= 2, "dim_mult", multiples,
              "such that every decoder level but the last has 2 channels or more")  # fmt: skip
 

@@ -41,7 +41,7 @@ def with_history(module: nn.Module, h_BxTxHxWxC: jax.Array, frames: int) -> jax.
 def _kernel_and_bias(
     module: nn.Module, window: tuple[int, ...], channels: int, features: int, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """Parameters of a convolution in the compute dtype: [*window, channels, features], [features]."""
+    """Parameters in the compute dtype: [*window, channels, features] and [features]."""
     names = (*(None,) * len(window), "conv_in", "conv_out")
     kernel = module.param(
         "kernel",
