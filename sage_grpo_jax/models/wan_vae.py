@@ -4,8 +4,8 @@ Same architecture, and same numbers in float32, as `AutoencoderKLWan` of diffuse
 (`autoencoders/autoencoder_kl_wan.py`), channels last. A clip has 1 + k * temporal ratio frames; the
 first frame is coded by itself, and no frame sees a later one.
 
-diffusers codes a clip in pieces of time, with caches. Here a clip is coded in one pass over all
-frames, or in pieces, which takes the memory of one piece; the numbers are the same.
+diffusers codes a clip in pieces of time, with caches. Here a small clip is coded in one pass over
+all frames, and a large one in such pieces, to bound the memory; the numbers are the same.
 
 Latents here are those of the VAE. The diffusion model works on `to_model_latents(mean, config)`,
 and the caller maps its latents back with `to_vae_latents` once before `decode`.
@@ -27,6 +27,8 @@ from sage_grpo_jax.models.vae_layers import Pointwise, RmsNorm
 from sage_grpo_jax.models.wan_vae_config import WanVaeConfig
 
 Params = dict[str, Any]
+# Pixels that are coded at once where the caller does not say: four frames of 480 x 832, or fewer.
+_PIXELS = 1 << 21
 
 
 class Encoder(nn.Module):
@@ -155,7 +157,7 @@ def encode(
         spatial ratio s.
       config: shape of the VAE.
       latent_frames: after the first frame, encode the frames of so many latents at once; None: the
-        whole clip. The numbers are the same.
+        whole clip if it is small, else as many as memory likes. The numbers are the same.
 
     Returns:
       (mean, logvar), each float32 [B, T, H / s, W / s, z_dim], not normalised, with
@@ -172,17 +174,16 @@ def encode_moments(
 ) -> jax.Array:
     """Mean and unclipped logvar of `encode`, one after the other on the last axis."""
     chex.assert_rank(videos_BxFxHxWxC, 5)
-    _, frames, height, width, channels = videos_BxFxHxWxC.shape
+    batch, frames, height, width, channels = videos_BxFxHxWxC.shape
     s, t = config.spatial_compression_ratio, config.temporal_compression_ratio
-    if frames < 1 or (frames - 1) % t:
+    if not frames or (frames - 1) % t:
         raise ValueError(f"frames={frames}: must be 1 plus a multiple of {t}")
     if not height or not width or height % s or width % s:
         raise ValueError(f"height={height}, width={width}: must be multiples of {s}")
     if channels != config.in_channels:
         raise ValueError(f"channels={channels}: must be in_channels={config.in_channels}")
-    _check_piece(latent_frames)
-    piece = None if latent_frames is None else t * latent_frames
-    moments = _over_time(Encoder(config), params["encoder"], videos_BxFxHxWxC, piece)
+    at_once = _at_once(latent_frames, (frames - 1) // t, batch * t * height * width)
+    moments = _over_time(Encoder(config), params["encoder"], videos_BxFxHxWxC, t * at_once)
     return moments.astype(jnp.float32)
 
 
@@ -204,11 +205,11 @@ def decode(
       params: as from `init_params`; only "decoder" is used.
       latents_BxTxHxWxC: latents of the VAE, not normalised.
       config: shape of the VAE.
-      latent_frames: after the first latent frame, decode so many at once; None: the whole clip. The
-        numbers are the same.
+      latent_frames: after the first latent frame, decode so many at once; None: the whole clip if
+        it is small, else as many as memory likes. The numbers are the same.
 
     Raises:
-      ValueError: if the latents have no frame or not `z_dim` channels, or `latent_frames` < 1.
+      ValueError: if the latents are empty or do not have `z_dim` channels, or `latent_frames` < 1.
     """
     videos = decode_unclipped(params, latents_BxTxHxWxC, config, latent_frames)
     return jnp.clip(videos, -1.0, 1.0)
@@ -219,26 +220,36 @@ def decode_unclipped(
 ) -> jax.Array:
     """`decode` without the last step; tiles are blended before it."""
     chex.assert_rank(latents_BxTxHxWxC, 5)
-    frames, channels = latents_BxTxHxWxC.shape[1], latents_BxTxHxWxC.shape[-1]
-    if frames < 1:
-        raise ValueError(f"frames={frames}: must be at least 1")
+    batch, frames, height, width, channels = latents_BxTxHxWxC.shape
+    if not frames or not height or not width:
+        raise ValueError(f"frames={frames}, height={height}, width={width}: must be at least 1")
     if channels != config.z_dim:
         raise ValueError(f"channels={channels}: must be z_dim={config.z_dim}")
-    _check_piece(latent_frames)
-    videos = _over_time(Decoder(config), params["decoder"], latents_BxTxHxWxC, latent_frames)
+    s, t = config.spatial_compression_ratio, config.temporal_compression_ratio
+    at_once = _at_once(latent_frames, frames - 1, batch * t * height * s * width * s)
+    videos = _over_time(Decoder(config), params["decoder"], latents_BxTxHxWxC, at_once)
     return videos.astype(jnp.float32)
 
 
-def _check_piece(latent_frames: int | None) -> None:
-    if latent_frames is not None and latent_frames < 1:
+def _at_once(latent_frames: int | None, rest: int, pixels: int) -> int:
+    """How many latent frames to code at once, after the first; 0: the whole clip.
+
+    Args:
+      latent_frames: what the caller wants.
+      rest: latent frames after the first.
+      pixels: that one of them takes, in all clips.
+    """
+    if latent_frames is None:
+        most = max(1, _PIXELS // max(1, pixels))
+        return 0 if rest < most else most
+    if latent_frames < 1:
         raise ValueError(f"latent_frames={latent_frames}: must be None or at least 1")
+    return latent_frames
 
 
-def _over_time(
-    module: nn.Module, params: Params, x_BxTxHxWxC: jax.Array, piece: int | None
-) -> jax.Array:
+def _over_time(module: nn.Module, params: Params, x_BxTxHxWxC: jax.Array, piece: int) -> jax.Array:
     """The module over all frames: at once, or the first one, then `piece` at a time in one loop."""
-    if piece is None:
+    if piece == 0:
         return module.apply({"params": params}, x_BxTxHxWxC)
 
     def run(cache: Params, frames: jax.Array, starts: bool = False) -> tuple[Params, jax.Array]:

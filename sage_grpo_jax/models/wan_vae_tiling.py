@@ -1,8 +1,8 @@
 """The Wan 2.1 VAE on spatial tiles, as `vae_tiling` has it for HunyuanVideo-1.5.
 
 Same numbers as `tiled_decode` and `tiled_encode` of diffusers' AutoencoderKLWan (overlap 0.25, the
-default there). A tile covers all frames, and is itself coded in pieces of time: memory depends
-neither on the size nor, but for input and output, on the length of the clip.
+default there). A tile covers all frames, and is itself coded in pieces of time where it is large:
+but for input and output, memory depends neither on the size of the clip nor on its length.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def decode_tiled(
     *,
     tile: int = vae_tiling.TILE,
     overlap: float = vae_tiling.OVERLAPS["diffusers"],
-    latent_frames: int | None = 1,
+    latent_frames: int | None = None,
 ) -> jax.Array:
     """Like `wan_vae.decode`, tile by tile; a clip that fits into one tile is decoded whole.
 
@@ -36,7 +36,7 @@ def decode_tiled(
       config: shape of the VAE.
       tile: side of a tile in pixels.
       overlap: part of a tile that it shares with the next, at most 0.5.
-      latent_frames: of a tile, decoded at once after the first; None: all.
+      latent_frames: see `wan_vae.decode`, for a tile.
 
     Raises:
       ValueError: see `wan_vae.decode`; tile and overlap that do not come out as whole latents.
@@ -64,7 +64,7 @@ def encode_tiled(
     *,
     tile: int = vae_tiling.TILE,
     overlap: float = vae_tiling.OVERLAPS["diffusers"],
-    latent_frames: int | None = 1,
+    latent_frames: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Like `wan_vae.encode`, tile by tile; a clip that fits into one tile is encoded whole.
 
@@ -74,7 +74,7 @@ def encode_tiled(
       config: shape of the VAE.
       tile: side of a tile in pixels.
       overlap: part of a tile that it shares with the next, at most 0.5.
-      latent_frames: of a tile, encoded at once after the first; None: all.
+      latent_frames: see `wan_vae.encode`, for a tile.
 
     Returns:
       (mean, logvar) of the blended moments.

@@ -120,7 +120,7 @@ def test_bad_latents_and_pieces_are_refused():
     config = WanVaeConfig(**TINY)
     with pytest.raises(ValueError, match="channels=3: must be z_dim=2"):
         wan_vae.decode({}, jnp.zeros((1, 1, 2, 2, 3)), config)
-    with pytest.raises(ValueError, match="frames=0: must be at least 1"):
+    with pytest.raises(ValueError, match="frames=0, height=2, width=2: must be at least 1"):
         wan_vae.decode({}, jnp.zeros((1, 0, 2, 2, 2)), config)
     with pytest.raises(ValueError, match="latent_frames=0: must be None or at least 1"):
         wan_vae.decode({}, jnp.zeros((1, 1, 2, 2, 2)), config, 0)

@@ -27,6 +27,7 @@ def reference(config: WanVaeConfig, seed: int = 0) -> AutoencoderKLWan:
     return model
 
 
+@functools.lru_cache  # tracing a model takes seconds
 def shapes(config: WanVaeConfig) -> dict[key_table.Path, key_table.Shape]:
     """The shape of each of our parameters."""
     abstract = jax.eval_shape(functools.partial(wan_vae.init_params, config), jax.random.key(0))
