@@ -10,6 +10,7 @@ import pytest
 import torch
 import wan_vae_oracle as oracle
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from flax import traverse_util
 from wan_vae_oracle import draw
 
@@ -116,7 +117,7 @@ def test_outputs_and_gradients_equal_diffusers_in_pieces(name):
     model = oracle.reference(config)
     params = oracle.to_ours(config, {k: v.detach() for k, v in model.state_dict().items()})
     want, want_params, want_inputs = _reference_outputs(model, video, latents, cotangents)
-    assert np.abs(want[2]).max() <= 1.0
+    assert 0 < np.mean(np.abs(want[2]) == 1) < 0.5  # some pixels are clipped, not all
 
     for piece in case.pieces:
         got, grads = _ours(params, video, latents, cotangents, config, piece, case.gradients)
@@ -217,6 +218,15 @@ def test_large_clips_take_the_memory_of_one_piece(monkeypatch):
     large = temporary(25)
     assert one_by_one < large < small
     assert large == temporary(25, 2)
+
+
+def test_moments_are_split_as_in_diffusers():
+    moments = 40 * draw((1, 2, 3, 2, 8), 0)
+    posterior = DiagonalGaussianDistribution(oracle.channels_first(moments))
+    mean, logvar = wan_vae.split_moments(jnp.asarray(moments))
+    np.testing.assert_array_equal(mean, oracle.channels_last(posterior.mean))
+    np.testing.assert_array_equal(logvar, oracle.channels_last(posterior.logvar))
+    assert (logvar.min(), logvar.max()) == (-30, 20)
 
 
 def test_latents_of_the_diffusion_model_are_centred_and_scaled_by_channel():

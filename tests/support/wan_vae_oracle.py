@@ -15,7 +15,10 @@ from sage_grpo_jax.weights import key_table, wan_vae_keys
 
 
 def reference(config: WanVaeConfig, seed: int = 0) -> AutoencoderKLWan:
-    """A random model; norms and biases, which diffusers makes constant, are random, too."""
+    """A random model; norms and biases, which diffusers makes constant, are random, too.
+
+    The last convolution is scaled up, so that some pixels are clipped.
+    """
     torch.manual_seed(seed)
     fields = json.loads(config.to_json())
     del fields["_class_name"]
@@ -24,6 +27,7 @@ def reference(config: WanVaeConfig, seed: int = 0) -> AutoencoderKLWan:
         for name, parameter in model.named_parameters():
             if name.endswith(("gamma", "bias")):
                 parameter.add_(0.2 * torch.randn_like(parameter))
+        model.decoder.conv_out.weight.mul_(4)
     return model
 
 
