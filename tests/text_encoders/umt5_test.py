@@ -22,12 +22,13 @@ from sage_grpo_jax.text_encoders import umt5
 PLAIN = [
     "a cat walks on the grass",
     "",
-    "a  red\tdog \n ",
+    "a  red   dog ",
     "a " * 700,
     "<pad> it </s> <extra_id_0>",
 ]
 # Those that ftfy mends, or is needed for to know that there is nothing to mend.
 HARD = [
+    "a  red\tdog \r\n\n ran",
     "a cat &amp;amp;amp;lt; dog &lt;b&gt; &nbsp; &eacute; &EACUTE; &#233; &unknown; & so",
     "&nbsp; &#13;",
     "a caf\u00c3\u00a9 in Qu\u00e9bec",  # UTF-8 that was read as Latin-1
@@ -35,9 +36,7 @@ HARD = [
     "“STOP”, ‘go’ … ﬁne e\u0301\u00a0\u3000x\u200by 🐈",
     "a bell\x07 and\x1c\x1fsome \x1b[31mred\x1b[0m \x85 line\u2028",
 ]
-PLAIN_CHARACTERS = (string.ascii_letters + string.digits + string.punctuation + " ").replace(
-    "&", ""
-)
+PLAIN_CHARACTERS = "".join(chr(code) for code in range(32, 127) if chr(code) != "&")
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +96,9 @@ def test_prompts_that_need_mending(pipeline, wan):
     pytest.importorskip("ftfy")
     tokenizer, encoder = open_both(pipeline)
     assert_equal(encoder(tokenizer(HARD)), encode_with_diffusers(wan, HARD))
-    assert umt5.clean(HARD[1]) == ""
-    assert umt5.clean(HARD[2]) == "a café in Québec"
-    assert umt5.clean(HARD[3]) == "色调艳丽,过曝,静态"
+    assert umt5.clean(HARD[2]) == ""
+    assert umt5.clean(HARD[3]) == "a café in Québec"
+    assert umt5.clean(HARD[4]) == "色调艳丽,过曝,静态"
 
 
 @settings(deadline=None, max_examples=200)
@@ -118,7 +117,7 @@ def test_ftfy_leaves_plain_text_alone(text):
 
 def test_without_ftfy(monkeypatch):
     monkeypatch.setitem(sys.modules, "ftfy", None)
-    assert umt5.clean(f"  {PLAIN_CHARACTERS}  it's ") == f"{PLAIN_CHARACTERS[:-1]} it's"
+    assert umt5.clean(f"{PLAIN_CHARACTERS}  it's ") == f"{PLAIN_CHARACTERS[1:]} it's"
     for prompt in ("a café", "salt &amp; pepper", "two\nlines", "\x07"):
         with pytest.raises(ModuleNotFoundError, match=r"^ftfy is not installed; .*\[text\]$") as e:
             umt5.clean(prompt)
@@ -149,7 +148,7 @@ def test_other_dtypes_are_those_of_diffusers(pipeline, wan, dtype):
         for other in (expected, exact)
     ]
     scale = np.linalg.norm(exact[0])
-    limit = {"bfloat16": 0.03, "float16": 0.004}[dtype]
+    limit = {"bfloat16": 0.03, "float16": 0.01}[dtype]
     # Padding to the batch's longest rounds otherwise; it is not float32 either.
     assert max(errors[0]) < limit * scale
     assert 1e-6 * scale < max(errors[1]) < limit * scale
@@ -199,8 +198,8 @@ def test_faults_are_named(pipeline, tmp_path):
         load({**tensors, bias: torch.ones(8, 3)})
     with pytest.raises(ValueError, match=r"tensors unexpected .*: 1, such as adapter"):
         load({**tensors, "adapter": torch.zeros(1)})
+    (tmp_path / "tokenizer").mkdir()
     with pytest.raises(ValueError, match=r"tokenizer: cannot be loaded"):
-        (tmp_path / "tokenizer").mkdir()
         umt5.PromptTokenizer(tmp_path / "tokenizer")
 
 
