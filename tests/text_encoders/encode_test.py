@@ -129,7 +129,7 @@ def test_flags_of_another_model(pipeline, prompts, tmp_path, changes, named):
 def test_without_ftfy_nothing_is_begun(pipeline, prompts, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ftfy", None)
     prompts.write_text(json.dumps({"prompt": "ein größerer Hund"}) + "\n")
-    with pytest.raises(ModuleNotFoundError, match="ftfy is not installed; .*'ein größerer Hund'"):
+    with pytest.raises(ModuleNotFoundError, match=r"ftfy is not installed; .*'ein größerer Hund'"):
         encode_lib.encode(request(pipeline, prompts, tmp_path / "cache"))
     assert not list(tmp_path.glob("cache*"))
 
@@ -156,9 +156,7 @@ class LetterTokenizer:
 
 def open_letters(folder, dtype, device, tokenizer):
     assert (dtype, device, type(tokenizer)) == ("float32", "cpu", LetterTokenizer)
-    return lambda prompts: [
-        np.array([[i, -i] for i in prompt.ids], np.float32) for prompt in prompts
-    ]
+    return lambda prompts: [np.outer(prompt.ids, [1, -1]).astype(np.float32) for prompt in prompts]
 
 
 def test_a_further_kind_is_an_entry_of_the_registry(tmp_path, monkeypatch, prompts, capsys):

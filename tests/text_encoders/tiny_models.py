@@ -111,9 +111,8 @@ def _save_sentence_pieces(folder: pathlib.Path) -> None:
     )  # fmt: skip
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = T5Tokenizer().backend_tokenizer.pre_tokenizer
-    tokenizer.train_from_iterator(
-        [*CORPUS, "größer, café; 猫在草地上走 & <b>", "0123456789"], trainer
-    )
+    corpus = [*CORPUS, "größer, café; 猫在草地上走 & <b>", "0123456789"]
+    tokenizer.train_from_iterator(corpus, trainer)
     pieces = json.loads(tokenizer.to_str())["model"]["vocab"]
     T5Tokenizer(vocab=[tuple(piece) for piece in pieces], extra_ids=4).save_pretrained(folder)
 
