@@ -24,7 +24,7 @@ MAX_TOKENS = 512
 def clean(prompt: str) -> str:
     """A prompt as Wan was trained to see it: mended, without entities, single spaces.
 
-    HTML entities are resolved twice after ftfy has resolved them once, as in diffusers.
+    Entities are resolved twice, as in diffusers, on top of ftfy, which does so where no "<" is.
 
     Raises:
       ModuleNotFoundError: a prompt that ftfy may change, where it is not installed.

@@ -31,11 +31,14 @@ HARD = [
     "a  red\tdog \r\n\n ran",
     "a cat &amp;amp;amp;lt; dog &lt;b&gt; &nbsp; &eacute; &EACUTE; &#233; &unknown; & so",
     "&nbsp; &#13;",
+    "a <b> &lt; &amp;lt; &amp;amp;lt; dog",
     "a caf\u00c3\u00a9 in Qu\u00e9bec",  # UTF-8 that was read as Latin-1
     "色调艳丽，过曝，静态",  # wide commas, of Wan's own negative prompt
     "“STOP”, ‘go’ … ﬁne e\u0301\u00a0\u3000x\u200by 🐈",
     "a bell\x07 and\x1c\x1fsome \x1b[31mred\x1b[0m \x85 line\u2028",
 ]
+PIECES = ["&", "&amp;", "amp;", "lt;", "<", "&#x", "é", "“", "ｆ", "ﬁ", "Ã©", "â€™", "猫", "，"]
+PIECES += ["\u00a0", "\u2028", "\u0301", "\ud83d"]
 PLAIN_CHARACTERS = "".join(chr(code) for code in range(32, 127) if chr(code) != "&")
 
 
@@ -97,12 +100,13 @@ def test_prompts_that_need_mending(pipeline, wan):
     tokenizer, encoder = open_both(pipeline)
     assert_equal(encoder(tokenizer(HARD)), encode_with_diffusers(wan, HARD))
     assert umt5.clean(HARD[2]) == ""
-    assert umt5.clean(HARD[3]) == "a café in Québec"
-    assert umt5.clean(HARD[4]) == "色调艳丽,过曝,静态"
+    assert umt5.clean(HARD[3]) == "a <b> < < &lt; dog"
+    assert umt5.clean(HARD[4]) == "a café in Québec"
+    assert umt5.clean(HARD[5]) == "色调艳丽,过曝,静态"
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.text(st.sampled_from(string.printable + "&;#xé “”ｆﬁ\u00a0\u2028\u0301Ãâ€™")))
+@given(st.lists(st.sampled_from([*string.printable, *PIECES, *PIECES])).map("".join))
 def test_any_text_is_cleaned_as_in_diffusers(text):
     pytest.importorskip("ftfy")
     assert umt5.clean(text) == prompt_clean(text)
