@@ -25,7 +25,7 @@ LAST_STEPS = ("deterministic", "stochastic")
 REDUCTIONS = ("mean", "sum")
 
 HIGHEST_CLAMP = 0.5
-# The largest η that a recipe or a flag may ask for, where the kind has no lower bound of its own.
+# The largest η that a recipe or a flag may ask for; a kind may allow less.
 HIGHEST_ETA = 2.0
 
 # A smaller std counts as 0: it is lost in the rounding of any sample it is added to, and dividing
