@@ -11,6 +11,7 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
+from sage_grpo_jax.checks import shadow_formulas
 from sage_grpo_jax.common import command_line
 from sage_grpo_jax.config import devices, schema
 from sage_grpo_jax.rewards import types as reward_types
@@ -36,6 +37,8 @@ STOPPED = (
 def main() -> None:
     """Validates and trains."""
     config = schema.from_config_dict(_CONFIG.value)
+    if config.debug.shadow:
+        shadow_formulas.check(config)
     devices.start(config)
     metrics.log_versions()
     summary = loop.train(config, pathlib.Path(_WORKDIR.value))

@@ -10,6 +10,8 @@ import math
 from typing import Any
 
 import ml_collections
+from absl import flags
+from ml_collections import config_flags
 
 # λ of the paper's Eq. 41 and 42 as printed.
 _AS_PRINTED = {
@@ -187,6 +189,34 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+class Applied(str):
+    """The name of a method whose preset is in place, as `apply` leaves it in `config.method`.
+
+    A ConfigDict keeps to the type of a field: no override can change the name by itself, which
+    would then say another thing than the values do.
+    """
+
+
+def name_alone(method: str) -> str:
+    """What to tell a user who sets `config.method` itself."""
+    return (
+        f"config.method: got {method!r}, which changes the name and nothing else; allowed: the "
+        f"recipe's argument, --config=RECIPE.py:method={method}"
+    )
+
+
+class _NameParser(flags.ArgumentParser):
+    """Of the flag --config.method: takes what the recipe has, and no other."""
+
+    def parse(self, argument: str) -> Applied:
+        if not isinstance(argument, Applied):
+            raise ValueError(name_alone(argument))
+        return argument
+
+
+config_flags.register_flag_parser_for_type(Applied, _NameParser())
+
+
 def apply(config: ml_collections.ConfigDict, method: str) -> None:
     """Applies a preset to a recipe, in place.
 
@@ -198,7 +228,7 @@ def apply(config: ml_collections.ConfigDict, method: str) -> None:
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}; allowed: {', '.join(METHODS)}")
-    config.update(method=method, applied_method=method)
+    config.method = Applied(method)
     config.update_from_flattened_dict(METHODS[method])
     if config.loss.split_updates:
         samples = config.rollout.prompts_per_step * config.rollout.group_size

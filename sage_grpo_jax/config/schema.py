@@ -13,6 +13,7 @@ from typing import Any
 import ml_collections
 
 from sage_grpo_jax.config import checks as config_checks
+from sage_grpo_jax.config import methods
 from sage_grpo_jax.flow import injected_noise, schedules, sde, windows
 from sage_grpo_jax.grpo import trust_region as trust_region_lib
 from sage_grpo_jax.models import lora as lora_lib
@@ -61,7 +62,7 @@ class DataConfig:
 class EtaMatch:
     """Chooses eta by the noise that another sampler injects: the same sum of variances."""
 
-    kind: str = ""  # flow, precise, dance or cps; "": rollout.eta holds
+    kind: str = ""  # one that injects noise; "": rollout.eta holds
     eta: float = 0.0
 
 
@@ -261,8 +262,7 @@ class Config:
     """One run."""
 
     name: str = "sage_grpo"
-    method: str = "sage"  # the preset that the recipe's argument names; a label, see below
-    applied_method: str = "sage"  # the preset whose overrides are in place; set with `method`
+    method: str = methods.Applied("sage")  # the preset in place, from the recipe's argument
     seed: int = 0
     num_steps: int = 100
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

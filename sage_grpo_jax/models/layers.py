@@ -15,16 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-HIGHEST = jax.lax.Precision.HIGHEST
+from sage_grpo_jax.models import axes as axes_lib
 
-# Logical activation axis -> mesh axes. Parameters have their own table in parallel/.
-ACTIVATION_AXES = {
-    "batch": ("data", "fsdp"),
-    "replica": ("data",),
-    "tokens": ("context",),
-    "heads": ("context",),
-    "embed": ("fsdp", "context"),
-}
+HIGHEST = jax.lax.Precision.HIGHEST
 
 xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros_init()
@@ -45,7 +38,7 @@ def mesh_axes(name: str | None) -> tuple[str, ...]:
         for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind == jax.sharding.AxisType.Auto and mesh.shape[axis] > 1
     }
-    return tuple(axis for axis in ACTIVATION_AXES.get(name, ()) if axis in auto)
+    return tuple(axis for axis in axes_lib.ACTIVATIONS.get(name, ()) if axis in auto)
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:

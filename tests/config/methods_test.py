@@ -188,7 +188,6 @@ def test_matched_variants_differ_from_sage_in_the_sampler_alone(method, file):
     same = dataclasses.replace(
         config,
         method="sage",
-        applied_method="sage",
         rollout=dataclasses.replace(config.rollout, sde="precise"),
     )
     assert same == sage

@@ -4,7 +4,10 @@ import importlib.util
 import pathlib
 import re
 
+import ml_collections
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from sage_grpo_jax.config import methods, schema, step_plan
 from sage_grpo_jax.training import workdir
@@ -53,6 +56,28 @@ def test_bad_argument_is_named(plan, arg):
         plan.get_config(arg)
 
 
+@pytest.mark.parametrize(
+    ("method", "allowed"),
+    [("grpo", "sage_paper, flow_grpo"), ("flow_grpo", "RECIPE.py:method=flow_grpo")],
+)
+def test_the_name_of_a_method_by_itself_is_refused(plan, method, allowed):
+    """It would change the name and none of the values: in code, from a file, as a flag."""
+    config = plan.get_config("method=sage")
+    with pytest.raises(TypeError, match="field 'method'"):
+        config.method = method
+    values = ml_collections.ConfigDict(config.to_dict() | {"method": method})
+    with pytest.raises(ValueError, match=f"^config.method: got '{method}'.* allowed: .*{allowed}"):
+        schema.from_config_dict(values)
+
+
+def test_the_method_is_no_flag():
+    argv = ["train", f"--config={RECIPE}:method=sage", "--config.method=flow_grpo"]
+    defined = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=defined, sys_argv=argv)
+    with pytest.raises(flags.Error, match=r"config.method: got 'flow_grpo', .*:method=flow_grpo$"):
+        defined(argv)
+
+
 def test_typing_a_wrong_field_fails(plan):
     with pytest.raises(AttributeError, match="etaa"):
         plan.get_config().rollout.etaa = 1.0
@@ -87,8 +112,6 @@ def test_typing_a_wrong_field_fails(plan):
         ("rewards.budget_seconds", 0.0, "greater than 0"),
         ("rewards.backend", "video", "moving_shapes, or package.module:Class"),
         ("mesh.fsdp", -2, "at least -1"),
-        ("method", "grpo", "sage_paper, flow_grpo"),
-        ("method", "flow_grpo", ":method=flow_grpo"),
         ("optimizer.momentum", 1.0, "below 1"),
         ("model.variant", "480p", "480p_t2v"),
         ("name", "", "a name"),

@@ -244,6 +244,7 @@ def test_an_old_workdir_goes_on_or_is_refused_in_one_line(make_config, tmp_path)
     config = make_config()
     values = dataclasses.asdict(config)
     del values["loss"]["rollout_tolerance"]  # younger than the run
+    values["applied_method"] = values["method"]  # no longer a field
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
     (tmp_path / "config.json").write_text(json.dumps(values))
     workdir.claim(config, tmp_path)
