@@ -55,6 +55,8 @@ class RewardClient:
         and pauses included; what is not scored by then fails with the code of its last failure.
       max_in_flight: calls at the same time.
       reward_names: rewards wanted; () means all that the server has.
+      optional_names: those of them that a sample may lack: where the backend fails, the others are
+        asked for once more without these.
       expected_fingerprint: of the reward model, for instance from a checkpoint. Without one, the
         first answer sets it. Any other fingerprint afterwards fails with FAILED_PRECONDITION.
       max_message_bytes: limit of requests and answers.
@@ -69,6 +71,7 @@ class RewardClient:
         budget: float = 900.0,
         max_in_flight: int = 8,
         reward_names: Sequence[str] = (),
+        optional_names: Sequence[str] = (),
         expected_fingerprint: str = "",
         max_message_bytes: int = types.MAX_MESSAGE_BYTES,
         heartbeat: float = 5.0,
@@ -78,11 +81,17 @@ class RewardClient:
                 raise ValueError(f"{field} = {value}: must be a finite number of seconds above 0")
         if max_in_flight < 1:
             raise ValueError(f"max_in_flight = {max_in_flight}: must be at least 1")
+        if optional_names and not set(optional_names) < set(reward_names):
+            raise ValueError(
+                f"optional_names = {list(optional_names)}: must be some of reward_names = "
+                f"{list(reward_names)}, not all"
+            )
         self._address = address
         self._timeout = timeout
         self._budget = budget
         self._max_in_flight = max_in_flight
         self._reward_names = tuple(reward_names)
+        self._needed_names = tuple(n for n in reward_names if n not in optional_names)
         self._max_message_bytes = max_message_bytes
         self._fingerprint = expected_fingerprint
         self._lock = threading.Lock()
@@ -207,15 +216,28 @@ class RewardClient:
                 limit = f"at most {self._max_message_bytes} are allowed"
                 failure = _Failure(types.INVALID_ARGUMENT, f"request has {size} bytes: {limit}")
                 return call.failed(failure)
-            request.expected_fingerprint = self._fingerprint
-            response = self._attempts(call, lambda stub: stub.Score, request)
-            if isinstance(response, _Failure):
-                return call.failed(response)
-            return self._result(call, request, response)
+            result = self._ask(call, request)
+            if result.code == types.INTERNAL and self._needed_names != self._reward_names:
+                _log.warning(
+                    "%s: %s; asking without the rewards that are optional",
+                    request.request_id,
+                    result.message,
+                )
+                request.reward_names[:] = self._needed_names
+                request.digest = wire.request_digest(request)
+                result = self._ask(call, request)
+            return result
         except Exception as error:
             # The promise to the caller: a sample fails, the step goes on. Never silently.
             _log.exception("scoring %s failed in the client", request.request_id)
             return call.failed(_Failure(types.INTERNAL, f"client: {type(error).__name__}: {error}"))
+
+    def _ask(self, call: "_Call", request: reward_pb2.ScoreRequest) -> RewardResult:
+        request.expected_fingerprint = self._fingerprint
+        response = self._attempts(call, lambda stub: stub.Score, request)
+        if isinstance(response, _Failure):
+            return call.failed(response)
+        return self._result(call, request, response)
 
     def _result(self, call: "_Call", request, response) -> RewardResult:
         failure = self._check_answer(request, response)

@@ -9,8 +9,7 @@ from PIL import Image
 
 from sage_grpo_jax.experiments import run_report
 from sage_grpo_jax.policy import conditions
-from sage_grpo_jax.training import evaluation, setup
-from sage_grpo_jax.training import learner as learner_lib
+from sage_grpo_jax.training import evaluation, scoring, setup
 from sage_grpo_jax.worlds.moving_shapes import spec
 
 
@@ -147,6 +146,7 @@ class ScriptedLearner:
 
     def __init__(self, config, videos, rewards) -> None:
         self.config, self.videos, self.rewards = config, videos, rewards
+        self.scoring = self
         self.asked: list[str] = []
 
     def sample(self, params, batch, keys):
@@ -163,7 +163,7 @@ class ScriptedLearner:
         """The rewards of these clips; NaN is a failure."""
         rows = (np.arange(len(batch.ids)) + len(self.asked) - len(batch.ids)) % len(self.videos)
         values = {name: column[rows] for name, column in self.rewards.items()}
-        return learner_lib.Scores(values, np.isfinite(sum(values.values())))
+        return scoring.Scores(values, np.isfinite(sum(values.values())))
 
 
 def test_errors_are_over_prompts_and_diversity_within_them(make_config):

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sage_grpo_jax.common import phases
 from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.flow import noise, rollout
 from sage_grpo_jax.models import frames
 from sage_grpo_jax.policy import conditions
 from sage_grpo_jax.rewards import types
-from sage_grpo_jax.training import evaluation, programs, setup
+from sage_grpo_jax.training import evaluation, programs, scoring, setup
 from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training import update as update_lib
@@ -260,7 +261,7 @@ def test_seconds_of_a_phase_add_up(make_learner, monkeypatch):
     """With a clock that goes on by one whenever it is looked at."""
     ticks = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)))
-    monkeypatch.setattr(learner_lib, "time", clock)
+    monkeypatch.setattr(phases, "time", clock)
     learner, _ = make_learner()
     _, metrics = learner.step(state_at(0), prompt_batch(P))
     seconds = {name: value for name, value in metrics.items() if name.startswith("time/")}
@@ -276,7 +277,7 @@ def test_seconds_of_a_phase_add_up(make_learner, monkeypatch):
 
 def test_another_reward_model_ends_the_run_and_other_failures_do_not(make_learner):
     learner, script = make_learner(failing=frozenset({4}), code=types.FAILED_PRECONDITION)
-    with pytest.raises(learner_lib.RewardModelChangedError, match="another model"):
+    with pytest.raises(scoring.RewardModelChangedError, match="another model"):
         learner.step(state_at(0), prompt_batch(P))
     assert not script.batches
     learner, script = make_learner(failing=frozenset({4}), code=types.INVALID_ARGUMENT)
