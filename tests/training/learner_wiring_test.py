@@ -214,6 +214,44 @@ def test_noise_prompt_clip_and_advantage_of_each_sample(make_learner):
     assert metrics["advantage/nonzero_fraction"] == np.mean(wanted != 0)
 
 
+def test_a_monitored_reward_that_fails_takes_no_sample_out(make_learner):
+    monitored = {"rewards.weights.MQ": 0.0}
+    learner, script = make_learner(monitored, lacking=dict.fromkeys(range(P * G), "MQ"))
+    _, lacking = learner.step(state_at(7), prompt_batch(P))
+    learner, whole = make_learner(monitored)
+    _, metrics = learner.step(state_at(7), prompt_batch(P))
+    (update,), (wanted,) = script.batches, whole.batches
+    assert np.asarray(update.valid).all()
+    np.testing.assert_array_equal(update.advantages, wanted.advantages)
+    assert np.isnan(lacking.pop("reward/mq"))
+    assert metrics.pop("reward/mq") == pytest.approx(np.mean([reward("MQ", b) for b in range(12)]))
+    assert lacking["reward/overall"] == pytest.approx(metrics["reward/vq"] + metrics["reward/ta"])
+    for name in ("overall", "weighted", "group_std", "valid_fraction"):
+        assert lacking[f"reward/{name}"] == metrics[f"reward/{name}"]
+
+
+def test_advantages_of_each_reward_by_itself(make_learner):
+    """Settings and weights reach them, and the groups are those of the prompts."""
+    settings = {
+        "advantage.combine": "per_reward",
+        "advantage.std": "group_unbiased",
+        "advantage.std_floor": 3.0,
+        "advantage.clip": 2.0,
+    }
+    learner, script = make_learner(settings, failing=frozenset({1, 6}))
+    learner.step(state_at(0), prompt_batch(P))
+    wanted = np.zeros(P * G)
+    for p in range(P):
+        members = [b for b in range(p * G, (p + 1) * G) if b not in (1, 6)]
+        for name, weight in WEIGHTS.items():
+            values = np.array([reward(name, b) for b in members])
+            scale = max(values.std(ddof=1), 3.0) + 0.5
+            wanted[members] += weight * (values - values.mean()) / scale
+    assert np.sum(np.abs(wanted) > 2.0) in range(1, P * G)
+    (update,) = script.batches
+    np.testing.assert_allclose(update.advantages, np.clip(wanted, -2, 2), atol=1e-5)
+
+
 def test_every_step_has_its_own_noise_and_windows(make_learner):
     window = {"rollout.window": "random_k", "rollout.window_size": 1}
     learner, script = make_learner(window)
