@@ -10,8 +10,18 @@ class FrozenDict(dict[K, V]):
     """A dict that refuses every change and has a hash; equal to a dict with the same entries.
 
     As a subclass of dict it is JSON, and `dataclasses.asdict` and ConfigDict take it as they take
-    any other. Like a dict's, its equality does not see the order of its entries.
+    any other, and its entries are attributes too, as a ConfigDict's are. Like a dict's, its equality
+    does not see the order of its entries.
     """
+
+    def __getattr__(self, name: str) -> V:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no {name!r}; there are {', '.join(map(str, self))}") from None
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        self._refuse()
 
     def __hash__(self) -> int:
         return hash(frozenset(self.items()))

@@ -19,6 +19,14 @@ def test_equal_entries_are_equal_and_hash_alike_in_any_order():
     assert len({one, other, FrozenDict(a=1.0, b=3.0), FrozenDict(a=1.0)}) == 3
 
 
+def test_entries_are_attributes():
+    frozen = FrozenDict(a=1.0, items=2.0)
+    assert frozen.a == 1.0
+    assert list(frozen.items()) == [("a", 1.0), ("items", 2.0)]  # what a dict has comes first
+    with pytest.raises(AttributeError, match="no 'b'; there are a, items"):
+        _ = frozen.b
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -30,6 +38,7 @@ def test_equal_entries_are_equal_and_hash_alike_in_any_order():
         lambda d: d.pop("a"),
         lambda d: d.popitem(),
         lambda d: d.clear(),
+        lambda d: setattr(d, "a", 0.0),
     ],
 )
 def test_every_change_is_refused(change):

@@ -270,7 +270,7 @@ def test_the_official_controller_after_whole_updates():
 def test_full_size_runs_take_setting_b():
     for method, wanted in (("sage", (0.5, 0.5, 1.0)), ("dance_grpo", (0.5, 0.5, 1.0))):
         weights = make(method, "hunyuan_video_15.py").rewards.weights
-        assert wanted == (weights["VQ"], weights["MQ"], weights["TA"])
+        assert wanted == (weights.VQ, weights.MQ, weights.TA)
 
 
 def test_rows_of_table_2_differ_in_what_they_name():
@@ -290,7 +290,7 @@ def test_rows_of_table_2_differ_in_what_they_name():
         ("precise", "none"), ("precise", "fixed"), ("precise", "dual"),
     }  # fmt: skip
     for made in by_row.values():
-        seen = {(m.seed, m.rewards.weights["VQ"], m.rewards.weights["TA"]) for m in made}
+        seen = {(m.seed, m.rewards.weights.VQ, m.rewards.weights.TA) for m in made}
         assert seen == {(s, vq, 1.0) for s in (0, 1, 2) for vq in (0.5, 1.0)}
     # One penalty is the same whatever the sampler, and everything else is the same in all rows.
     for kind in ("none", "fixed", "dual"):
