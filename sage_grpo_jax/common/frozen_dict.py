@@ -10,8 +10,8 @@ class FrozenDict(dict[K, V]):
     """A dict that refuses every change and has a hash; equal to a dict with the same entries.
 
     As a subclass of dict it is JSON, and `dataclasses.asdict` and ConfigDict take it as they take
-    any other, and its entries are attributes too, as a ConfigDict's are. Like a dict's, its equality
-    does not see the order of its entries.
+    any other. Its entries are attributes too, as those of a ConfigDict are. Like a dict's, its
+    equality does not see the order of its entries.
     """
 
     def __getattr__(self, name: str) -> V:

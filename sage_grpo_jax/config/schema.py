@@ -359,8 +359,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
         raise ValueError(f"{path}.{missing[0]}: missing")
     hints = typing.get_type_hints(cls)
     converted = {
-        n: _convert(hints[n], values[n], f"{path}.{n}", field.default)
-        for n, field in fields.items()
+        n: _convert(hints[n], values[n], f"{path}.{n}", f.default) for n, f in fields.items()
     }
     try:
         return cls(**converted)
@@ -392,11 +391,9 @@ def _convert(hint: Any, value: Any, path: str, default: Any = None) -> Any:
 
 
 def _convert_mapping(hint: Any, value: Any, default: Any, path: str) -> FrozenDict[str, Any]:
-    """A mapping with any names: those of the default first and in its order, then by name.
-
-    A ConfigDict keeps no order, and the last digit of a sum depends on it.
-    """
+    """A mapping with any names: those of the default first and in its order, then by name."""
     if not isinstance(value, dict):
         raise ValueError(f"{path}: got {value!r}; allowed: values by name")
+    # A ConfigDict keeps no order, and the last digit of a sum depends on it.
     order = [*(n for n in default if n in value), *sorted(set(value) - set(default))]
     return FrozenDict((n, _convert(hint, value[n], f"{path}.{n}")) for n in order)
