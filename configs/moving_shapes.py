@@ -32,6 +32,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 5e-5
     config.lora.learning_rate = 4e-4  # adapters move the weights less than they move themselves
     config.rewards.update(backend="moving_shapes", budget_seconds=120.0)
+    config.rewards.weights.update(VQ=1.0, MQ=1.0, TA=1.0)
 
     config.eval.update(every=0, num_steps=20, manifold_distance=True, shape_identity=True)
     config.eval.update(num_prompts=32, num_test_prompts=64, samples_per_prompt=2)

@@ -203,6 +203,7 @@ def apply(config: ml_collections.ConfigDict, method: str) -> None:
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}; allowed: {', '.join(METHODS)}")
     config.update(method=method, applied_method=method)
+    config.rewards.weights.lock()  # the recipe may have put others in place
     overrides = dict(METHODS[method])
     for path in METHODS[method]:
         group, _, name = path.rpartition(".")

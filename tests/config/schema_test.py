@@ -294,6 +294,8 @@ def test_a_preset_leaves_the_rewards_of_a_recipe_alone(plan):
     config = recipe_with(plan, {"aesthetic": 1.0, "MQ": 3.0})
     methods.apply(config, "sage_official")
     assert config.rewards.weights.to_dict() == {"aesthetic": 1.0, "MQ": 0.5}
+    with pytest.raises(AttributeError):
+        config.rewards.weights.asthetic = 2.0  # a slip of a flag is no new reward
 
 
 def test_weights_that_are_all_zero_have_nothing_to_optimise(plan):

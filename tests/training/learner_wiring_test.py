@@ -125,15 +125,17 @@ class Scripted:
 
 @pytest.fixture
 def make_learner(make_config, one_device):
-    """make_learner(overrides, **fields of Scripted) -> (learner, its script)."""
+    """make_learner(overrides, check, **fields of Scripted) -> (learner, its script)."""
 
-    def make(overrides=None, **fields):
+    def make(overrides=None, check=None, **fields):
         config = make_config({**OVERRIDES, **(overrides or {})})
         networks = setup.read_networks(config.model)
         made = plan_lib.make_plan(config, networks.transformer, networks.vae)
         script = Scripted(made, **fields)
         negative = prompt_batch(1)
-        learner = learner_lib.Learner(script.programs(), None, negative, script, one_device)
+        learner = learner_lib.Learner(
+            script.programs(), None, negative, script, one_device, check=check
+        )
         return learner, script
 
     return make
@@ -286,6 +288,27 @@ def test_several_updates_hand_their_means_on(make_learner):
     learner.step(state_at(0), prompt_batch(P))
     assert script.old == ["before", "after 1", "after 2"]
     assert len({id(batch) for batch in script.batches}) == 1
+
+
+def test_a_check_sees_an_update_before_it_is_made(make_learner):
+    seen = []
+
+    def check(state, batch, frozen):
+        seen.append((int(state.step), batch, frozen, len(script.batches)))
+        return {"shadow/loss": 0.25}
+
+    learner, script = make_learner(check=check)
+    _, metrics = learner.step(state_at(7), prompt_batch(P))
+    ((step, batch, frozen, updates),) = seen
+    assert (step, updates) == (7, 0)
+    assert batch is script.batches[0]
+    assert frozen is learner.frozen
+    assert metrics["shadow/loss"] == 0.25
+    # Without an update there is nothing to check.
+    learner, script = make_learner(check=check, failing=frozenset(range(6)))
+    _, metrics = learner.step(state_at(8), prompt_batch(P))
+    assert len(seen) == 1
+    assert "shadow/loss" not in metrics
 
 
 def test_rollouts_are_drawn_from_the_policy_that_samples(make_learner):

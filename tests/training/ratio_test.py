@@ -239,6 +239,34 @@ def test_limits_by_precision(make_config):
     assert limits(loss__ratio_action="log") == [np.inf, np.inf]
 
 
+def test_the_gate_says_what_was_refused_and_why(caplog):
+    gate = ratio.Gate(ratio=1e-6, shift=1e-3, applies_anyway=False)
+
+    def values(deviation, shift, applied):
+        return {
+            "ratio/max_deviation": deviation,
+            "ratio/rollout_shift": shift,
+            "update/ratio_in_tolerance": float(applied),
+        }
+
+    gate.check(values(0.0, 1e-4, True))
+    assert not caplog.records
+    for found, said in (
+        (values(2e-6, 1e-4, False), r"^before .* off 1 by 2.00e-06 .*ratio_tolerance = 1e-06"),
+        (values(0.0, 0.5, False), r"^the rollout's means lie 5.00e-01 .*rollout_tolerance = 0.001"),
+        (values(2e-6, 0.5, False), r"^the rollout's means"),
+        (values(float("nan"), 0.0, False), "the model's output is not finite"),
+        (values(0.0, float("inf"), False), "the model's output is not finite"),
+    ):
+        with pytest.raises(ratio.NumericsError, match=said):
+            gate.check(found)
+    anyway = ratio.Gate(ratio=1e-6, shift=1e-3, applies_anyway=True)
+    anyway.check(values(2e-6, 0.5, True))
+    assert "ratio_action=log: applied" in caplog.text
+    with pytest.raises(ratio.NumericsError, match="not finite"):
+        anyway.check(values(float("nan"), 0.0, False))
+
+
 def test_an_old_workdir_goes_on_or_is_refused_in_one_line(make_config, tmp_path):
     config = make_config()
     values = dataclasses.asdict(config)
