@@ -15,6 +15,7 @@ from sage_grpo_jax.config import methods
 from sage_grpo_jax.flow import guidance, kinds, sde, windows
 from sage_grpo_jax.grpo import advantage, equalizer, loss
 from sage_grpo_jax.models import attention, frames
+from sage_grpo_jax.rewards import names
 from sage_grpo_jax.rewards.backends import BACKENDS
 from sage_grpo_jax.worlds.moving_shapes import spec
 
@@ -33,6 +34,7 @@ _CHOICES = {
     "rollout.guidance_mode": guidance.MODES,
     "rollout.last_step": sde.LAST_STEPS,
     "advantage.std": advantage.STDS,
+    "advantage.combine": advantage.COMBINES,
     "loss.objective": (*loss.OBJECTIVES, "nft"),
     "loss.guidance_gradient": guidance.GRADIENTS,
     "loss.median": equalizer.MEDIANS,
@@ -68,9 +70,6 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "rewards.silence_seconds": (0, None),
     "rewards.min_valid_fraction": (0, 1),
     "rewards.max_skipped_updates": (1, None),
-    "rewards.weights.VQ": (None, None),
-    "rewards.weights.MQ": (None, None),
-    "rewards.weights.TA": (None, None),
     "mesh.data": (-1, None),
     "mesh.fsdp": (-1, None),
     "mesh.context": (-1, None),
@@ -339,9 +338,18 @@ def validate_matched_eta(rollout: RolloutConfig, eta: float) -> None:
 
 
 def _validate_rewards(rewards: RewardsConfig) -> None:
-    weights = (rewards.weights.VQ, rewards.weights.MQ, rewards.weights.TA)
-    if not any(weights):
-        raise ValueError(f"config.rewards.weights: got {weights}; allowed: one of them not 0")
+    try:
+        names.check(rewards.weights)
+    except ValueError as error:
+        raise ValueError(f"config.rewards.weights: got {error}") from error
+    for name, weight in rewards.weights.items():
+        if not math.isfinite(weight):
+            raise ValueError(f"config.rewards.weights.{name}: got {weight}; allowed: finite")
+    if not rewards.optimised:
+        raise ValueError(
+            f"config.rewards.weights: got {tuple(rewards.weights.values())} for "
+            f"{', '.join(rewards.weights) or 'no reward'}; allowed: one of them not 0"
+        )
     if bool(rewards.address) == rewards.spawn:
         raise ValueError(
             f"config.rewards: spawn={rewards.spawn} with address="

@@ -143,6 +143,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "rollout.trained_choice": "random",
         "loss.log_prob": "gaussian",
         "advantage.std": "group_unbiased",
+        "advantage.combine": "per_reward",
         "advantage.epsilon": 1e-8,
         "trust_region.kind": "none",
     },
@@ -220,6 +221,9 @@ config_flags.register_flag_parser_for_type(Applied, _NameParser())
 def apply(config: ml_collections.ConfigDict, method: str) -> None:
     """Applies a preset to a recipe, in place.
 
+    Weights of rewards that the recipe does not list are left out: which rewards there are is the
+    recipe's own choice.
+
     Where its updates share the samples of a rollout, the recipe's micro-batch is made small enough
     that each gets a whole number of them.
 
@@ -229,7 +233,13 @@ def apply(config: ml_collections.ConfigDict, method: str) -> None:
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}; allowed: {', '.join(METHODS)}")
     config.method = Applied(method)
-    config.update_from_flattened_dict(METHODS[method])
+    config.rewards.weights.lock()  # the recipe may have put others in place
+    overrides = dict(METHODS[method])
+    for path in METHODS[method]:
+        group, _, name = path.rpartition(".")
+        if group == "rewards.weights" and name not in config.rewards.weights:
+            del overrides[path]
+    config.update_from_flattened_dict(overrides)
     if config.loss.split_updates:
         samples = config.rollout.prompts_per_step * config.rollout.group_size
         share = samples // config.loss.updates_per_rollout

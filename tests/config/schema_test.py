@@ -125,6 +125,7 @@ def test_typing_a_wrong_field_fails(plan):
         ("rollout.trained_choice", "last", "first, random"),
         ("rollout.window_motion.stay", 0, "at least 1"),
         ("rollout.window_motion.rate", -0.5, "finite number >= 0"),
+        ("advantage.combine", "mean", "sum, per_reward"),
         ("advantage.std", "prompt", "group, group_unbiased, global"),
         ("loss.objective", "dpo", "ppo, reinforce, nft"),
         ("loss.guidance_gradient", "negative", "both, condition"),
@@ -256,6 +257,67 @@ def test_methods_change_only_fields_that_exist():
     known = workdir.flatten(schema.default_config().to_dict())
     for preset in fields.values():
         assert set(preset) <= set(known)
+
+
+def recipe_with(plan, weights):
+    """The quick start with other rewards."""
+    config = plan.get_config()
+    config.rewards.weights = weights
+    return config
+
+
+def test_a_recipe_may_name_any_rewards(plan):
+    """A weight of 0 stays: it is monitored."""
+    config = recipe_with(plan, {"hps_v2": 2, "aesthetic": 0.5, "TA": 0.0, "VQ": 1.0})
+    made = schema.from_config_dict(config)
+    assert made.rewards.weights == {"hps_v2": 2.0, "aesthetic": 0.5, "TA": 0.0, "VQ": 1.0}
+    assert isinstance(made.rewards.weights["hps_v2"], float)
+    assert made.rewards.optimised == {"hps_v2": 2.0, "aesthetic": 0.5, "VQ": 1.0}
+    # ConfigDicts sort their names; sums of floats keep the order of old, whatever is added.
+    assert list(made.rewards.weights) == ["VQ", "TA", "aesthetic", "hps_v2"]
+    again = recipe_with(plan, {"VQ": 1.0, "TA": 0.0, "aesthetic": 0.5, "hps_v2": 2.0})
+    assert hash(schema.from_config_dict(again)) == hash(made)
+    assert schema.from_config_dict(again) == made
+    config.rewards.weights.aesthetic = 0.25  # as a flag does it
+    assert schema.from_config_dict(config) != made
+
+
+def test_rewards_of_the_quick_start_keep_their_order(plan):
+    weights = schema.from_config_dict(plan.get_config()).rewards.weights
+    assert list(weights.items()) == [("VQ", 1.0), ("MQ", 1.0), ("TA", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ({}, r"rewards.weights: got \(\) for no reward; allowed: one of them not 0"),
+        ({"a": 0.0, "b": 0.0}, r"rewards.weights: got \(0.0, 0.0\) for a, b; allowed: one of them"),
+        ({"a": float("nan")}, "rewards.weights.a: got nan; allowed: finite"),
+        ({"a": "1"}, r"rewards.weights.a: got '1' \(str\); allowed: float"),
+        ({"a": True}, r"rewards.weights.a: got True \(bool\); allowed: float"),
+        ({"overall": 1.0}, "rewards.weights: got 'overall' as the name of a reward"),
+        ({"VQ": 1.0, "vq": 1.0}, ".* which share the metric reward/vq"),
+    ],
+)
+def test_weights_that_are_no_weights_are_refused(plan, weights, said):
+    with pytest.raises(ValueError, match=f"^config.{said}"):
+        schema.from_config_dict(recipe_with(plan, weights))
+
+
+def test_weights_that_are_no_mapping_are_refused():
+    config = schema.default_config().to_dict()
+    config["rewards"]["weights"] = 1.0
+    with pytest.raises(ValueError, match=r"config.rewards.weights: got 1.0; allowed: values by"):
+        schema.from_config_dict(ml_collections.ConfigDict(config))
+
+
+def test_a_preset_leaves_the_rewards_of_a_recipe_alone(plan):
+    """Its weights are those of VQ, MQ and TA; which rewards there are is the recipe's choice."""
+    config = recipe_with(plan, {"aesthetic": 1.0, "MQ": 3.0})
+    methods.apply(config, "sage_official")
+    assert config.rewards.weights.to_dict() == {"aesthetic": 1.0, "MQ": 0.5}
+    with pytest.raises(AttributeError):
+        config.rewards.weights.asthetic = 2.0  # a slip of a flag is no new reward
 
 
 def test_weights_that_are_all_zero_have_nothing_to_optimise(plan):
