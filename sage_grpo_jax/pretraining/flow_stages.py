@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_grpo_jax.models import hunyuan_video
+from sage_grpo_jax.models import registry
+from sage_grpo_jax.models.door import TransformerConfig
 from sage_grpo_jax.pretraining.loop import (
     LossFn,
     Params,
@@ -60,7 +61,8 @@ def train_flow(
     data = flow_data(cache, config.transformer.text_embed_dim)
 
     def init_params() -> Params:
-        return hunyuan_video.init_params(config.transformer, streams.flow_init)
+        model = registry.of(config.transformer)
+        return model.init_params(config.transformer, streams.flow_init)
 
     loss_fn = flow_loss_fn(config.transformer, config.flow)
     phases = [Phase(config.flow.steps, loss_fn)]
@@ -72,8 +74,8 @@ def distill_guidance(
 ) -> Params:
     """Teaches the transformer the velocity that guidance makes of its own predictions.
 
-    One pass then gives what takes several with guidance, as in the `distilled` variants of
-    HunyuanVideo-1.5. Besides the guidance away from the empty prompt there is one away from the
+    One pass then gives what takes several with guidance, as in the released `distilled` variants.
+    Besides the guidance away from the empty prompt there is one away from the
     captions of other shapes: at this size disks and squares differ in so few latent values that
     flow matching alone hardly tells them apart.
     """
@@ -129,7 +131,7 @@ def _other_shapes(text: str) -> list[str]:
     return [spec.caption(words._replace(shape=shape)) for shape in shapes]
 
 
-def flow_loss_fn(model: hunyuan_video.HunyuanVideoConfig, stage: FlowStageConfig) -> LossFn:
+def flow_loss_fn(model: TransformerConfig, stage: FlowStageConfig) -> LossFn:
     """loss(params, key, step, *FlowData): mean |v(z_sigma, sigma) - (z - x0)|², random batch."""
 
     def loss_fn(params: Params, key: jax.Array, step: jax.Array, *inputs: jax.Array):
@@ -143,7 +145,7 @@ def flow_loss_fn(model: hunyuan_video.HunyuanVideoConfig, stage: FlowStageConfig
     return loss_fn
 
 
-def distill_loss_fn(model: hunyuan_video.HunyuanVideoConfig, stage: DistillStageConfig) -> LossFn:
+def distill_loss_fn(model: TransformerConfig, stage: DistillStageConfig) -> LossFn:
     """loss(params, key, step, teacher, *FlowData): mean |v - guided_target(c, u, r)|².
 
     c, u and r are the teacher's velocities with the caption, with the empty prompt and with the
@@ -203,10 +205,11 @@ def _velocity(
     sigma: jax.Array,
     row: jax.Array,
     data: FlowData,
-    model: hunyuan_video.HunyuanVideoConfig,
+    model: TransformerConfig,
 ) -> jax.Array:
-    condition = hunyuan_video.Condition(text=data.text[row], text_mask=data.mask[row])
-    return hunyuan_video.velocity(params, noisy, 1000.0 * sigma, condition, model)
+    prompts = {"text": data.text[row], "text_mask": data.mask[row]}
+    condition = registry.of(model).make_condition(prompts, model, noisy.shape[1])
+    return registry.of(model).velocity(params, noisy, 1000.0 * sigma, condition, model)
 
 
 def sample_sigma(key: jax.Array, n: int, stage: FlowStageConfig) -> jax.Array:
