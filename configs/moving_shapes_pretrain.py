@@ -67,8 +67,8 @@ def get_config() -> ConfigDict:
     config.distill = ConfigDict(
         {
             **config.flow.to_dict(),
-            "steps": 1500,
-            "learning_rate": 5e-4,
+            "steps": 4000,
+            "learning_rate": 8e-4,
             "warmup_steps": 100,
             "ema_decay": 0.995,
             "guidance": 2.0,
@@ -79,8 +79,8 @@ def get_config() -> ConfigDict:
     config.sharpen = ConfigDict(
         {
             **config.decoder.to_dict(),
-            "steps": 2600,
-            "learning_rate": 4e-4,
+            "steps": 4000,
+            "learning_rate": 5e-4,
             "latent_noise": 0.02,
             "max_sigma": 0.7,
             "denoising_steps": 3,

@@ -1,9 +1,12 @@
 """Fixes the platform before JAX starts, shares one compilation cache, and gates slow tests."""
 
+import gc
 import os
 import pathlib
+import resource
 import tempfile
 
+PAGE = resource.getpagesize()
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"sage_grpo_jax_test_cache_{os.getuid()}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and compute little. Without the optimiser a third of the compile time goes, and
@@ -27,6 +30,22 @@ import pytest  # noqa: E402
 
 # The fixtures of the tiny recipe, which every room above the models uses.
 pytest_plugins = ["tiny_recipe"]
+
+
+# Compiled programs stay in memory; above this much of it a worker lets go of them between files.
+MAX_RESIDENT_BYTES = 3 << 30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_memory():
+    """Keeps a worker from collecting the programs of the whole suite (10 GB)."""
+    yield
+    statm = pathlib.Path("/proc/self/statm")  # Linux
+    if statm.exists() and int(statm.read_text().split()[1]) * PAGE > MAX_RESIDENT_BYTES:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

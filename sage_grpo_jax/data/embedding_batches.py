@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import chex
 import grain
 import numpy as np
 
 from sage_grpo_jax.data.embedding_records import Entry
-
-if TYPE_CHECKING:
-    from sage_grpo_jax.data.embedding_cache import EmbeddingCache
 
 # Static lengths; a batch is padded to the smallest that holds the longest prompt of its cache.
 # 1000 and 256 tokens are the most that HunyuanVideo-1.5's encoders give.
@@ -21,6 +18,18 @@ BYT5_LENGTHS = (64, 128, 256)
 
 # Batches read ahead. Grain's default is 500, and a batch may well be 200 MB.
 _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+
+
+class Entries(Protocol):
+    """What batches are made of: an `embedding_cache.EmbeddingCache`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Entry: ...
+
+    def lengths(self, length: int | None, byt5_length: int | None) -> tuple[int | None, int | None]:
+        """Static lengths that hold every entry: those that are given, or the smallest."""
+        ...
 
 
 def text_bucket(max_length: int, lengths: Sequence[int] = LENGTHS) -> int:
@@ -100,7 +109,7 @@ def _pad(entries: Sequence[Entry], field: str, length: int) -> tuple[np.ndarray,
 
 
 def make_prompt_iterator(
-    cache: EmbeddingCache,
+    cache: Entries,
     prompts_per_step: int,
     seed: int,
     *,
@@ -152,7 +161,7 @@ def _whole(count: int, unit: int) -> int:
 
 
 def _check_split(
-    cache: EmbeddingCache, prompts_per_step: int, repeat: bool, index: int, count: int
+    cache: Entries, prompts_per_step: int, repeat: bool, index: int, count: int
 ) -> None:
     if prompts_per_step < 1:
         raise ValueError(f"prompts_per_step is {prompts_per_step}; allowed: at least 1")
