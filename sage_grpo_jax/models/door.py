@@ -48,6 +48,11 @@ class TransformerConfig(Protocol):
         ...
 
     @property
+    def attention_head_dim(self) -> int:
+        """The width of a head; attention kernels exist for some widths only."""
+        ...
+
+    @property
     def out_channels(self) -> int:
         """Channels of the latents, as in its autoencoder."""
         ...

@@ -58,7 +58,7 @@ def train_flow(
     config: PretrainConfig, streams: Streams, cache: LatentCache, workdir: pathlib.Path
 ) -> Params:
     """Trains the transformer on the cached latents of the training captions."""
-    data = flow_data(cache, config.transformer.text_embed_dim)
+    data = flow_data(cache, text_width(config.transformer))
 
     def init_params() -> Params:
         model = registry.of(config.transformer)
@@ -83,7 +83,7 @@ def distill_guidance(
     say(f"distill: starts from flow step {step}")
     # The update gives the buffers of what it trains away; the teacher keeps its own.
     teacher = jax.tree.map(jnp.copy, params)
-    inputs = (teacher, *flow_data(cache, config.transformer.text_embed_dim))
+    inputs = (teacher, *flow_data(cache, text_width(config.transformer)))
     phases = [Phase(config.distill.steps, distill_loss_fn(config.transformer, config.distill))]
     return run_stage(
         "distill", config.distill, lambda: params, phases, streams.distill, inputs, workdir
@@ -97,6 +97,11 @@ def load_transformer(workdir: pathlib.Path) -> tuple[dict[str, int], Params]:
     if (workdir / "distill").exists():
         steps["distill_step"], params = load_average(workdir / "distill")
     return steps, params
+
+
+def text_width(transformer: TransformerConfig) -> int:
+    """The width of the text embeddings that a transformer takes."""
+    return registry.of(transformer).embedding_needs(transformer).text
 
 
 def flow_data(cache: LatentCache, text_dim: int) -> FlowData:

@@ -144,7 +144,8 @@ def sharpen_loss_fn(
     model, stage = config.vae_model, config.sharpen
     vae, dit = registry.of(model), registry.of(config.transformer)
     captions = [moving_shapes.spec.caption(words) for words in moving_shapes.spec.all_words()]
-    encoded = word_embeddings.encode_padded(captions, config.transformer.text_embed_dim)
+    text_width = dit.embedding_needs(config.transformer).text
+    encoded = word_embeddings.encode_padded(captions, text_width)
     text, mask = (jnp.asarray(array) for array in encoded)
     choices = tuple(len(words) for words in moving_shapes.spec.CHOICES)
 

@@ -174,8 +174,10 @@ def test_partition_names_fit_the_adapters(params):
         ({"targets": ("query", "mlp")}, "lora.targets"),
         ({"targets": ()}, "lora.targets"),
         ({"targets": ("query", "query")}, "lora.targets"),
+        ({"targets": ("query", "blocks/text/query")}, "lora.targets"),
     ],
 )
 def test_bad_values_are_refused(values, field):
     with pytest.raises(ValueError, match=field):
-        lora.LoraConfig(**{"rank": 2, "alpha": 2.0, **values})
+        config = lora.LoraConfig(**{"rank": 2, "alpha": 2.0, **values})
+        lora.adapted_paths(config, hunyuan_video)
