@@ -179,5 +179,4 @@ def test_partition_names_fit_the_adapters(params):
 )
 def test_bad_values_are_refused(values, field):
     with pytest.raises(ValueError, match=field):
-        config = lora.LoraConfig(**{"rank": 2, "alpha": 2.0, **values})
-        lora.adapted_paths(config, hunyuan_video)
+        lora.adapted_paths(lora.LoraConfig(**{"rank": 2, "alpha": 2.0, **values}), hunyuan_video)
