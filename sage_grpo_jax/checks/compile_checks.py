@@ -34,9 +34,11 @@ def lower_programs(config: schema.Config, mesh: jax.sharding.Mesh) -> dict[str, 
         return jax.ShapeDtypeStruct(size, dtype, sharding=place)
 
     def condition(batch: int, place: Any) -> Any:
-        model, length = registry.of(networks.transformer), config.data.max_text_tokens or 1000
-        dim = model.embedding_needs(networks.transformer).text
-        prompt = {"text": np.zeros((1, length, dim)), "text_mask": np.ones((1, length), bool)}
+        model = registry.of(networks.transformer)
+        needs = model.embedding_needs(networks.transformer)
+        length = config.data.max_text_tokens or needs.text_tokens
+        text, mask = np.zeros((1, length, needs.text)), np.ones((1, length), bool)
+        prompt = {"text": text, "text_mask": mask}
         frames = programs.plan.latent_shape[0]
         one = model.make_condition(prompt, networks.transformer, frames)
         return jax.tree.map(lambda x: shape((batch, *x.shape[1:]), x.dtype, place), one)

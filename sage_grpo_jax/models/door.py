@@ -24,6 +24,7 @@ class EmbeddingNeeds(NamedTuple):
       image: width of the embeddings of a first frame; None: it takes none.
       encoder: name of the text encoder that the released weights were trained with.
       first_frame: whether the released weights want a first frame (image-to-video).
+      text_tokens: the most that the encoder gives for a prompt.
     """
 
     text: int
@@ -31,6 +32,7 @@ class EmbeddingNeeds(NamedTuple):
     image: int | None = None
     encoder: str | None = None
     first_frame: bool = False
+    text_tokens: int = 512
 
 
 class TransformerConfig(Protocol):

@@ -12,8 +12,8 @@ import numpy as np
 from sage_grpo_jax.models.door import EmbeddingNeeds
 from sage_grpo_jax.models.hunyuan_video_config import HunyuanVideoConfig
 
-# The text encoder of the released weights, by its name in embedding caches.
-ENCODER = "qwen2_5_vl"
+# The text encoder of the released weights, by its name in embedding caches; what it gives at most.
+ENCODER, TEXT_TOKENS = "qwen2_5_vl", 1000
 
 
 class Condition(NamedTuple):
@@ -99,6 +99,7 @@ def embedding_needs(config: HunyuanVideoConfig) -> EmbeddingNeeds:
         image=config.image_embed_dim,
         encoder=ENCODER,
         first_frame=config.task_type == "i2v",
+        text_tokens=TEXT_TOKENS,
     )
 
 
