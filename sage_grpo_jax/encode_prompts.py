@@ -1,9 +1,7 @@
 """Encodes prompts, once and offline, for training and sampling: writes an embedding cache.
 
     python -m sage_grpo_jax.encode_prompts --prompts=prompts.jsonl --out=embeddings \\
-        --text_encoder=HunyuanVideo-1.5-480p_t2v --byt5=HunyuanVideo-1.5-480p_t2v
-    python -m sage_grpo_jax.encode_prompts --prompts=prompts.jsonl --out=embeddings \\
-        --text_encoder=Wan2.1-T2V-1.3B-Diffusers
+        --text_encoder=PIPELINE --byt5=PIPELINE
 
 Folders are in diffusers' layout: a whole pipeline, or text_encoder/ beside tokenizer/, and so on.
 For image-to-video add --image_encoder, --vae, --height and --width; every prompt then needs an

@@ -16,8 +16,7 @@ from sage_grpo_jax.common import command_line
 from sage_grpo_jax.config import schema
 from sage_grpo_jax.flow import kinds
 from sage_grpo_jax.parallel import hosts
-from sage_grpo_jax.policy import loading as policy
-from sage_grpo_jax.sampling import run
+from sage_grpo_jax.sampling import run, sources
 from sage_grpo_jax.sampling import settings as settings_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -61,7 +60,7 @@ def main() -> None:
     """Samples, and says how many clips were made."""
     config = schema.from_config_dict(_CONFIG.value)
     request = run.Request(
-        source=policy.Source(_WEIGHTS.value, _CHECKPOINT.value, _ADAPTERS.value, _EMA.value),
+        source=sources.Source(_WEIGHTS.value, _CHECKPOINT.value, _ADAPTERS.value, _EMA.value),
         prompts=_PROMPTS.value,
         out=pathlib.Path(_OUT.value),
         seeds=settings_lib.parse_seeds(_SEEDS.value),

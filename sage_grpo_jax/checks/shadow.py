@@ -31,7 +31,6 @@ from sage_grpo_jax.checks import float64, shadow_formulas
 from sage_grpo_jax.config.plan import Plan
 from sage_grpo_jax.flow import noise
 from sage_grpo_jax.grpo import trust_region
-from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.training import micro_losses
@@ -186,8 +185,8 @@ class _Inputs(NamedTuple):
 
     trained: Any
     base: Any  # with LoRA the frozen weights, else None
-    negative: hunyuan_video.Condition
-    condition: hunyuan_video.Condition
+    negative: Any
+    condition: Any
     latents: np.ndarray  # x_t [m, ...]; 0 where not valid, as x_{t+1}
     next_latents: np.ndarray
     noise: np.ndarray  # [m, ...], as drawn in the rollout
@@ -230,9 +229,7 @@ def _velocity_program(plan: Plan) -> Callable:
 
     def velocity(trained, base, negative, condition, latents, timestep):
         frozen = micro_losses.Frozen(negative, base)
-        gradient = plan.config.loss.guidance_gradient
-        policy = micro_losses.velocity_fn(plan, trained, condition, frozen, gradient=gradient)
-        return policy(latents, timestep)
+        return micro_losses.velocity_fn(plan, trained, condition, frozen)(latents, timestep)
 
     return velocity
 

@@ -6,7 +6,6 @@ Every error names the field, the value and what is allowed.
 from __future__ import annotations
 
 import math
-import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from sage_grpo_jax.config import methods
 from sage_grpo_jax.flow import guidance, kinds, sde, windows
 from sage_grpo_jax.grpo import advantage, equalizer, loss
-from sage_grpo_jax.models import attention, frames
+from sage_grpo_jax.models import attention, frames, registry
 from sage_grpo_jax.rewards import names
 from sage_grpo_jax.rewards.backends import BACKENDS
 from sage_grpo_jax.worlds.moving_shapes import spec
@@ -125,8 +124,6 @@ _BELOW_ONE = (
     "nft.decay_limit",
 )
 
-_VARIANT = re.compile(r"(480p|720p)_(t2v|i2v)(_distilled|_step_distilled)?")
-
 
 def _get(config: Any, path: str) -> Any:
     for name in path.split("."):
@@ -171,10 +168,10 @@ def _validate_together(config: Config) -> None:
         raise ValueError(f"config.method: got {config.method!r}; allowed: {allowed}")
     if not isinstance(config.method, methods.Applied):
         raise ValueError(methods.name_alone(config.method))
-    if config.model.variant and not _VARIANT.fullmatch(config.model.variant):
+    if config.model.variant and config.model.variant not in registry.variants():
         raise ValueError(
-            f"config.model.variant: got {config.model.variant!r}; allowed: a released "
-            "HunyuanVideo-1.5, as 480p_t2v, 720p_i2v_distilled or 480p_i2v_step_distilled; or ''"
+            f"config.model.variant: got {config.model.variant!r}; allowed: a released one of "
+            f"{', '.join(registry.variants())}; or ''"
         )
     try:
         _ = config.lora.adapters

@@ -131,7 +131,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "trust_region.fixed_weight": 0.04,
         "trust_region.kl_time_weight": "step_length",
     },
-    # DanceGRPO (arXiv 2505.07818), scripts/finetune/finetune_hunyuan_grpo.sh of its repository.
+    # DanceGRPO (arXiv 2505.07818), its GRPO script in scripts/finetune/ of its repository.
     "dance_grpo": {
         **_CLIPPED_RATIOS,
         **_ADAMW,

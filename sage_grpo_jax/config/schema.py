@@ -27,7 +27,7 @@ class ModelConfig:
     # Folder in diffusers, Tencent or our orbax layout; "asset:NAME" for shipped weights.
     transformer: str = ""
     vae: str = ""
-    variant: str = ""  # released HunyuanVideo-1.5 variant, as in 480p_t2v; "": another model
+    variant: str = ""  # of a released model, as 480p_t2v; "": another model
     compute_dtype: str = "float32"  # float32 | bfloat16
     matmul_precision: str = "highest"  # highest | high | default: of float32 matmuls
     attention: str = "auto"  # auto | splash | cudnn | xla
@@ -205,7 +205,7 @@ class LoraConfig:
 
     rank: int = 0  # 0: all weights are trained
     alpha: float = 0.0  # adapters are scaled by alpha / rank; 0: alpha = 2 * rank
-    targets: str = ",".join(lora_lib.TARGETS)  # of both streams, or paths: blocks/image/query
+    targets: str = ",".join(lora_lib.TARGETS)  # or paths: blocks/image/query
     init: str = ""  # folder or file of adapters that the run starts from; "": fresh ones
     base_dtype: str = "auto"  # of the frozen weights; auto: the compute dtype
     learning_rate: float = 0.0  # 0: that of the optimizer

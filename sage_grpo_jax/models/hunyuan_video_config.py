@@ -14,6 +14,13 @@ CLASS_NAME = "HunyuanVideo15Transformer3DModel"
 RUNTIME_FIELDS = ("dtype", "attention", "remat", "unroll")
 DTYPES = ("float32", "bfloat16")
 TASKS = ("t2v", "i2v")
+# Names of the released checkpoints.
+VARIANTS = tuple(
+    f"{size}_{task}{kind}"
+    for size in ("480p", "720p")
+    for task in TASKS
+    for kind in ("", "_distilled", "_step_distilled")
+)
 # Far beyond every released model; what is larger comes from a damaged file.
 _BOUNDS = {
     "in_channels": 4096,
@@ -144,3 +151,12 @@ def _short(value: Any) -> str:
     if isinstance(value, str) and len(value) <= 120 and value.isprintable():
         return value
     return checked_json.shown(value)
+
+
+def released(variant: str) -> HunyuanVideoConfig:
+    """The config of one of `VARIANTS`."""
+    return HunyuanVideoConfig(
+        target_size=960 if variant.startswith("720p") else 640,
+        task_type="i2v" if "i2v" in variant else "t2v",
+        use_meanflow=variant.endswith("step_distilled"),
+    )

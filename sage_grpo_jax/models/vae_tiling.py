@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sage_grpo_jax.models import vae
-from sage_grpo_jax.models.vae import Params, VaeConfig
+from sage_grpo_jax.models import registry
+from sage_grpo_jax.models.door import AutoencoderConfig
+
+Params = dict[str, Any]
 
 TILE = 256
 OVERLAPS = {"diffusers": 0.25, "official": 0.125}
@@ -55,17 +57,17 @@ class _Grid(NamedTuple):
 def decode_tiled(
     params: Params,
     latents_BxTxHxWxC: jax.Array,
-    config: VaeConfig,
+    config: AutoencoderConfig,
     *,
     tile: int = TILE,
     overlap: float = OVERLAPS["diffusers"],
 ) -> jax.Array:
-    """Like `vae.decode`, tile by tile; a clip that fits into one tile is decoded whole.
+    """Like `decode` of the VAE, tile by tile; a clip that fits into one tile is decoded whole.
 
     Tiles of the same shape run one after the other in one compiled loop.
 
     Args:
-      params: as from `vae.init_params`; only "decoder" is used.
+      params: as from its `init_params`; only "decoder" is used.
       latents_BxTxHxWxC: unscaled latents.
       config: shape of the VAE.
       tile: side of a tile in pixels.
@@ -75,9 +77,10 @@ def decode_tiled(
       ValueError: tile and overlap that do not come out as whole latents, wrong channels.
     """
     chex.assert_rank(latents_BxTxHxWxC, 5)
+    model = registry.of(config)
 
     def decode(decoder: Params, latents: jax.Array) -> jax.Array:
-        return vae.decode({"decoder": decoder}, latents, config)
+        return model.decode_unclipped({"decoder": decoder}, latents, config)
 
     ratio = config.spatial_compression_ratio
     return decode_blended(decode, params["decoder"], latents_BxTxHxWxC, ratio, tile, overlap)
@@ -87,16 +90,16 @@ def decode_tiled(
 def encode_tiled(
     params: Params,
     videos_BxFxHxWxC: jax.Array,
-    config: VaeConfig,
+    config: AutoencoderConfig,
     *,
     tile: int = TILE,
     overlap: float = OVERLAPS["diffusers"],
 ) -> tuple[jax.Array, jax.Array]:
-    """Like `vae.encode`, tile by tile; a clip that fits into one tile is encoded whole.
+    """Like `encode` of the VAE, tile by tile; a clip that fits into one tile is encoded whole.
 
     Args:
-      params: as from `vae.init_params`; only "encoder" is used.
-      videos_BxFxHxWxC: in [-1, 1]; sizes as for `vae.encode`.
+      params: as from its `init_params`; only "encoder" is used.
+      videos_BxFxHxWxC: in [-1, 1]; sizes as for `encode`.
       config: shape of the VAE.
       tile: side of a tile in pixels.
       overlap: part of a tile that it shares with the next, at most 0.5.
@@ -105,19 +108,18 @@ def encode_tiled(
       (mean, logvar) of the blended moments.
 
     Raises:
-      ValueError: see `vae.encode` and `decode_tiled`.
+      ValueError: see `encode` and `decode_tiled`.
     """
     # The sizes are checked by tracing the plain encoder, which computes nothing.
-    jax.eval_shape(lambda p, v: vae.encode(p, v, config), params, videos_BxFxHxWxC)
+    model = registry.of(config)
+    jax.eval_shape(lambda p, v: model.encode(p, v, config), params, videos_BxFxHxWxC)
 
     def encode(encoder: Params, videos: jax.Array) -> jax.Array:
-        moments = vae.Encoder(config).apply({"params": encoder}, videos)
-        return moments.astype(jnp.float32)
+        return model.encode_moments({"encoder": encoder}, videos, config)
 
     ratio = config.spatial_compression_ratio
     moments = encode_blended(encode, params["encoder"], videos_BxFxHxWxC, ratio, tile, overlap)
-    mean, logvar = jnp.split(moments, 2, axis=-1)
-    return mean, jnp.clip(logvar, -30.0, 20.0)
+    return model.split_moments(moments)
 
 
 def decode_blended(
@@ -170,7 +172,7 @@ def _tied(
     return lambda x: function(*lax.optimization_barrier((params, x)))
 
 
-def check_tile(config: VaeConfig, tile: int, overlap: float) -> None:
+def check_tile(config: AutoencoderConfig, tile: int, overlap: float) -> None:
     """Raises a ValueError unless the VAE can work on such tiles."""
     _window_and_stride(config.spatial_compression_ratio, tile, overlap)
 

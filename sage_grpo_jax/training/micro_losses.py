@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from sage_grpo_jax.config.plan import Plan
-from sage_grpo_jax.flow import guidance, noise, schedules, sde
+from sage_grpo_jax.flow import noise, sde
 from sage_grpo_jax.grpo import kl, loss, nft, trust_region
-from sage_grpo_jax.models import hunyuan_video
-from sage_grpo_jax.policy import conditions
+from sage_grpo_jax.policy import policy as policy_lib
 from sage_grpo_jax.training import ratio as ratio_lib
 
 
@@ -26,7 +25,7 @@ class MicroBatch(NamedTuple):
     latents: jax.Array  # x_t [m, ...]; for the forward process the clean x_T
     next_latents: jax.Array  # x_{t+1} [m, ...]; for the forward process x_T
     keys: jax.Array  # [m]
-    condition: hunyuan_video.Condition
+    condition: Any  # of the m samples, as the model makes it
     advantages: jax.Array  # [m]
     valid: jax.Array  # bool [m]
     counts: jax.Array  # bool [m]: valid, and trained in this update
@@ -44,7 +43,7 @@ class MicroResult(NamedTuple):
 class Frozen(NamedTuple):
     """What the policy needs besides the trained parameters."""
 
-    negative: hunyuan_video.Condition  # the one unconditional prompt, leaves [1, ...]
+    negative: Any  # condition of the one unconditional prompt, leaves [1, ...]
     base: Any = None  # the weights under the adapters; None: all weights are trained
 
 
@@ -58,50 +57,46 @@ class LossInputs(NamedTuple):
     sampling: Any = None  # parameters that made the samples; for the forward process only
 
 
-def velocity_fn(
-    plan: Plan,
-    trained: Any,
-    condition: hunyuan_video.Condition,
-    frozen: Frozen,
-    schedule: schedules.Schedule | None = None,
-    gradient: str = "both",
-):
-    """(latents, timestep) -> velocity of the policy, with guidance.
+def policy_of(plan: Plan, trained: Any, frozen: Frozen) -> policy_lib.Policy:
+    """The policy of trained parameters: all of them, or adapters over the frozen base."""
+    if frozen.base is None:
+        return policy_lib.Policy(trained)
+    return policy_lib.Policy(frozen.base, trained, plan.config.lora.adapters.scale)
+
+
+def guidance_of(plan: Plan) -> policy_lib.Guidance:
+    """Guidance and numerics of a recipe."""
+    rollout = plan.config.rollout
+    return policy_lib.Guidance(
+        rollout.guidance, rollout.guidance_mode, plan.config.model.matmul_precision
+    )
+
+
+def velocity_fn(plan: Plan, trained: Any, condition: Any, frozen: Frozen) -> policy_lib.Velocity:
+    """(latents, timestep) -> velocity of the policy, as the loss differentiates it.
 
     Args:
       plan: the constants.
       trained: all parameters, or the adapters where `frozen` holds their base.
       condition: of B samples.
       frozen: negative prompt and base.
-      schedule: of the sampler; None for that of the rollout. Only a model that knows where its step
-        ends (use_meanflow) looks at it.
-      gradient: of which branches of guidance, see `guidance.guided`.
     """
-    schedule = plan.schedule if schedule is None else schedule
-    negative = conditions.unconditional(condition, frozen.negative)
-    params, adapters, scale = trained, None, 1.0
-    if frozen.base is not None:
-        params, adapters, scale = frozen.base, trained, plan.config.lora.adapters.scale
-
-    def model(latents, timestep, branch):
-        if plan.transformer.use_meanflow:
-            branch = branch._replace(timestep_r=schedules.next_timestep(schedule, timestep))
-        with jax.default_matmul_precision(plan.config.model.matmul_precision):
-            return hunyuan_video.velocity(
-                params, latents, timestep, branch, plan.transformer, adapters, scale
-            )
-
-    rollout = plan.config.rollout
-    guided = guidance.guided(model, rollout.guidance, mode=rollout.guidance_mode, gradient=gradient)
-    return lambda latents, timestep: guided(latents, timestep, condition, negative)
+    return policy_lib.guided_velocity(
+        policy_of(plan, trained, frozen),
+        plan.transformer,
+        condition,
+        frozen.negative,
+        plan.schedule,
+        guidance_of(plan),
+        plan.config.loss.guidance_gradient,
+    )
 
 
 def _velocity(
     plan: Plan, params: Any, micro: MicroBatch, frozen: Frozen, latents: jax.Array
 ) -> jax.Array:
     """The velocity of the policy `params` at states of a micro-batch; float32 [m, ...]."""
-    gradient = plan.config.loss.guidance_gradient
-    velocity = velocity_fn(plan, params, micro.condition, frozen, gradient=gradient)
+    velocity = velocity_fn(plan, params, micro.condition, frozen)
     timestep = jnp.asarray(plan.schedule.timesteps)[micro.step]
     return velocity(latents, jnp.broadcast_to(timestep, micro.valid.shape))
 

@@ -14,7 +14,6 @@ import optax
 from sage_grpo_jax.config import step_plan
 from sage_grpo_jax.config.plan import Plan
 from sage_grpo_jax.grpo import averaging, loss, trust_region
-from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.training import micro_losses
 from sage_grpo_jax.training import ratio as ratio_lib
 from sage_grpo_jax.training import state as state_lib
@@ -32,7 +31,7 @@ class UpdateBatch(NamedTuple):
     # float32 [T+1, B, t, h, w, C]: the trajectory; for the forward process its last state alone.
     latents: jax.Array
     keys: jax.Array  # typed keys [B]: the noise is drawn again from them
-    condition: hunyuan_video.Condition  # leaves [B, ...]
+    condition: Any  # leaves [B, ...]
     advantages: jax.Array  # float32 [B]
     valid: jax.Array  # bool [B]: the reward arrived
     starts: jax.Array  # int32 [B]: where the window of trained steps starts

@@ -132,7 +132,7 @@ def test_weights_that_do_not_fit(refused, copied, spoil, field):
 def test_folders_without_the_right_network(refused, copied, tmp_path):
     assert "got ''" in refused({"model.transformer": ""})
     message = refused({"model.transformer": str(copied / "vae")})
-    assert "holds a VaeConfig; allowed: HunyuanVideoConfig" in message
+    assert "holds a HunyuanVideo-1.5 VAE; allowed: transformers" in message
     _weights_file(copied / "vae").unlink()
     assert refused({"model.vae": str(copied / "vae")}).startswith("config.model.vae: ")
 

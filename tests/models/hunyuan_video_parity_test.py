@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from sage_grpo_jax.models import hunyuan_video, hunyuan_video_config
 from sage_grpo_jax.models.hunyuan_video import Condition, HunyuanVideoConfig
-from sage_grpo_jax.weights import transformer_keys
+from sage_grpo_jax.weights import hunyuan_video_keys
 
 TINY = HunyuanVideoConfig(
     in_channels=9,
@@ -117,7 +117,7 @@ def make_oracle(config: HunyuanVideoConfig) -> HunyuanVideo15Transformer3DModel:
 
 def ours_from_theirs(config: HunyuanVideoConfig, tensors: dict[str, np.ndarray]) -> dict:
     flat = {}
-    for row in transformer_keys.diffusers_rows(config):
+    for row in hunyuan_video_keys.diffusers_rows(config):
         layers = [row.layout.to_ours(tensors[name]) for name in row.names()]
         flat[row.ours] = jnp.asarray(layers[0] if row.stacked is None else np.stack(layers))
     return traverse_util.unflatten_dict(flat)

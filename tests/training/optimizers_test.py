@@ -90,7 +90,7 @@ def test_muon_takes_every_matrix_and_nothing_else():
     )
     assert numbers["blocks", "image", "query", "kernel"] == ((1,), (2,))
     assert numbers["patch_embed", "kernel"] == ((0, 1, 2, 3), (4,))
-    adapters = lora.abstract_adapters(params, lora.LoraConfig(rank=4, alpha=4.0))
+    adapters = lora.abstract_adapters(params, lora.LoraConfig(rank=4, alpha=4.0), hunyuan_video)
     assert len(matrices(adapters)) == 24
 
 
