@@ -151,9 +151,12 @@ def measure(setting: Setting, args: argparse.Namespace, mesh: jax.sharding.Mesh)
 
 def print_rollout(exact: Side, coarse: Side, latents: Any, latents_bf16: Any) -> np.ndarray:
     """What the rollout's rounding does to videos and rewards; the advantages in float32."""
-    videos = exact.learner.decode(latents[-1])
-    mixed, videos_bf16 = exact.learner.decode(latents_bf16[-1]), coarse.learner.decode(latents[-1])
-    both = coarse.learner.decode(latents_bf16[-1])
+    videos = exact.learner.scoring.decode(latents[-1])
+    mixed, videos_bf16 = (
+        exact.learner.scoring.decode(latents_bf16[-1]),
+        coarse.learner.scoring.decode(latents[-1]),
+    )
+    both = coarse.learner.scoring.decode(latents_bf16[-1])
     rewards = exact.rewards(videos)
     advantages = exact.advantages(rewards)
     spread = rewards.reshape(-1, exact.config.rollout.group_size).std(axis=1).mean()

@@ -25,7 +25,7 @@ from sage_grpo_jax.training import (
     input_checks,
     loop,
     metrics,
-    scoring,
+    reward_service,
     setup,
 )
 from sage_grpo_jax.training import learner as learner_lib
@@ -60,7 +60,7 @@ def evaluate(
     Raises:
       ValueError: bad input, before anything is loaded.
       loop.StorageError: see `input_checks.open_prompts`.
-      RewardServiceError: see `scoring.open_scorer`.
+      RewardServiceError: see `reward_service.open_scorer`.
     """
     if split == "test" and not config.data.test_prompts:
         raise ValueError("--split: got test, but config.data.test_prompts is ''; allowed: eval")
@@ -78,7 +78,7 @@ def evaluate(
             workdir_lib.check_encoder(prompts.encoder, what, pathlib.Path(source))
             abstract = setup.make_abstract_state(networks, config, mesh)
             trained = _restore(source, abstract.params, ema)
-        scorer = stack.enter_context(scoring.open_scorer(config, out))
+        scorer = stack.enter_context(reward_service.open_scorer(config, out))
         learner = learner_lib.Learner(
             setup.build_programs(networks, config, mesh),
             setup.load_vae(networks, mesh),

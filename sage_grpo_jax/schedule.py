@@ -61,7 +61,7 @@ def describe(config: schema.Config) -> dict[str, object]:
         "eta": rollout.eta,
         "trained_steps": plan.positions,
         "window": rollout.window,
-        "window_places": len(masks),
+        "window_places": plan.window_places,
         "injected_std": float(np.sqrt(np.sum(coverage * stds**2))),
         "sigma": sigmas[:-1].tolist(),
         "sigma_next": sigmas[1:].tolist(),

@@ -11,10 +11,11 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
+from sage_grpo_jax.checks import shadow, shadow_formulas
 from sage_grpo_jax.common import command_line
 from sage_grpo_jax.config import devices, schema
 from sage_grpo_jax.rewards import types as reward_types
-from sage_grpo_jax.training import learner, loop, metrics
+from sage_grpo_jax.training import loop, metrics, ratio, scoring
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="Recipe, with an argument behind a colon.", lock_config=True
@@ -27,8 +28,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=T
 STOPPED = (
     loop.StorageError,
     loop.TooManySkipsError,
-    learner.NumericsError,
-    learner.RewardModelChangedError,
+    ratio.NumericsError,
+    scoring.RewardModelChangedError,
     reward_types.RewardServiceError,
 )
 
@@ -36,9 +37,11 @@ STOPPED = (
 def main() -> None:
     """Validates and trains."""
     config = schema.from_config_dict(_CONFIG.value)
+    if config.debug.shadow:
+        shadow_formulas.check(config)
     devices.start(config)
     metrics.log_versions()
-    summary = loop.train(config, pathlib.Path(_WORKDIR.value))
+    summary = loop.train(config, pathlib.Path(_WORKDIR.value), shadow.Shadow)
     if summary is not None:
         print(f"done: {summary['steps']} steps; see {_WORKDIR.value}")
 

@@ -53,8 +53,10 @@ class Shadow:
     def __init__(self, plan: Plan) -> None:
         """
         Raises:
-          ValueError: more than one process, or no CPU backend next to the accelerator.
+          ValueError: a choice without a second formula, more than one process, or no CPU backend
+            next to the accelerator.
         """
+        shadow_formulas.check(plan.config)
         if jax.process_count() > 1:
             raise ValueError(
                 f"config.debug.shadow: got True with {jax.process_count()} processes; allowed: one "
@@ -99,7 +101,14 @@ class Shadow:
             exact, scale = self._exact(inputs)
         return deviations(found, exact, scale)
 
-    def _inputs(self, state, batch, frozen, position: int, piece: int) -> _Inputs:
+    def _inputs(
+        self,
+        state: state_lib.LearnerState,
+        batch: update_lib.UpdateBatch,
+        frozen: micro_losses.Frozen,
+        position: int,
+        piece: int,
+    ) -> _Inputs:
         """The micro-batch and its constants from config and rollout, on the host."""
         plan, config = self._recipe, self._recipe.config
         size = config.loss.micro_batch
@@ -191,7 +200,14 @@ class _Inputs(NamedTuple):
     normalizer: np.ndarray
 
 
-def _float32_side(plan: Plan, state, batch, frozen, position, piece) -> Sides:
+def _float32_side(
+    plan: Plan,
+    state: state_lib.LearnerState,
+    batch: update_lib.UpdateBatch,
+    frozen: micro_losses.Frozen,
+    position: jax.Array,
+    piece: jax.Array,
+) -> Sides:
     """The update's own loss, gradient and log-ratio at one micro-batch."""
     given = update_lib.loss_inputs(plan, state, frozen, jnp.sum(batch.valid))
     micro = update_lib.take_micro_batch(plan, batch, position, piece)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sage_grpo_jax.config.methods import METHODS
-from sage_grpo_jax.flow import guidance, sde, windows
+from sage_grpo_jax.config import methods
+from sage_grpo_jax.flow import guidance, kinds, sde, windows
 from sage_grpo_jax.grpo import advantage, equalizer, loss
-from sage_grpo_jax.models import attention, registry
+from sage_grpo_jax.models import attention, frames, registry
+from sage_grpo_jax.rewards import names
 from sage_grpo_jax.rewards.backends import BACKENDS
 from sage_grpo_jax.worlds.moving_shapes import spec
 
@@ -24,15 +25,15 @@ _CHOICES = {
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.matmul_precision": ("highest", "high", "default"),
     "model.attention": attention.IMPLEMENTATIONS,
-    "model.vae_tiling": ("off", "official", "diffusers"),
+    "model.vae_tiling": frames.TILINGS,
     "data.text_encoder": ("words", "cache"),
     "rollout.sde": sde.KINDS,
-    "rollout.eta_match.kind": ("", "precise", "flow", "dance", "cps"),
     "rollout.window": windows.WINDOWS,
-    "rollout.trained_choice": ("first", "random"),
+    "rollout.trained_choice": windows.TRAINED_CHOICES,
     "rollout.guidance_mode": guidance.MODES,
     "rollout.last_step": sde.LAST_STEPS,
     "advantage.std": advantage.STDS,
+    "advantage.combine": advantage.COMBINES,
     "loss.objective": (*loss.OBJECTIVES, "nft"),
     "loss.guidance_gradient": guidance.GRADIENTS,
     "loss.median": equalizer.MEDIANS,
@@ -53,8 +54,8 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "video.height": (1, None),
     "video.width": (1, None),
     "data.max_text_tokens": (0, None),
-    "rollout.eta": (0, 2),
-    "rollout.eta_match.eta": (0, 2),
+    "rollout.eta": (0, sde.HIGHEST_ETA),
+    "rollout.eta_match.eta": (0, sde.HIGHEST_ETA),
     "rollout.clamp": (0, sde.HIGHEST_CLAMP),
     "rollout.window_size": (0, 1000),
     "rollout.trained_fraction": (0, 1),
@@ -68,9 +69,6 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "rewards.silence_seconds": (0, None),
     "rewards.min_valid_fraction": (0, 1),
     "rewards.max_skipped_updates": (1, None),
-    "rewards.weights.VQ": (None, None),
-    "rewards.weights.MQ": (None, None),
-    "rewards.weights.TA": (None, None),
     "mesh.data": (-1, None),
     "mesh.fsdp": (-1, None),
     "mesh.context": (-1, None),
@@ -165,14 +163,11 @@ def _validate_together(config: Config) -> None:
     rollout = config.rollout
     if not config.name:
         raise ValueError("config.name: got ''; allowed: a name for the run")
-    if config.method not in METHODS:
-        raise ValueError(f"config.method: got {config.method!r}; allowed: {', '.join(METHODS)}")
-    if config.method != config.applied_method:
-        raise ValueError(
-            f"config.method: got {config.method!r}, which changes the name and nothing else (the "
-            f"overrides in place are those of {config.applied_method!r}); allowed: the recipe's "
-            f"argument, --config=RECIPE.py:method={config.method}"
-        )
+    if config.method not in methods.METHODS:
+        allowed = ", ".join(methods.METHODS)
+        raise ValueError(f"config.method: got {config.method!r}; allowed: {allowed}")
+    if not isinstance(config.method, methods.Applied):
+        raise ValueError(methods.name_alone(config.method))
     if config.model.variant and config.model.variant not in registry.variants():
         raise ValueError(
             f"config.model.variant: got {config.model.variant!r}; allowed: a released one of "
@@ -223,12 +218,18 @@ def _validate_together(config: Config) -> None:
 def _validate_sampler(config: Config) -> None:
     rollout = config.rollout
     matched = bool(rollout.eta_match.kind)  # eta is not read
-    noiseless = rollout.sde == "ode" or (rollout.eta == 0 and not matched)
+    kind, stochastic = sde.KINDS[rollout.sde], kinds.stochastic_kinds()
+    if matched and rollout.eta_match.kind not in stochastic:
+        raise ValueError(
+            f"config.rollout.eta_match.kind: got {rollout.eta_match.kind!r}; allowed: "
+            f"{', '.join(stochastic)}, or ''"
+        )
+    noiseless = not kind.stochastic or (rollout.eta == 0 and not matched)
     if noiseless and config.loss.objective != "nft":
         raise ValueError(
             f"config.rollout: sde={rollout.sde!r} with eta={rollout.eta} samples without noise, "
-            "so there is nothing to learn from; allowed: precise, flow, dance or cps with eta > 0, "
-            "or loss.objective=nft"
+            f"so there is nothing to learn from; allowed: {', '.join(stochastic)} with eta > 0, or "
+            "loss.objective=nft"
         )
     if noiseless and rollout.same_initial_noise:
         raise ValueError(
@@ -242,12 +243,15 @@ def _validate_sampler(config: Config) -> None:
         )
     if matched and rollout.eta_match.eta == 0:
         raise ValueError("config.rollout.eta_match.eta: got 0; allowed: more than 0")
-    if rollout.sde == "cps" and rollout.eta > 1 and not matched:
-        raise ValueError(f"config.rollout.eta: got {rollout.eta}; allowed with sde=cps: 0 to 1")
-    if rollout.clamp and rollout.sde not in sde.CLAMPED:
+    if rollout.eta > kind.highest_eta and not matched:
+        raise ValueError(
+            f"config.rollout.eta: got {rollout.eta}; allowed with sde={rollout.sde}: 0 to "
+            f"{kind.highest_eta:g}"
+        )
+    if rollout.clamp and not kind.reads_clamp:
         raise ValueError(
             f"config.rollout.clamp: got {rollout.clamp} with sde={rollout.sde!r}, which does not "
-            f"read it; allowed: 0, or sde={' or '.join(sde.CLAMPED)}"
+            f"read it; allowed: 0, or sde={' or '.join(kinds.clamped_kinds())}"
         )
 
 
@@ -331,9 +335,18 @@ def validate_matched_eta(rollout: RolloutConfig, eta: float) -> None:
 
 
 def _validate_rewards(rewards: RewardsConfig) -> None:
-    weights = (rewards.weights.VQ, rewards.weights.MQ, rewards.weights.TA)
-    if not any(weights):
-        raise ValueError(f"config.rewards.weights: got {weights}; allowed: one of them not 0")
+    try:
+        names.check(rewards.weights)
+    except ValueError as error:
+        raise ValueError(f"config.rewards.weights: got {error}") from error
+    for name, weight in rewards.weights.items():
+        if not math.isfinite(weight):
+            raise ValueError(f"config.rewards.weights.{name}: got {weight}; allowed: finite")
+    if not rewards.optimised:
+        raise ValueError(
+            f"config.rewards.weights: got {tuple(rewards.weights.values())} for "
+            f"{', '.join(rewards.weights) or 'no reward'}; allowed: one of them not 0"
+        )
     if bool(rewards.address) == rewards.spawn:
         raise ValueError(
             f"config.rewards: spawn={rewards.spawn} with address="

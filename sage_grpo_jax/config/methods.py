@@ -10,6 +10,8 @@ import math
 from typing import Any
 
 import ml_collections
+from absl import flags
+from ml_collections import config_flags
 
 # λ of the paper's Eq. 41 and 42 as printed.
 _AS_PRINTED = {
@@ -141,6 +143,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "rollout.trained_choice": "random",
         "loss.log_prob": "gaussian",
         "advantage.std": "group_unbiased",
+        "advantage.combine": "per_reward",
         "advantage.epsilon": 1e-8,
         "trust_region.kind": "none",
     },
@@ -187,8 +190,39 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+class Applied(str):
+    """The name of a method whose preset is in place, as `apply` leaves it in `config.method`.
+
+    A ConfigDict keeps to the type of a field: no override can change the name by itself, which
+    would then say another thing than the values do.
+    """
+
+
+def name_alone(method: str) -> str:
+    """What to tell a user who sets `config.method` itself."""
+    return (
+        f"config.method: got {method!r}, which changes the name and nothing else; allowed: the "
+        f"recipe's argument, --config=RECIPE.py:method={method}"
+    )
+
+
+class _NameParser(flags.ArgumentParser):
+    """Of the flag --config.method: takes what the recipe has, and no other."""
+
+    def parse(self, argument: str) -> Applied:
+        if not isinstance(argument, Applied):
+            raise ValueError(name_alone(argument))
+        return argument
+
+
+config_flags.register_flag_parser_for_type(Applied, _NameParser())
+
+
 def apply(config: ml_collections.ConfigDict, method: str) -> None:
     """Applies a preset to a recipe, in place.
+
+    Weights of rewards that the recipe does not list are left out: which rewards there are is the
+    recipe's own choice.
 
     Where its updates share the samples of a rollout, the recipe's micro-batch is made small enough
     that each gets a whole number of them.
@@ -198,8 +232,14 @@ def apply(config: ml_collections.ConfigDict, method: str) -> None:
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}; allowed: {', '.join(METHODS)}")
-    config.update(method=method, applied_method=method)
-    config.update_from_flattened_dict(METHODS[method])
+    config.method = Applied(method)
+    config.rewards.weights.lock()  # the recipe may have put others in place
+    overrides = dict(METHODS[method])
+    for path in METHODS[method]:
+        group, _, name = path.rpartition(".")
+        if group == "rewards.weights" and name not in config.rewards.weights:
+            del overrides[path]
+    config.update_from_flattened_dict(overrides)
     if config.loss.split_updates:
         samples = config.rollout.prompts_per_step * config.rollout.group_size
         share = samples // config.loss.updates_per_rollout

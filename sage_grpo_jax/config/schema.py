@@ -12,7 +12,9 @@ from typing import Any
 
 import ml_collections
 
+from sage_grpo_jax.common.frozen_dict import FrozenDict
 from sage_grpo_jax.config import checks as config_checks
+from sage_grpo_jax.config import methods
 from sage_grpo_jax.flow import injected_noise, schedules, sde, windows
 from sage_grpo_jax.grpo import trust_region as trust_region_lib
 from sage_grpo_jax.models import lora as lora_lib
@@ -61,7 +63,7 @@ class DataConfig:
 class EtaMatch:
     """Chooses eta by the noise that another sampler injects: the same sum of variances."""
 
-    kind: str = ""  # flow, precise, dance or cps; "": rollout.eta holds
+    kind: str = ""  # one that injects noise; "": rollout.eta holds
     eta: float = 0.0
 
 
@@ -96,13 +98,7 @@ class RolloutConfig:
     decode_batch: int = 16  # clips decoded at a time; at least one on each shard of the batch
 
 
-@dataclasses.dataclass(frozen=True)
-class RewardWeights:
-    """The weights of the dimensions in the reward that is optimised."""
-
-    VQ: float = 1.0
-    MQ: float = 1.0
-    TA: float = 1.0
+_REWARDS: FrozenDict[str, float] = FrozenDict(VQ=1.0, MQ=1.0, TA=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +116,13 @@ class RewardsConfig:
     silence_seconds: float = 60.0
     min_valid_fraction: float = 0.75  # below it the update is skipped
     max_skipped_updates: int = 3  # so many skips in a row end the run
-    weights: RewardWeights = dataclasses.field(default_factory=RewardWeights)
+    # Any rewards of the server by name. With weight 0 one is measured and has no part in training.
+    weights: FrozenDict[str, float] = _REWARDS
+
+    @property
+    def optimised(self) -> dict[str, float]:
+        """The weights of the rewards that are optimised; the others are monitored only."""
+        return {name: weight for name, weight in self.weights.items() if weight != 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +134,7 @@ class AdvantageConfig:
     std_floor: float = 0.0  # in reward units
     # What they are divided by: group | group_unbiased (over one less) | global, of all samples.
     std: str = "group"
+    combine: str = "sum"  # sum, of the weighted rewards | per_reward: weighted and added afterwards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,8 +264,7 @@ class Config:
     """One run."""
 
     name: str = "sage_grpo"
-    method: str = "sage"  # the preset that the recipe's argument names; a label, see below
-    applied_method: str = "sage"  # the preset whose overrides are in place; set with `method`
+    method: str = methods.Applied("sage")  # the preset in place, from the recipe's argument
     seed: int = 0
     num_steps: int = 100
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -356,17 +358,21 @@ def _build(cls: type, values: Any, path: str) -> Any:
     if missing := sorted(set(fields) - set(values)):
         raise ValueError(f"{path}.{missing[0]}: missing")
     hints = typing.get_type_hints(cls)
-    converted = {n: _convert(hints[n], values[n], f"{path}.{n}") for n in fields}
+    converted = {
+        n: _convert(hints[n], values[n], f"{path}.{n}", f.default) for n, f in fields.items()
+    }
     try:
         return cls(**converted)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
+def _convert(hint: Any, value: Any, path: str, default: Any = None) -> Any:
     """`value` as the annotated type, or an error; only int -> float is converted."""
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, path)
+    if typing.get_origin(hint) is FrozenDict:
+        return _convert_mapping(typing.get_args(hint)[1], value, default, path)
     if typing.get_origin(hint) is types.UnionType:
         if value is None:
             return None
@@ -382,3 +388,12 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             f"{path}: got {value!r} ({type(value).__name__}); allowed: {hint.__name__}"
         )
     return value
+
+
+def _convert_mapping(hint: Any, value: Any, default: Any, path: str) -> FrozenDict[str, Any]:
+    """A mapping with any names: those of the default first and in its order, then by name."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: got {value!r}; allowed: values by name")
+    # A ConfigDict keeps no order, and the last digit of a sum depends on it.
+    order = [*(n for n in default if n in value), *sorted(set(value) - set(default))]
+    return FrozenDict((n, _convert(hint, value[n], f"{path}.{n}")) for n in order)

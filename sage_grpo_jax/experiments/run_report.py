@@ -12,18 +12,15 @@ from PIL import Image, ImageDraw, ImageSequence
 
 from sage_grpo_jax.common import files, progress
 from sage_grpo_jax.data import media
+from sage_grpo_jax.rewards import names
 from sage_grpo_jax.training import metrics
 from sage_grpo_jax.training import workdir as workdir_lib
 
 OVERALL = "reward/overall"
 DISTANCE = "manifold_distance"
 SHAPE = "shape/clips"
+# The rows of a table after those of the rewards.
 ROWS = (
-    ("reward overall", OVERALL),
-    ("reward weighted", "reward/weighted"),
-    ("reward VQ", "reward/vq"),
-    ("reward MQ", "reward/mq"),
-    ("reward TA", "reward/ta"),
     ("manifold distance", DISTANCE),
     ("shape right: clips", SHAPE),
     ("shape right: frames", "shape/frames"),
@@ -49,6 +46,11 @@ class RunRecord:
         """Steps and values of a metric, where it was measured."""
         rows = [row for row in self.rows if _is_number(row.get(name))]
         return np.array([row["step"] for row in rows]), np.array([row[name] for row in rows])
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """The rewards that were measured while it trained, in lower case."""
+        return names.measured(dict.fromkeys(name for row in self.rows for name in row))
 
     @property
     def reported(self) -> str:
@@ -128,12 +130,16 @@ def read_run(workdir: pathlib.Path) -> RunRecord:
 def _rewards_by_prompt(path: pathlib.Path) -> dict[str, float]:
     """The mean overall reward of every prompt that has one, from a `samples/*.json`.
 
+    Files of before rewards could be monitored only do not say which ones are optimised: all.
+
     Raises:
       ValueError: the file is damaged.
     """
     table = workdir_lib.read_object(path, "--runs")
     try:
-        rewards = np.array(list(table["rewards"].values()), np.float64).sum(axis=0)
+        summed = table.get("optimised", list(table["rewards"]))
+        columns = [table["rewards"][name] for name in summed]
+        rewards = np.array(columns, np.float64).sum(axis=0)
         found: dict[str, list[float]] = {}
         for prompt, reward in zip(table["prompts"], rewards, strict=True):
             found.setdefault(prompt, []).append(reward)
@@ -194,7 +200,7 @@ def table(run: RunRecord) -> str:
 def _split_lines(run: RunRecord, split: str) -> list[str]:
     """The lines of one split in `table`; none where nothing was measured."""
     lines = [f"{SPLITS[split]:<20}{'before':>10}{'after':>10}{'change':>10}"]
-    for label, name in ROWS:
+    for label, name in (*_reward_rows(run, split), *ROWS):
         if (pair := run.before_after(name, split)) is not None:
             first, last = pair
             lines.append(f"{label:<20}{first:>10.4f}{last:>10.4f}{last - first:>+10.4f}")
@@ -202,6 +208,12 @@ def _split_lines(run: RunRecord, split: str) -> list[str]:
     if gain is not None and error:
         lines.append(f"overall reward: {gain / error:+.1f} standard errors over the prompts")
     return lines if len(lines) > 1 else []
+
+
+def _reward_rows(run: RunRecord, split: str) -> list[tuple[str, str]]:
+    """(label, metric) of the sums, then of every reward that the run measured."""
+    rewards = ("overall", "weighted", *names.measured(run.evaluation("last", split)))
+    return [(f"reward {name}", names.metric(name)) for name in rewards]
 
 
 def seeds_table(runs: Sequence[RunRecord]) -> str:
@@ -250,18 +262,20 @@ def write_curve(runs: Sequence[RunRecord], path: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    colors: dict[str, str] = {}  # of the rewards, the same in all runs
     for i, run in enumerate(runs):
         label = f"{run.summary['method']}, seed {run.summary['seed']}"
         _plot_smoothed(axes[0], run, "reward/overall", f"C{i}", label)
         steps, values = run.series(f"{run.reported}/{OVERALL}")
         text = f"{label}: {SPLITS[run.reported]}"
         axes[0].plot(steps, values, color=f"C{i}", label=text, marker="o", linestyle="--")
-        for j, name in enumerate(("vq", "mq", "ta")):
-            text = name.upper() if i == 0 else None
-            _plot_smoothed(axes[1], run, f"reward/{name}", f"C{j}", text)
+        for name in run.rewards:
+            text = name if name not in colors else None
+            color = colors.setdefault(name, f"C{len(colors)}")
+            _plot_smoothed(axes[1], run, names.metric(name), color, text)
     smoothing = f"mean of {WINDOW} steps"
-    axes[0].set(title=f"overall reward ({smoothing})", xlabel="step", ylabel="VQ + MQ + TA")
-    axes[1].set(title=f"reward by dimension, training prompts ({smoothing})", xlabel="step")
+    axes[0].set(title=f"overall reward ({smoothing})", xlabel="step", ylabel="reward/overall")
+    axes[1].set(title=f"each reward, training prompts ({smoothing})", xlabel="step")
     for axis in axes:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import chex
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 
 # What the deviations from the mean of a group are divided by.
 STDS = ("group", "group_unbiased", "global")
+# How the advantages of several rewards become one.
+COMBINES = ("sum", "per_reward")
 
 
 def group_advantages(
@@ -46,8 +49,7 @@ def group_advantages(
     _check_non_negative(epsilon=epsilon, std_floor=std_floor)
     if std not in STDS:
         raise ValueError(f"std={std!r}: must be one of {', '.join(STDS)}")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip={clip!r}: must be > 0 or None")
+    _check_clip(clip)
     rewards = jnp.asarray(rewards, jnp.float32)
     valid = jnp.asarray(valid, bool) & jnp.isfinite(rewards)
     deviation, count_Px1 = _deviation(rewards, valid, axis=1)
@@ -64,6 +66,58 @@ def group_advantages(
     if clip is not None:
         advantages = jnp.clip(advantages, -clip, clip)
     return jnp.where(usable & valid, advantages, 0.0)
+
+
+def combined_advantages(
+    rewards: Mapping[str, jax.Array],
+    weights: Mapping[str, float],
+    valid: jax.Array,
+    epsilon: float,
+    clip: float | None,
+    *,
+    std_floor: float = 0.0,
+    std: str = "group",
+    combine: str = "sum",
+) -> jax.Array:
+    """Returns the advantages of several rewards; f32[P, G].
+
+    - `sum`: `group_advantages` of Σ w·r. The reward with the largest spread has the largest say.
+    - `per_reward`: clip(Σ w·A_r), A_r the advantages of one reward by itself, not clipped: each has
+      a spread of 1 in its group, so the weights alone say how much it counts. `epsilon`,
+      `std_floor` and `std` hold for each reward in its own units. Where a sample lacks one reward,
+      that reward adds nothing and the sample has no part in its statistics; the others count.
+
+    Rewards without a weight, or with weight 0, are not looked at, whatever they hold.
+
+    Args:
+        rewards: by name, each [P, G].
+        weights: by name; of rewards that are there.
+        valid: bool[P, G]; the others get 0.
+        epsilon, clip, std_floor, std: see `group_advantages`.
+        combine: one of `COMBINES`.
+
+    Raises:
+        ValueError: no weight but 0, or a value that is not allowed.
+
+    Source of `per_reward`: GDPO (arXiv 2601.05242), without its last division by the deviation over
+    the batch; DanceGRPO has advantages of each reward by itself too, and adds the losses.
+    """
+    if combine not in COMBINES:
+        raise ValueError(f"combine={combine!r}: must be one of {', '.join(COMBINES)}")
+    counted = {name: weight for name, weight in weights.items() if weight != 0}
+    if not counted:
+        raise ValueError(f"weights={dict(weights)!r}: one must not be 0")
+
+    if combine == "sum":
+        total = sum(weight * rewards[name] for name, weight in counted.items())
+        return group_advantages(total, valid, epsilon, clip, std_floor=std_floor, std=std)
+
+    advantages = sum(
+        weight * group_advantages(rewards[name], valid, epsilon, None, std_floor=std_floor, std=std)
+        for name, weight in counted.items()
+    )
+    _check_clip(clip)
+    return advantages if clip is None else jnp.clip(advantages, -clip, clip)
 
 
 def group_std(rewards: jax.Array, valid: jax.Array) -> jax.Array:
@@ -91,6 +145,11 @@ def _deviation(rewards: jax.Array, valid: jax.Array, axis: int | None) -> tuple[
     deviation = jnp.where(valid, jnp.where(valid, rewards, 0.0) - shift, 0.0)
     mean = deviation.sum(axis=axis, keepdims=True) / jnp.maximum(count, 1)
     return jnp.where(valid, deviation - mean, 0.0), count
+
+
+def _check_clip(clip: float | None) -> None:
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip={clip!r}: must be > 0 or None")
 
 
 def _check_non_negative(**values: float) -> None:

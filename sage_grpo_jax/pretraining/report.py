@@ -73,7 +73,7 @@ def judge(
 
 
 def mean_rewards(clips: np.ndarray, captions: Sequence[str], name: str) -> dict[str, float]:
-    """Mean normalised VQ, MQ and TA of uint8[N, F, H, W, 3], as "vq/name" and so on."""
+    """Mean normalised rewards of uint8[N, F, H, W, 3], as "REWARD/name" in lower case."""
     backend, fps = MovingShapesBackend(), float(moving_shapes.spec.FPS)
     scores = [backend.score(clip, text, fps) for clip, text in zip(clips, captions, strict=True)]
     return {

@@ -11,15 +11,14 @@ import math
 import queue
 import random
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
-from typing import NamedTuple
 
 import grpc
 import numpy as np
 
 from sage_grpo_jax.rewards import reward_pb2, reward_pb2_grpc, types, wire
+from sage_grpo_jax.rewards.calls import Call, Failure, Job
 from sage_grpo_jax.rewards.outage import OutageLog
 from sage_grpo_jax.rewards.types import RewardInfo, RewardResult, RewardServiceError
 
@@ -55,6 +54,8 @@ class RewardClient:
         and pauses included; what is not scored by then fails with the code of its last failure.
       max_in_flight: calls at the same time.
       reward_names: rewards wanted; () means all that the server has.
+      optional_names: those of them that a sample may lack: where the backend fails, the others are
+        asked for once more without these.
       expected_fingerprint: of the reward model, for instance from a checkpoint. Without one, the
         first answer sets it. Any other fingerprint afterwards fails with FAILED_PRECONDITION.
       max_message_bytes: limit of requests and answers.
@@ -69,6 +70,7 @@ class RewardClient:
         budget: float = 900.0,
         max_in_flight: int = 8,
         reward_names: Sequence[str] = (),
+        optional_names: Sequence[str] = (),
         expected_fingerprint: str = "",
         max_message_bytes: int = types.MAX_MESSAGE_BYTES,
         heartbeat: float = 5.0,
@@ -78,11 +80,17 @@ class RewardClient:
                 raise ValueError(f"{field} = {value}: must be a finite number of seconds above 0")
         if max_in_flight < 1:
             raise ValueError(f"max_in_flight = {max_in_flight}: must be at least 1")
+        if optional_names and not set(optional_names) < set(reward_names):
+            raise ValueError(
+                f"optional_names = {list(optional_names)}: must be some of reward_names = "
+                f"{list(reward_names)}, not all"
+            )
         self._address = address
         self._timeout = timeout
         self._budget = budget
         self._max_in_flight = max_in_flight
         self._reward_names = tuple(reward_names)
+        self._needed_names = tuple(n for n in reward_names if n not in optional_names)
         self._max_message_bytes = max_message_bytes
         self._fingerprint = expected_fingerprint
         self._lock = threading.Lock()
@@ -92,7 +100,7 @@ class RewardClient:
         self._outage = OutageLog(address, heartbeat)
         # Its own generator: pauses must not disturb anybody's seeded random numbers.
         self._random = random.Random()
-        self._waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> "RewardClient":
@@ -112,9 +120,9 @@ class RewardClient:
         Raises:
           RewardServiceError: it did not answer, or with another fingerprint than expected.
         """
-        call = _Call(self._budget if budget is None else budget)
+        call = Call(self._budget if budget is None else budget)
         response = self._attempts(call, lambda stub: stub.GetInfo, reward_pb2.GetInfoRequest())
-        if isinstance(response, _Failure):
+        if isinstance(response, Failure):
             raise RewardServiceError(response.code, f"{self._address}: {response.message}")
         if not self._same_fingerprint(response.fingerprint):
             raise RewardServiceError(types.FAILED_PRECONDITION, self._changed(response.fingerprint))
@@ -153,7 +161,7 @@ class RewardClient:
         Raises:
           RuntimeError: the client is closed.
         """
-        call = _Call(self._budget)
+        call = Call(self._budget)
         future: futures.Future[RewardResult] = futures.Future()
         try:
             request = wire.make_request(
@@ -166,13 +174,13 @@ class RewardClient:
                 total_frames=total_frames,
             )
         except ValueError as error:
-            future.set_result(call.failed(_Failure(types.INVALID_ARGUMENT, str(error))))
+            future.set_result(call.failed(Failure(types.INVALID_ARGUMENT, str(error))))
             return future
         with self._lock:
             if self._closed.is_set():
                 raise RuntimeError("submit after close: the reward client takes no more videos")
             self._start_threads()
-            self._waiting.put(_Job(future, call, request))
+            self._waiting.put(Job(future, call, request))
         return future
 
     def close(self) -> None:
@@ -200,24 +208,37 @@ class RewardClient:
             if job.future.set_running_or_notify_cancel():
                 job.future.set_result(self._score(job.call, job.request))
 
-    def _score(self, call: "_Call", request: reward_pb2.ScoreRequest) -> RewardResult:
+    def _score(self, call: Call, request: reward_pb2.ScoreRequest) -> RewardResult:
         try:
             size = request.ByteSize()
             if size > self._max_message_bytes:
                 limit = f"at most {self._max_message_bytes} are allowed"
-                failure = _Failure(types.INVALID_ARGUMENT, f"request has {size} bytes: {limit}")
+                failure = Failure(types.INVALID_ARGUMENT, f"request has {size} bytes: {limit}")
                 return call.failed(failure)
-            request.expected_fingerprint = self._fingerprint
-            response = self._attempts(call, lambda stub: stub.Score, request)
-            if isinstance(response, _Failure):
-                return call.failed(response)
-            return self._result(call, request, response)
+            result = self._ask(call, request)
+            if result.code == types.INTERNAL and self._needed_names != self._reward_names:
+                _log.warning(
+                    "%s: %s; asking without the rewards that are optional",
+                    request.request_id,
+                    result.message,
+                )
+                request.reward_names[:] = self._needed_names
+                request.digest = wire.request_digest(request)
+                result = self._ask(call, request)
+            return result
         except Exception as error:
             # The promise to the caller: a sample fails, the step goes on. Never silently.
             _log.exception("scoring %s failed in the client", request.request_id)
-            return call.failed(_Failure(types.INTERNAL, f"client: {type(error).__name__}: {error}"))
+            return call.failed(Failure(types.INTERNAL, f"client: {type(error).__name__}: {error}"))
 
-    def _result(self, call: "_Call", request, response) -> RewardResult:
+    def _ask(self, call: Call, request: reward_pb2.ScoreRequest) -> RewardResult:
+        request.expected_fingerprint = self._fingerprint
+        response = self._attempts(call, lambda stub: stub.Score, request)
+        if isinstance(response, Failure):
+            return call.failed(response)
+        return self._result(call, request, response)
+
+    def _result(self, call: Call, request, response) -> RewardResult:
         failure = self._check_answer(request, response)
         if failure is not None:
             return call.failed(failure, response.fingerprint)
@@ -233,26 +254,26 @@ class RewardClient:
             warnings=tuple(response.warnings),
         )
 
-    def _check_answer(self, request, response) -> "_Failure | None":
+    def _check_answer(self, request, response) -> Failure | None:
         """An answer counts only if it is to this request, by the pinned model, and has numbers."""
         if response.request_id != request.request_id:
-            return _Failure(
+            return Failure(
                 types.DATA_LOSS,
                 f"answer to {response.request_id!r} received for {request.request_id!r}",
             )
         if response.digest != request.digest:
-            return _Failure(types.DATA_LOSS, "answer with the digest of another video")
+            return Failure(types.DATA_LOSS, "answer with the digest of another video")
         if not self._same_fingerprint(response.fingerprint):
-            return _Failure(types.FAILED_PRECONDITION, self._changed(response.fingerprint))
+            return Failure(types.FAILED_PRECONDITION, self._changed(response.fingerprint))
         if response.status.code:
-            return _Failure(_code_name(response.status.code), response.status.message)
+            return Failure(_code_name(response.status.code), response.status.message)
         names = [reward.name for reward in response.rewards]
         if not names or (request.reward_names and names != list(request.reward_names)):
             wanted = list(request.reward_names) or "all"
-            return _Failure(types.DATA_LOSS, f"answer with rewards {names}, wanted were {wanted}")
+            return Failure(types.DATA_LOSS, f"answer with rewards {names}, wanted were {wanted}")
         for reward in response.rewards:
             if not (math.isfinite(reward.raw) and math.isfinite(reward.normalised)):
-                return _Failure(types.INTERNAL, f"{reward.name} = {reward.normalised}: not finite")
+                return Failure(types.INTERNAL, f"{reward.name} = {reward.normalised}: not finite")
         return None
 
     def _same_fingerprint(self, fingerprint: str) -> bool:
@@ -266,7 +287,7 @@ class RewardClient:
             f"expected was {self._fingerprint!r}"
         )
 
-    def _attempts(self, call: "_Call", method: Callable, request) -> "object | _Failure":
+    def _attempts(self, call: Call, method: Callable, request) -> object | Failure:
         """Calls until there is an answer, a final failure, or no budget; returns either."""
         failure = None
         with self._outage.watching(call.deadline):
@@ -275,8 +296,8 @@ class RewardClient:
                 timeout = min(self._timeout, remaining)
                 answer, retry, pushback = self._attempt(method, request, timeout)
                 if self._closed.is_set():
-                    return _Failure(types.CANCELLED, "the client was closed")
-                if not isinstance(answer, _Failure):
+                    return Failure(types.CANCELLED, "the client was closed")
+                if not isinstance(answer, Failure):
                     self._outage.answered()
                     return answer
                 if not retry:
@@ -292,11 +313,11 @@ class RewardClient:
             failure or self._outage.last or (types.DEADLINE_EXCEEDED, "no answer, no failure")
         )
         spent = f"gave up after {call.attempts} attempts in {call.budget:g} s"
-        return _Failure(code, f"{spent}; last: {message}")
+        return Failure(code, f"{spent}; last: {message}")
 
     def _attempt(
         self, method: Callable, request, timeout: float
-    ) -> tuple["object | _Failure", bool, float]:
+    ) -> tuple[object | Failure, bool, float]:
         """One call: the answer or a failure, whether to retry, the pause that the server wants."""
         try:
             return method(self._connect())(request, timeout=timeout), False, 0.0
@@ -306,7 +327,7 @@ class RewardClient:
             # gRPC's way to say that `close` came between.
             if not self._closed.is_set():
                 raise
-            return _Failure(types.CANCELLED, str(error)), False, 0.0
+            return Failure(types.CANCELLED, str(error)), False, 0.0
 
     def _pause(self, attempts: int, pushback: float) -> float:
         doubled = _FIRST_PAUSE * 2.0 ** min(attempts - 1, 16)
@@ -337,57 +358,16 @@ class RewardClient:
         )
 
 
-class _Failure(NamedTuple):
-    """Why a call gave no answer."""
-
-    code: str
-    message: str
-
-
-class _Call:
-    """The clock and the attempts of one sample."""
-
-    def __init__(self, budget: float):
-        self._started = time.monotonic()
-        self.budget = budget
-        self.deadline = self._started + budget
-        self.attempts = 0
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
-
-    def remaining(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def failed(self, failure: _Failure, fingerprint: str = "") -> RewardResult:
-        return RewardResult(
-            ok=False,
-            code=failure.code,
-            message=failure.message,
-            fingerprint=fingerprint,
-            seconds=self.seconds(),
-            attempts=self.attempts,
-        )
-
-
-class _Job(NamedTuple):
-    """A sample that waits for a free thread."""
-
-    future: futures.Future[RewardResult]
-    call: _Call
-    request: reward_pb2.ScoreRequest
-
-
-def _classify(error: grpc.RpcError) -> tuple[_Failure, bool, float]:
+def _classify(error: grpc.RpcError) -> tuple[Failure, bool, float]:
     """The failure, whether another attempt may help, and seconds that the server asks to wait."""
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in details:
-        return _Failure(types.INVALID_ARGUMENT, details), False, 0.0
+        return Failure(types.INVALID_ARGUMENT, details), False, 0.0
     pushback = 0.0
     for key, value in error.trailing_metadata() or ():
         if key == _PUSHBACK_KEY and value.isdigit():
             pushback = int(value) / 1000.0
-    return _Failure(code.name, details), code in _RETRYABLE, pushback
+    return Failure(code.name, details), code in _RETRYABLE, pushback
 
 
 def _code_name(code: int) -> str:

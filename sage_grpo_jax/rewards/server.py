@@ -270,12 +270,13 @@ class _Service(reward_pb2_grpc.RewardServiceServicer):
     def _fill(self, response: reward_pb2.ScoreResponse, request) -> None:
         video = wire.read_frames(request.frames)
         scores = self._backend.score(video, request.prompt, request.frames.source_fps)
-        check_scores(self._backend.names, scores)
+        wanted = tuple(request.reward_names) or self._backend.names
+        check_scores(self._backend.names, scores, wanted)
         if all(np.array_equal(video[0], frame) for frame in video[1:]):
             plain = (video[0] == video[0, 0, 0]).all()
             thing = "pixels have the same colour" if plain else "frames are the same"
             response.warnings.append(f"all {thing}")
-        for name in request.reward_names or self._backend.names:
+        for name in wanted:
             raw, normalised = scores[name]
             response.rewards.add(name=name, raw=raw, normalised=normalised)
 

@@ -24,7 +24,7 @@ class RewardResult:
     """The outcome for one sample; a failed one carries no scores, so that it cannot be used as 0.
 
     Attributes:
-      ok: whether `scores` holds every reward that was asked for, all finite.
+      ok: whether `scores` holds every reward that was asked for and is not optional, all finite.
       code: "OK", or why not (the names above).
       message: what went wrong, for a log.
       scores: normalised score by reward name.

@@ -17,7 +17,7 @@ from sage_grpo_jax.policy import sampler
 from sage_grpo_jax.policy.policy import Guidance
 
 FORMATS = ("mp4", "gif", "both")
-TILINGS = ("auto", "off", *vae_tiling.OVERLAPS)
+TILINGS = ("auto", *frames.TILINGS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,20 +118,20 @@ def from_config(config: schema.Config, **given: Any) -> Settings:
         values["tiling"] = "official" if larger else "off"
     settings = Settings(**values)
     _check(settings)
-    if settings.sampler == "ode":  # so that equal videos have equal records
+    if not sde.KINDS[settings.sampler].stochastic:  # so that equal videos have equal records
         settings = dataclasses.replace(settings, eta=0.0)
     return settings
 
 
 def _check(settings: Settings) -> None:
     for field, allowed in (
-        ("sampler", sde.KINDS),
+        ("sampler", tuple(sde.KINDS)),
         ("tiling", TILINGS),
         ("format", FORMATS),
     ):
         if (value := getattr(settings, field)) not in allowed:
             raise ValueError(f"--{field}: got {value!r}; allowed: {', '.join(allowed)}")
-    highest_eta = 1.0 if settings.sampler == "cps" else 2.0
+    highest_eta = min(sde.KINDS[settings.sampler].highest_eta, sde.HIGHEST_ETA)
     for field, low, high in (
         ("steps", 1, 1000),
         ("shift", 0.1, 20),

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 
 from sage_grpo_jax.common import files
+from sage_grpo_jax.config import schema
 from sage_grpo_jax.data import media
 from sage_grpo_jax.flow import noise
 from sage_grpo_jax.policy import conditions
+from sage_grpo_jax.rewards import names as reward_names
 from sage_grpo_jax.training import learner as learner_lib
+from sage_grpo_jax.training import scoring as scoring_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Evaluation:
     metrics: dict[str, float]  # names start with the split
     videos: np.ndarray  # uint8 [N, F, H, W, 3]
     prompts: list[str]
-    scores: dict[str, np.ndarray]  # dimension -> [N]; NaN where the reward failed
+    scores: dict[str, np.ndarray]  # reward -> [N]; NaN where it failed
 
 
 def evaluate(
@@ -58,10 +61,10 @@ def evaluate(
         # The last batch is filled up with its own samples: one shape, one compilation.
         rows = np.arange(start, start + size) % count
         batch = prompts.take(rows)
-        videos.append(learner.decode(learner.sample(params, batch, keys[rows])))
-        parts.append(learner.score_videos(videos[-1], batch, f"eval{start}"))
+        videos.append(learner.scoring.decode(learner.sample(params, batch, keys[rows])))
+        parts.append(learner.scoring.score_videos(videos[-1], batch, f"eval{start}"))
     videos = np.concatenate(videos)[:count]
-    scores = learner_lib.Scores(
+    scores = scoring_lib.Scores(
         {n: np.concatenate([p.values[n] for p in parts])[:count] for n in parts[0].values},
         np.concatenate([p.valid for p in parts])[:count],
     )
@@ -92,20 +95,23 @@ def _groups(ids: list[str]) -> list[np.ndarray]:
     return [np.array(group) for group in rows.values()]
 
 
-def _reward_metrics(config, scores: learner_lib.Scores, ids: list[str]) -> dict[str, float]:
-    """Mean rewards, and the standard error of the overall one over the prompts.
+def _reward_metrics(
+    config: schema.Config, scores: scoring_lib.Scores, ids: list[str]
+) -> dict[str, float]:
+    """Mean rewards with their standard errors over the prompts, where there are several.
 
     Samples of one prompt are alike, so that the error is that of the prompts' means.
     """
-    weights = dataclasses.asdict(config.rewards.weights)
-    values = learner_lib.reward_metrics(scores, weights)
-    overall = scores.weighted(dict.fromkeys(weights, 1.0))
-    groups = [group[scores.valid[group]] for group in _groups(ids)]
-    means = np.array([overall[group].mean() for group in groups if len(group)])
-    if len(means) > 1:
-        error = means.std(ddof=1) / len(means) ** 0.5
-        values["reward/overall_standard_error"] = float(error)
-    return values
+    found = scoring_lib.reward_metrics(scores, config.rewards)
+    columns = {"reward/overall": scores.weighted(dict.fromkeys(config.rewards.optimised, 1.0))}
+    columns |= {reward_names.metric(name): values for name, values in scores.values.items()}
+    for name, values in columns.items():
+        groups = [group[np.isfinite(values[group])] for group in _groups(ids)]
+        means = np.array([values[group].mean() for group in groups if len(group)])
+        if len(means) > 1:
+            error = means.std(ddof=1) / len(means) ** 0.5
+            found[f"{name}{reward_names.ERROR_SUFFIX}"] = float(error)
+    return found
 
 
 def _diversity(videos: np.ndarray, ids: list[str]) -> dict[str, float]:
@@ -122,7 +128,9 @@ def _diversity(videos: np.ndarray, ids: list[str]) -> dict[str, float]:
     return {"diversity": float(np.mean(distances))} if distances else {}
 
 
-def _world_metrics(config, videos: np.ndarray, captions: list[str]) -> dict[str, float]:
+def _world_metrics(
+    config: schema.Config, videos: np.ndarray, captions: list[str]
+) -> dict[str, float]:
     """What only the moving-shapes world knows of its clips."""
     found = {}
     if config.eval.manifold_distance:
@@ -137,27 +145,31 @@ def _world_metrics(config, videos: np.ndarray, captions: list[str]) -> dict[str,
     return found
 
 
-def save_samples(result: Evaluation, workdir: pathlib.Path, name: str, config) -> bytes:
+def save_samples(
+    result: Evaluation, workdir: pathlib.Path, name: str, config: schema.Config
+) -> bytes:
     """Writes `samples/NAME.png`, `.gif` and `.json`; returns the GIF.
 
     The pictures show one clip of each of the first `eval.sheet_prompts` prompts, which were drawn
-    by `eval.seed` before anything was sampled. The JSON has the rewards of every sample.
+    by `eval.seed` before anything was sampled. The JSON has the rewards of every sample, and
+    which of them are optimised: their sum is the overall reward.
     """
     folder = workdir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     rows = [group[0] for group in _groups(result.prompts)][: config.eval.sheet_prompts]
     videos = result.videos[rows]
     scale = max(1, 96 // config.video.height)
-    total = sum(result.scores.values())
+    optimised = [reward for reward in result.scores if reward in config.rewards.optimised]
+    total = sum(result.scores[reward] for reward in optimised)
     captions = [f"{result.prompts[row]}   {total[row]:+.2f}" for row in rows]
     sheet = media.contact_sheet(videos, captions, scale=scale)
     media.write_picture(folder / f"{name}.png", sheet)
     gif = media.encode_gif(media.tile(videos, columns=4), config.video.fps, scale)
     files.write_atomically(folder / f"{name}.gif", gif)
     scores = {
-        dimension: [float(v) if np.isfinite(v) else None for v in values]
-        for dimension, values in result.scores.items()
+        reward: [float(v) if np.isfinite(v) else None for v in values]
+        for reward, values in result.scores.items()
     }
-    table = json.dumps({"prompts": result.prompts, "rewards": scores})
+    table = json.dumps({"prompts": result.prompts, "rewards": scores, "optimised": optimised})
     files.write_atomically(folder / f"{name}.json", table.encode())
     return gif

@@ -6,17 +6,21 @@ import math
 import pathlib
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from absl import logging
 
+from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.config import schema
 from sage_grpo_jax.parallel import hosts
+from sage_grpo_jax.rewards import client as client_lib
 from sage_grpo_jax.training import checkpoint, evaluation, input_checks, metrics, setup
 from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import workdir as workdir_lib
-from sage_grpo_jax.training.scoring import open_scorer
+from sage_grpo_jax.training.reward_service import open_scorer
+from sage_grpo_jax.training.scoring import RewardModelChangedError
 
 StorageError = checkpoint.StorageError
 
@@ -65,23 +69,32 @@ class Interrupt:
             raise Interrupted
 
 
-def train(config: schema.Config, workdir: pathlib.Path) -> dict[str, Any] | None:
+def train(
+    config: schema.Config,
+    workdir: pathlib.Path,
+    make_shadow: Callable[[plan_lib.Plan], learner_lib.Check] | None = None,
+) -> dict[str, Any] | None:
     """Trains until `config.num_steps`, going on from the newest checkpoint in `workdir`.
 
     Args:
       config: validated.
       workdir: identity of the run; the same command with the same folder resumes.
+      make_shadow: makes the check of `config.debug.shadow`, as `checks.shadow.Shadow` does.
 
     Returns:
       The summary that is also in `summary.json`; None when a signal stopped the run.
 
     Raises:
       ValueError: bad input, before any expensive work (weights that are not finite: once loaded).
-      TooManySkipsError, learner.RewardModelChangedError: see there; the last good state is saved.
-      learner.NumericsError: see there; nothing was applied since the last checkpoint's rerun.
+      TooManySkipsError, scoring.RewardModelChangedError: see there; the last good state is saved.
+      ratio.NumericsError: see there; nothing was applied since the last checkpoint's rerun.
       StorageError: a full or broken disk; the last complete checkpoint is untouched.
       RewardServiceError: the reward service did not come up.
     """
+    if not config.debug.shadow:
+        make_shadow = None
+    elif make_shadow is None:
+        raise ValueError("config.debug.shadow: got True without a shadow; allowed: False")
     networks, mesh = input_checks.check(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdir_lib.locked(workdir))
@@ -96,7 +109,7 @@ def train(config: schema.Config, workdir: pathlib.Path) -> dict[str, Any] | None
         scorer = stack.enter_context(open_scorer(config, workdir))
         # Before this a signal ends the process at once: there is nothing to save.
         interrupt = stack.enter_context(Interrupt())
-        run = _Run(config, workdir, networks, mesh, scorer, interrupt, prompts)
+        run = _Run(config, workdir, networks, mesh, scorer, interrupt, prompts, make_shadow)
         stack.callback(run.close)
         return run.train()
 
@@ -104,7 +117,17 @@ def train(config: schema.Config, workdir: pathlib.Path) -> dict[str, Any] | None
 class _Run:
     """The parts of a run that the loop uses at every step."""
 
-    def __init__(self, config, workdir, networks, mesh, scorer, interrupt, prompts) -> None:
+    def __init__(
+        self,
+        config: schema.Config,
+        workdir: pathlib.Path,
+        networks: setup.Networks,
+        mesh: jax.sharding.Mesh,
+        scorer: client_lib.RewardClient,
+        interrupt: Interrupt,
+        prompts: setup.Prompts,
+        make_shadow: Callable[[plan_lib.Plan], learner_lib.Check] | None,
+    ) -> None:
         self.config, self.workdir = config, workdir
         self.interrupt = interrupt
         self.fingerprint = scorer.fingerprint
@@ -118,14 +141,16 @@ class _Run:
         with input_checks.loading("transformer"):
             base = setup.load_base(networks, config, mesh)
             input_checks.require_finite(base)
+        programs = setup.build_programs(networks, config, mesh)
         self.learner = learner_lib.Learner(
-            setup.build_programs(networks, config, mesh),
+            programs,
             vae_params,
             self.prompts.negative,
             scorer,
             mesh,
             interrupt.check_alone,
             base,
+            make_shadow and make_shadow(programs.plan),
         )
         self.skipped = 0
         # The metrics of the newest step, while its row is not written: an evaluation was cut off.
@@ -168,7 +193,7 @@ class _Run:
             self._save()
             self.checkpoints.wait()
             return self._summarise()
-        except (Interrupted, learner_lib.RewardModelChangedError):
+        except (Interrupted, RewardModelChangedError):
             # self.state is the state after the last complete step: nothing of it is lost. The
             # prompts of the step that was abandoned are drawn again.
             self.prompts.train.set_state(self.position)

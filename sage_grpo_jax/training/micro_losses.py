@@ -5,6 +5,7 @@
 added up over the micro-batches they are the loss.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -114,13 +115,31 @@ def transition(plan: Plan, params: Any, micro: MicroBatch, frozen: Frozen) -> sd
     )
 
 
+# Name, value [m] and weight of one term of the penalty.
+Divergence = tuple[str, jax.Array, float]
+
+
 def policy_micro_loss(
-    params, micro: MicroBatch, inputs: LossInputs, plan: Plan, recorded=None, known=None
-):
+    params: Any,
+    micro: MicroBatch,
+    inputs: LossInputs,
+    plan: Plan,
+    recorded: jax.Array | None = None,
+    known: jax.Array | None = None,
+) -> tuple[jax.Array, MicroResult]:
     """Policy loss and KL of one micro-batch, both divided by the fixed `normalizer`.
 
-    `recorded` and `known`: see `ratio.old_mean`. Returns (loss, MicroResult).
+    Args:
+      params: what is differentiated: all parameters, or the adapters.
+      micro: m samples, a step each.
+      inputs: references, weight of the KL and normaliser.
+      plan: the constants.
+      recorded, known: see `ratio.old_mean`.
+
+    Returns:
+      The loss, f32 [], and what else is to be known.
     """
+    # The ratio to the policy that sampled
     new = transition(plan, params, micro, inputs.frozen)
     draw = noise.step_noise(micro.keys, micro.step, plan.latent_shape)
     mean_old = ratio_lib.old_mean(new.mean, recorded, known)
@@ -128,6 +147,8 @@ def policy_micro_loss(
     mismatch = ratio_lib.mismatch(
         plan, micro.step, micro.valid, draw, mean_old, micro.next_latents, new.std
     )
+
+    # The policy loss
     config = plan.config.loss
     weights = jnp.asarray(plan.weights)[micro.step]
     policy_loss, metrics = loss.policy_loss(
@@ -139,17 +160,26 @@ def policy_micro_loss(
         objective=config.objective,
         normalizer=inputs.normalizer,
     )
+
+    # The penalty
     divergences = _divergences(plan, new, log_ratio, micro, inputs)
     total, metrics = _with_penalty(policy_loss, metrics, divergences, micro, inputs)
     return total, jax.lax.stop_gradient(MicroResult(metrics, mismatch, mean_old))
 
 
 def forward_micro_loss(
-    params, micro: MicroBatch, inputs: LossInputs, plan: Plan, recorded=None, known=None
-):
+    params: Any,
+    micro: MicroBatch,
+    inputs: LossInputs,
+    plan: Plan,
+    recorded: jax.Array | None = None,
+    known: jax.Array | None = None,
+) -> tuple[jax.Array, MicroResult]:
     """`policy_micro_loss` of DiffusionNFT: clean samples, noised again; see `grpo.nft`."""
     del recorded, known  # there is no ratio
     config = plan.config
+
+    # States of the forward process, and every policy's velocity there
     draw = noise.forward_noise(micro.keys, micro.step, plan.latent_shape)
     sigma = jnp.asarray(plan.schedule.sigmas)[micro.step]
     latents, target = nft.noised(micro.latents, draw, sigma)
@@ -158,18 +188,22 @@ def forward_micro_loss(
         for trained in (params, inputs.sampling, *(r.params for r in inputs.references))
     )
     old, *references = map(jax.lax.stop_gradient, others)
-    # Masked before any arithmetic: what stands behind the mask must not reach the gradient.
+
+    # The policy loss. The mask comes before any arithmetic: what stands behind it must not reach
+    # the gradient.
     advantages = jnp.where(micro.counts, micro.advantages, 0.0)
     good = nft.optimality(advantages, config.advantage.clip)
     losses = nft.nft_loss(
         new, old, target, sigma, good, config.nft.beta, adaptive=config.nft.adaptive
     )
     losses *= config.advantage.clip * _step_factor(plan)
+    policy_loss = _sum(losses, micro, inputs)
+
+    # The penalty
     divergences = [
         (reference.name, nft.velocity_distance(new, velocity), reference.beta)
         for reference, velocity in zip(inputs.references, references, strict=True)
     ]
-    policy_loss = _sum(losses, micro, inputs)
     metrics = {"nft/sampling_distance": _sum(nft.velocity_distance(new, old), micro, inputs)}
     total, metrics = _with_penalty(policy_loss, metrics, divergences, micro, inputs)
     return total, jax.lax.stop_gradient(MicroResult(metrics, None, None))
@@ -180,7 +214,13 @@ def _sum(values: jax.Array, micro: MicroBatch, inputs: LossInputs) -> jax.Array:
     return jnp.sum(jnp.where(micro.counts, values, 0.0)) / inputs.normalizer
 
 
-def _with_penalty(policy_loss, metrics, divergences, micro: MicroBatch, inputs: LossInputs):
+def _with_penalty(
+    policy_loss: jax.Array,
+    metrics: loss.Metrics,
+    divergences: Iterable[Divergence],
+    micro: MicroBatch,
+    inputs: LossInputs,
+) -> tuple[jax.Array, loss.Metrics]:
     """(policy loss plus weighted penalty, metrics of both)."""
     penalty = jnp.zeros(())
     for name, divergence, beta in divergences:
@@ -200,8 +240,14 @@ def _step_factor(plan: Plan) -> float:
     return float(plan.positions) if plan.config.loss.step_reduction == "sum" else 1.0
 
 
-def _divergences(plan: Plan, new: sde.Transition, log_ratio, micro: MicroBatch, inputs: LossInputs):
-    """(name, divergence [m], beta) for every term of the KL penalty."""
+def _divergences(
+    plan: Plan,
+    new: sde.Transition,
+    log_ratio: jax.Array,
+    micro: MicroBatch,
+    inputs: LossInputs,
+) -> Iterator[Divergence]:
+    """Every term of the KL penalty."""
     region, reduction = plan.config.trust_region, plan.config.loss.log_prob_reduction
     for name, reference, beta in inputs.references:
         mean = jax.lax.stop_gradient(transition(plan, reference, micro, inputs.frozen).mean)

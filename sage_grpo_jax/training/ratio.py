@@ -10,6 +10,7 @@ How far the rollout's own means lie from the old ones is measured in every updat
 and a gate (a rollout of other parameters or other noise is refused), and no part of the gradient.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -168,47 +169,64 @@ def abstract_old_means(plan: Plan, mesh: jax.sharding.Mesh) -> OldMeans | None:
 # The gate, on the host
 
 
-def rollout_tolerance(config: schema.Config) -> float:
-    """`loss.rollout_tolerance`, or what the precision of the model allows."""
-    if config.loss.rollout_tolerance:
-        return config.loss.rollout_tolerance
-    model = config.model
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """What the first update of a rollout must pass; the program applies it, the host judges it.
+
+    Attributes:
+      ratio: the largest |ratio - 1|, `loss.ratio_tolerance`.
+      shift: the largest `Mismatch.shift`, `loss.rollout_tolerance` or what the precision allows.
+      applies_anyway: `loss.ratio_action=log`: what lies above a limit is applied all the same.
+    """
+
+    ratio: float
+    shift: float
+    applies_anyway: bool
+
+    @classmethod
+    def of(cls, config: schema.Config) -> "Gate":
+        """The gate of a run."""
+        loss = config.loss
+        shift = loss.rollout_tolerance or _tolerance_of_precision(config.model)
+        return cls(loss.ratio_tolerance, shift, loss.ratio_action == "log")
+
+    @property
+    def limits(self) -> Tolerances:
+        """What the update program compares with; infinite only where everything is applied."""
+        if self.applies_anyway:
+            return Tolerances(np.float32(np.inf), np.float32(np.inf))
+        return Tolerances(np.float32(self.ratio), np.float32(self.shift))
+
+    def check(self, values: Mapping[str, float]) -> None:
+        """Judges the first update of a rollout by its metrics, as the program did before.
+
+        Raises:
+          NumericsError: the update was refused; where everything is applied, only what is not
+            finite is refused.
+        """
+        deviation, shift = values["ratio/max_deviation"], values["ratio/rollout_shift"]
+        ratio_text = (
+            f"before the first update the ratio is off 1 by {deviation:.2e} "
+            f"(config.loss.ratio_tolerance = {self.ratio:g})"
+        )
+        shift_text = (
+            f"the rollout's means lie {shift:.2e} standard deviations of a step from those of the "
+            f"update (config.loss.rollout_tolerance = {self.shift:g})"
+        )
+
+        if not values["update/ratio_in_tolerance"]:
+            if not (np.isfinite(deviation) and np.isfinite(shift)):
+                raise NumericsError(f"{ratio_text}; {shift_text}: the model's output is not finite")
+            text = shift_text if shift > self.shift else ratio_text
+            raise NumericsError(
+                f"{text}: other parameters or other noise, or too coarse numerics. Nothing was "
+                "applied. Allowed: a higher tolerance, or ratio_action=log (apply it all the same)"
+            )
+
+        if shift > self.shift:
+            logging.log_every_n(logging.WARNING, "%s; ratio_action=log: applied", 50, shift_text)
+
+
+def _tolerance_of_precision(model: schema.ModelConfig) -> float:
     full = model.compute_dtype == "float32" and model.matmul_precision != "default"
     return FULL_PRECISION_TOLERANCE if full else LOW_PRECISION_TOLERANCE
-
-
-def tolerances(config: schema.Config) -> Tolerances:
-    """The limits that the update program applies; infinite only where the config says `log`."""
-    if config.loss.ratio_action == "log":
-        return Tolerances(np.float32(np.inf), np.float32(np.inf))
-    return Tolerances(
-        np.float32(config.loss.ratio_tolerance), np.float32(rollout_tolerance(config))
-    )
-
-
-def check(config: schema.Config, values: Mapping[str, float]) -> None:
-    """Judges the first update of a rollout by its metrics, which the program did before.
-
-    Raises:
-      NumericsError: the update was refused; with `ratio_action=log` only what is not finite is.
-    """
-    deviation, shift = values["ratio/max_deviation"], values["ratio/rollout_shift"]
-    limit = rollout_tolerance(config)
-    ratio_text = (
-        f"before the first update the ratio is off 1 by {deviation:.2e} "
-        f"(config.loss.ratio_tolerance = {config.loss.ratio_tolerance:g})"
-    )
-    shift_text = (
-        f"the rollout's means lie {shift:.2e} standard deviations of a step from those of the "
-        f"update (config.loss.rollout_tolerance = {limit:g})"
-    )
-    if not values["update/ratio_in_tolerance"]:
-        if not (np.isfinite(deviation) and np.isfinite(shift)):
-            raise NumericsError(f"{ratio_text}; {shift_text}: the model's output is not finite")
-        text = shift_text if shift > limit else ratio_text
-        raise NumericsError(
-            f"{text}: other parameters or other noise, or too coarse numerics. Nothing was "
-            "applied. Allowed: a higher tolerance, or ratio_action=log (apply it all the same)"
-        )
-    if shift > limit:
-        logging.log_every_n(logging.WARNING, "%s; ratio_action=log: applied", 50, shift_text)

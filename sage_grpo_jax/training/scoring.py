@@ -1,78 +1,203 @@
-"""The reward service of a run: its own or one elsewhere, found before anything expensive."""
+"""Rewards of videos: decoded piece by piece, scored meanwhile, the same on every process."""
 
-import contextlib
 import dataclasses
-import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
+from concurrent import futures
+from typing import Any, Protocol
 
 import jax
+import numpy as np
 from absl import logging
 
+from sage_grpo_jax.common.phases import PhaseTimer
+from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.config import schema
-from sage_grpo_jax.rewards import client as client_lib
-from sage_grpo_jax.rewards import supervisor
+from sage_grpo_jax.parallel import hosts
+from sage_grpo_jax.policy.conditions import PromptBatch
+from sage_grpo_jax.rewards import names as reward_names
 from sage_grpo_jax.rewards import types as reward_types
-from sage_grpo_jax.training import checkpoint
-
-# How long a run that has not begun looks for its reward service: by then the address is wrong.
-FIRST_CONTACT_SECONDS = 120.0
+from sage_grpo_jax.training import programs as programs_lib
 
 
-@contextlib.contextmanager
-def open_scorer(config: schema.Config, workdir: pathlib.Path) -> Iterator[client_lib.RewardClient]:
-    """A client of the reward service; starts the service when `rewards.spawn`.
+class RewardModelChangedError(RuntimeError):
+    """The reward server came back with another model; scores of the two can't be mixed."""
 
-    Raises:
-      ValueError: no such service at `rewards.address`, or one that lacks a dimension. A run that
-        has begun before waits for its service as long as for a reward.
-      RewardServiceError: it does not come up, or stays away.
-    """
-    rewards = config.rewards
-    wanted = tuple(dataclasses.asdict(rewards.weights))
-    with contextlib.ExitStack() as stack:
-        address = rewards.address
-        if rewards.spawn:
-            address = stack.enter_context(_own_server(rewards, workdir)).address
-        client = client_lib.RewardClient(
-            address,
-            timeout=rewards.timeout_seconds,
-            budget=rewards.budget_seconds,
-            max_in_flight=rewards.max_in_flight,
-            reward_names=wanted,
-        )
-        stack.callback(client.close)
-        info = _first_contact(client, rewards, begun=(workdir / checkpoint.FOLDER).is_dir())
-        if missing := set(wanted) - set(info.names):
-            raise ValueError(
-                f"config.rewards.weights: {address} does not score {', '.join(sorted(missing))}; "
-                f"allowed: {', '.join(info.names)}"
+
+class Scorer(Protocol):
+    """What scores videos: `rewards.client.RewardClient`, or a local function in tests."""
+
+    def submit(
+        self, video: np.ndarray, prompt: str, request_id: str, fps: float
+    ) -> futures.Future[reward_types.RewardResult]:
+        """Scores uint8 frames [F, H, W, 3]; a failed sample is a result, not an exception."""
+        ...
+
+
+@dataclasses.dataclass
+class Scores:
+    """Rewards of B samples, equal on every process."""
+
+    values: dict[str, np.ndarray]  # reward -> float32 [B]; NaN where it is not known, or not valid
+    valid: np.ndarray  # bool [B]: every reward that is optimised is known
+
+    def weighted(self, weights: Mapping[str, float]) -> np.ndarray:
+        """The sum Σ w·r of the rewards that have a weight other than 0; float32 [B]."""
+        return sum(weights[n] * self.values[n] for n in self.values if weights.get(n))
+
+    def without(self, broken: np.ndarray) -> "Scores":
+        """The same with some more samples, bool [B], that are not valid."""
+        values = {n: np.where(broken, np.nan, v) for n, v in self.values.items()}
+        return Scores(values, self.valid & ~broken)
+
+
+class Scoring:
+    """Decodes latents and asks for the rewards of the videos."""
+
+    def __init__(
+        self,
+        programs: programs_lib.Programs,
+        vae_params: Any,
+        scorer: Scorer,
+        mesh: jax.sharding.Mesh,
+        check_interrupt: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+          programs: of `training.programs.build`.
+          vae_params: on the mesh.
+          scorer: scores videos.
+          mesh: the device mesh.
+          check_interrupt: called between videos and while waiting; raises to abandon the step.
+        """
+        self.scorer = scorer
+        self._programs = programs
+        self._config = programs.plan.config
+        self._vae_params = vae_params
+        self._piece_size = plan_lib.decode_batch(self._config, mesh)
+        self._check_interrupt = check_interrupt
+
+    # Videos
+
+    def decode(self, latents: jax.Array) -> np.ndarray:
+        """All frames of a batch on every process; uint8 [B, F, H, W, 3]."""
+        pieces = [hosts.to_host(self._piece(latents, p)) for p in range(self._count(latents))]
+        return np.stack(pieces, 1).reshape(latents.shape[0], *pieces[0].shape[1:])
+
+    def _count(self, latents: jax.Array) -> int:
+        return latents.shape[0] // self._piece_size
+
+    def _piece(self, latents: jax.Array, piece: int) -> jax.Array:
+        """Every count-th video, beginning with `piece`: on the mesh, see `update.split_batch`."""
+        return self._programs.decode(self._vae_params, latents, piece, size=self._piece_size)
+
+    # Rewards
+
+    def decode_and_score(
+        self, latents: jax.Array, samples: PromptBatch, name: str, timer: PhaseTimer
+    ) -> Scores:
+        """Decodes piece by piece and scores each while the next one decodes.
+
+        Args:
+          latents: clean latents [B, t, h, w, C]; a sample that is not finite has no reward.
+          samples: their B prompts.
+          name: start of the request ids.
+          timer: gets the phases `decode` and `reward`.
+
+        Raises:
+          RewardModelChangedError: see there.
+        """
+        count = self._count(latents)
+        pending: dict[int, futures.Future] = {}
+        for piece in range(count):
+            with timer("decode"):
+                frames = self._own_rows(latents, piece)
+            for row, video in frames:
+                b = piece + count * row
+                pending[b] = self._submit(video, samples, b, name)
+            self._check_interrupt()
+
+        with timer("reward"):
+            scores = self._collect(pending, len(samples.ids))
+
+        # What was decoded from numbers that are not finite means nothing.
+        finite = hosts.to_host(self._programs.finite(latents))
+        if finite.all():
+            return scores
+        logging.warning("the rollout made %d samples that are not finite", np.sum(~finite))
+        return scores.without(~finite)
+
+    def score_videos(self, videos: np.ndarray, samples: PromptBatch, name: str) -> Scores:
+        """Scores frames that every process has; uint8 [B, F, H, W, 3]. Each takes its share."""
+        share = range(jax.process_index(), len(videos), jax.process_count())
+        pending = {b: self._submit(videos[b], samples, b, name) for b in share}
+        return self._collect(pending, len(videos))
+
+    def _own_rows(self, latents: jax.Array, piece: int) -> list[tuple[int, np.ndarray]]:
+        """The frames of a piece that this process owns, with their rows."""
+        return list(hosts.local_rows(self._piece(latents, piece)))
+
+    def _submit(
+        self, video: np.ndarray, samples: PromptBatch, b: int, name: str
+    ) -> futures.Future[reward_types.RewardResult]:
+        request_id = f"{name}/{samples.ids[b]}/{b}"
+        return self.scorer.submit(video, samples.prompts[b], request_id, self._config.video.fps)
+
+    def _collect(self, pending: dict[int, futures.Future], count: int) -> Scores:
+        """Waits for the answers of this process, then joins those of all processes."""
+        names = tuple(self._config.rewards.weights)
+        # The last column tells all processes of a changed reward model.
+        table = np.full((count, len(names) + 1), np.nan, np.float32)
+        table[:, -1] = 0
+        owned = np.zeros(count, bool)
+        for b, future in pending.items():
+            while not futures.wait([future], timeout=0.5).done:
+                self._check_interrupt()
+            result = future.result()
+            owned[b] = True
+            if result.ok:
+                # A reward that is monitored only may be missing.
+                table[b, :-1] = [result.scores.get(name, np.nan) for name in names]
+            else:
+                table[b, -1] = result.code == reward_types.FAILED_PRECONDITION
+                logging.warning("sample %d has no reward: %s %s", b, result.code, result.message)
+
+        # Never raise before this point: the other processes wait in the gather.
+        table = hosts.gather_rows(table, owned)
+        if table[:, -1].any():
+            raise RewardModelChangedError(
+                "the reward server answers with another model than at the start of the run; "
+                "nothing was applied. Allowed: the same model, or a new workdir"
             )
-        logging.info("rewards from %s, fingerprint %s", address, info.fingerprint[:16])
-        yield client
+        values = {name: table[:, i] for i, name in enumerate(names)}
+        return known_scores(values, self._config.rewards)
 
 
-def _own_server(rewards: schema.RewardsConfig, workdir: pathlib.Path) -> supervisor.KeptServer:
-    log = workdir / f"rewards-{jax.process_index()}.log"
-    try:
-        return supervisor.KeptServer(rewards.backend, log, rewards.silence_seconds)
-    except (RuntimeError, OSError) as error:
-        raise reward_types.RewardServiceError(reward_types.UNAVAILABLE, str(error)) from error
+def known_scores(values: Mapping[str, np.ndarray], rewards: schema.RewardsConfig) -> Scores:
+    """`Scores` of what was measured, float32 [B] by reward.
+
+    A sample is valid where every reward that is optimised is finite; one that is monitored only
+    takes no sample out.
+    """
+    finite = {name: np.isfinite(column) for name, column in values.items()}
+    valid = np.logical_and.reduce([finite[name] for name in rewards.optimised])
+    kept = {n: np.where(valid & finite[n], column, np.nan) for n, column in values.items()}
+    return Scores(kept, valid)
 
 
-def _first_contact(
-    client: client_lib.RewardClient, rewards: schema.RewardsConfig, begun: bool
-) -> reward_types.RewardInfo:
-    patience = rewards.budget_seconds
-    if not begun:
-        patience = min(patience, FIRST_CONTACT_SECONDS)
-    try:
-        return client.info(patience)
-    except reward_types.RewardServiceError as error:
-        if rewards.spawn or (begun and error.code != reward_types.UNIMPLEMENTED):
-            raise
-        # What gRPC says may have several lines.
-        raise ValueError(
-            f"config.rewards.address: got {rewards.address!r}, where no reward service answers "
-            f"({' '.join(str(error).split())}); allowed: HOST:PORT of a running "
-            "python -m sage_grpo_jax.serve_rewards"
-        ) from error
+def reward_metrics(scores: Scores, rewards: schema.RewardsConfig) -> dict[str, float]:
+    """Means over the samples that have the reward.
+
+    `reward/overall` is the plain sum of what is optimised, `reward/weighted` the objective. The
+    others are `reward/NAME`, those that are monitored only among them.
+    """
+
+    def mean(values: np.ndarray) -> float:
+        known = values[np.isfinite(values)]
+        return float(np.mean(known, dtype=np.float64)) if known.size else float("nan")
+
+    return {
+        "reward/overall": mean(scores.weighted(dict.fromkeys(rewards.optimised, 1.0))),
+        "reward/weighted": mean(scores.weighted(rewards.weights)),
+        **{reward_names.metric(name): mean(values) for name, values in scores.values.items()},
+        "reward/valid_fraction": float(np.mean(scores.valid)),
+    }

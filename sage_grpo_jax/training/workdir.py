@@ -35,6 +35,10 @@ _NAMES = (
     "samples/*",
 )
 
+# Fields of older runs that repeated another one.
+_RETIRED = ("applied_method",)
+_WEIGHTS = "rewards.weights."  # the one field that is a mapping
+
 # Fields that a rerun may change without becoming another run.
 OPERATIONAL = (
     "num_steps",
@@ -55,7 +59,7 @@ def claim(config: schema.Config, workdir: pathlib.Path) -> None:
 
     A folder of ours in which no step was ever recorded may change its config: a mistake in the
     first one can be corrected without another folder. Fields that are younger than the folder count
-    as their defaults, which leave a run as it was.
+    as their defaults, which leave a run as it was; those of _RETIRED are not looked at.
 
     Raises:
       ValueError: naming the fields that differ; a config.json or metrics.jsonl that cannot be read;
@@ -66,7 +70,8 @@ def claim(config: schema.Config, workdir: pathlib.Path) -> None:
     with writable(workdir):
         _check_record(workdir)
         theirs = flatten(read_object(path)) if path.exists() and _has_begun(workdir) else mine
-    theirs = flatten(dataclasses.asdict(schema.Config())) | theirs
+    theirs = _younger_fields(theirs) | theirs
+    theirs = {name: value for name, value in theirs.items() if name not in _RETIRED}
     differing = [
         f"{name} ({theirs.get(name)!r} there, {mine.get(name)!r} here)"
         for name in sorted(mine.keys() | theirs.keys())
@@ -273,6 +278,17 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def _younger_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The defaults, flat, of the fields that a flat config may lack.
+
+    A mapping is there or not as a whole: what it does not list is no field of its run.
+    """
+    defaults = flatten(dataclasses.asdict(schema.Config()))
+    if any(name.startswith(_WEIGHTS) for name in config):
+        defaults = {n: value for n, value in defaults.items() if not n.startswith(_WEIGHTS)}
+    return defaults
 
 
 def _has_begun(workdir: pathlib.Path) -> bool:

@@ -53,7 +53,7 @@ def assert_tiny(metrics):
 
 def test_the_transformer_hardly_deviates(make_case):
     case = make_case({"trust_region.kind": "none"})
-    assert_tiny(case.learner._shadow(case.state, some_batch(case), case.learner.frozen))
+    assert_tiny(case.learner._check(case.state, some_batch(case), case.learner.frozen))
 
 
 def test_a_healthy_run_hardly_deviates(make_case, small_network):
@@ -70,11 +70,11 @@ def test_a_mesh_of_eight_devices(make_case, small_network):
     mesh = mesh_lib.make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
         case = make_case({"trust_region.kind": "none"}, mesh)
-        assert_tiny(case.learner._shadow(case.state, some_batch(case), case.learner.frozen))
+        assert_tiny(case.learner._check(case.state, some_batch(case), case.learner.frozen))
 
 
 def test_the_shadow_is_off_by_default(make_case):
-    assert make_case({"debug.shadow": False}).learner._shadow is None
+    assert make_case({"debug.shadow": False}).learner._check is None
 
 
 def no_weights(policy_loss, log_ratio, advantages, weights, *args, **kwargs):
@@ -95,7 +95,7 @@ def check(make_case, small_network):
     """
     case = make_case({"trust_region.initial_weight": 0.5, "trust_region.final_weight": 0.5})
     case.steps(1)
-    batch, checker = some_batch(case), case.learner._shadow
+    batch, checker = some_batch(case), case.learner._check
 
     def run(plan=case.learner.plan):
         checker._float32 = jax.jit(functools.partial(shadow._float32_side, plan))
@@ -227,7 +227,7 @@ def test_the_other_settings_agree_too(make_case, small_network):
 
     opt_state = jax.tree.map(move_anchor, case.state.opt_state, is_leaf=is_region)
     state = case.state._replace(opt_state=opt_state)
-    found = case.learner._shadow(state, batch, case.learner.frozen)
+    found = case.learner._check(state, batch, case.learner.frozen)
     # A sum over the 320 elements of a sample instead of their mean.
     assert 0 < found["shadow/log_ratio"] < 320 * 2e-6
     assert found["shadow/loss"] < 2e-5

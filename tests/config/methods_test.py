@@ -64,6 +64,7 @@ DANCE_GRPO = {  # XueZeyue/DanceGRPO: finetune_hunyuan_grpo.sh, fastvideo/train_
     "--timestep_fraction": (0.6, "rollout.trained_fraction"),
     "randperm of the steps": ("random", "rollout.trained_choice"),
     "group_rewards.std()": ("group_unbiased", "advantage.std"),
+    "vq_coef, mq_coef: advantages of each": ("per_reward", "advantage.combine"),
     "+ 1e-8": (1e-8, "advantage.epsilon"),
     "adv_clip_max": (5.0, "advantage.clip"),
     "clip_range": (1e-4, "loss.clip_range"),
@@ -188,7 +189,6 @@ def test_matched_variants_differ_from_sage_in_the_sampler_alone(method, file):
     same = dataclasses.replace(
         config,
         method="sage",
-        applied_method="sage",
         rollout=dataclasses.replace(config.rollout, sde="precise"),
     )
     assert same == sage

@@ -4,7 +4,10 @@ import importlib.util
 import pathlib
 import re
 
+import ml_collections
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from sage_grpo_jax.config import methods, schema, step_plan
 from sage_grpo_jax.training import workdir
@@ -53,6 +56,28 @@ def test_bad_argument_is_named(plan, arg):
         plan.get_config(arg)
 
 
+@pytest.mark.parametrize(
+    ("method", "allowed"),
+    [("grpo", "sage_paper, flow_grpo"), ("flow_grpo", "RECIPE.py:method=flow_grpo")],
+)
+def test_the_name_of_a_method_by_itself_is_refused(plan, method, allowed):
+    """It would change the name and none of the values: in code, from a file, as a flag."""
+    config = plan.get_config("method=sage")
+    with pytest.raises(TypeError, match="field 'method'"):
+        config.method = method
+    values = ml_collections.ConfigDict(config.to_dict() | {"method": method})
+    with pytest.raises(ValueError, match=f"^config.method: got '{method}'.* allowed: .*{allowed}"):
+        schema.from_config_dict(values)
+
+
+def test_the_method_is_no_flag():
+    argv = ["train", f"--config={RECIPE}:method=sage", "--config.method=flow_grpo"]
+    defined = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=defined, sys_argv=argv)
+    with pytest.raises(flags.Error, match=r"config.method: got 'flow_grpo', .*:method=flow_grpo$"):
+        defined(argv)
+
+
 def test_typing_a_wrong_field_fails(plan):
     with pytest.raises(AttributeError, match="etaa"):
         plan.get_config().rollout.etaa = 1.0
@@ -87,8 +112,6 @@ def test_typing_a_wrong_field_fails(plan):
         ("rewards.budget_seconds", 0.0, "greater than 0"),
         ("rewards.backend", "video", "moving_shapes, or package.module:Class"),
         ("mesh.fsdp", -2, "at least -1"),
-        ("method", "grpo", "sage_paper, flow_grpo"),
-        ("method", "flow_grpo", ":method=flow_grpo"),
         ("optimizer.momentum", 1.0, "below 1"),
         ("model.variant", "480p", "480p_t2v"),
         ("name", "", "a name"),
@@ -102,6 +125,7 @@ def test_typing_a_wrong_field_fails(plan):
         ("rollout.trained_choice", "last", "first, random"),
         ("rollout.window_motion.stay", 0, "at least 1"),
         ("rollout.window_motion.rate", -0.5, "finite number >= 0"),
+        ("advantage.combine", "mean", "sum, per_reward"),
         ("advantage.std", "prompt", "group, group_unbiased, global"),
         ("loss.objective", "dpo", "ppo, reinforce, nft"),
         ("loss.guidance_gradient", "negative", "both, condition"),
@@ -233,6 +257,67 @@ def test_methods_change_only_fields_that_exist():
     known = workdir.flatten(schema.default_config().to_dict())
     for preset in fields.values():
         assert set(preset) <= set(known)
+
+
+def recipe_with(plan, weights):
+    """The quick start with other rewards."""
+    config = plan.get_config()
+    config.rewards.weights = weights
+    return config
+
+
+def test_a_recipe_may_name_any_rewards(plan):
+    """A weight of 0 stays: it is monitored."""
+    config = recipe_with(plan, {"hps_v2": 2, "aesthetic": 0.5, "TA": 0.0, "VQ": 1.0})
+    made = schema.from_config_dict(config)
+    assert made.rewards.weights == {"hps_v2": 2.0, "aesthetic": 0.5, "TA": 0.0, "VQ": 1.0}
+    assert isinstance(made.rewards.weights["hps_v2"], float)
+    assert made.rewards.optimised == {"hps_v2": 2.0, "aesthetic": 0.5, "VQ": 1.0}
+    # ConfigDicts sort their names; sums of floats keep the order of old, whatever is added.
+    assert list(made.rewards.weights) == ["VQ", "TA", "aesthetic", "hps_v2"]
+    again = recipe_with(plan, {"VQ": 1.0, "TA": 0.0, "aesthetic": 0.5, "hps_v2": 2.0})
+    assert hash(schema.from_config_dict(again)) == hash(made)
+    assert schema.from_config_dict(again) == made
+    config.rewards.weights.aesthetic = 0.25  # as a flag does it
+    assert schema.from_config_dict(config) != made
+
+
+def test_rewards_of_the_quick_start_keep_their_order(plan):
+    weights = schema.from_config_dict(plan.get_config()).rewards.weights
+    assert list(weights.items()) == [("VQ", 1.0), ("MQ", 1.0), ("TA", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ({}, r"rewards.weights: got \(\) for no reward; allowed: one of them not 0"),
+        ({"a": 0.0, "b": 0.0}, r"rewards.weights: got \(0.0, 0.0\) for a, b; allowed: one of them"),
+        ({"a": float("nan")}, "rewards.weights.a: got nan; allowed: finite"),
+        ({"a": "1"}, r"rewards.weights.a: got '1' \(str\); allowed: float"),
+        ({"a": True}, r"rewards.weights.a: got True \(bool\); allowed: float"),
+        ({"overall": 1.0}, "rewards.weights: got 'overall' as the name of a reward"),
+        ({"VQ": 1.0, "vq": 1.0}, ".* which share the metric reward/vq"),
+    ],
+)
+def test_weights_that_are_no_weights_are_refused(plan, weights, said):
+    with pytest.raises(ValueError, match=f"^config.{said}"):
+        schema.from_config_dict(recipe_with(plan, weights))
+
+
+def test_weights_that_are_no_mapping_are_refused():
+    config = schema.default_config().to_dict()
+    config["rewards"]["weights"] = 1.0
+    with pytest.raises(ValueError, match=r"config.rewards.weights: got 1.0; allowed: values by"):
+        schema.from_config_dict(ml_collections.ConfigDict(config))
+
+
+def test_a_preset_leaves_the_rewards_of_a_recipe_alone(plan):
+    """Its weights are those of VQ, MQ and TA; which rewards there are is the recipe's choice."""
+    config = recipe_with(plan, {"aesthetic": 1.0, "MQ": 3.0})
+    methods.apply(config, "sage_official")
+    assert config.rewards.weights.to_dict() == {"aesthetic": 1.0, "MQ": 0.5}
+    with pytest.raises(AttributeError):
+        config.rewards.weights.asthetic = 2.0  # a slip of a flag is no new reward
 
 
 def test_weights_that_are_all_zero_have_nothing_to_optimise(plan):

@@ -53,6 +53,7 @@ def test_the_eta_kl_sweep_is_valid_point_by_point(tmp_path):
         ("def sweep(add):\n  add({'seed': 1}); add({'seed': 1})", "adds a point twice"),
         ("def sweep(add): add({'rollout.eta': -1.0})", "point 0 .*config.rollout.eta: got -1.0"),
         ("def sweep(add): add({'rollout.etta': 1.0})", "point 0 .*etta"),
+        ("def sweep(add): add({'method': 'cps'})", "point 0 .*config.method: got 'cps', .*=cps"),
         ("def sweep(add): add({'rollout.num_steps': 1})", "point 0 .*no stochastic step"),
         ("def sweep(add): add({}); add(5)", r"bad.py failed: point 1: add got 5; allowed: "),
         ("def sweep(add): add({3: 1})", r"point 0: add got {3: 1}; allowed: "),

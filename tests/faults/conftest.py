@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import pathlib
-import sys
 from typing import Any
 
 import jax
@@ -14,19 +12,6 @@ from tiny_recipe import LocalScorer
 
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import input_checks, loop, metrics, setup
-
-TESTS = pathlib.Path(__file__).parents[1]
-
-
-def _load(name: str, path: pathlib.Path) -> Any:
-    """A test module of another folder, importable by `name` from here on."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-_load("scripted_service", TESTS / "rewards" / "scripted_service.py")
 
 # Compiled programs, by what they depend on.
 _PROGRAMS: dict[Any, Any] = {}

@@ -3,7 +3,7 @@
 import pytest
 from entry_modules import import_entry
 
-from sage_grpo_jax.training import loop, scoring
+from sage_grpo_jax.training import loop, reward_service
 from sage_grpo_jax.worlds.moving_shapes import spec as moving_shapes_spec
 
 
@@ -50,7 +50,7 @@ def test_the_command_evaluates_held_out_prompts_only(runs, scored, prompts, tmp_
     overrides, _, held_out = prompts
     runs.train(tmp_path / "run", num_steps=1, **overrides)
     scored.clear()
-    monkeypatch.setattr(scoring, "open_scorer", loop.open_scorer)  # the local one
+    monkeypatch.setattr(reward_service, "open_scorer", loop.open_scorer)  # the local one
     evaluate = import_entry("evaluate")
     evaluate.evaluate(runs.config(**overrides), str(tmp_path / "run"), tmp_path / "out")
     assert asked(scored, "") == held_out

@@ -6,19 +6,19 @@ from concurrent import futures
 
 import pytest
 
-from sage_grpo_jax.training import checkpoint, evaluation, metrics, setup
+from sage_grpo_jax.training import checkpoint, evaluation, metrics, scoring, setup
 from sage_grpo_jax.training import learner as learner_lib
 
 # What is running when the signal arrives, and the call of it (from 1) that is interrupted.
 PHASES = {
     "rollout": (learner_lib.Learner, "window_starts", 2),
-    "decode": (learner_lib.Learner, "_decode", 4),
-    "scoring": (learner_lib.Learner, "_submit", 11),
+    "decode": (scoring.Scoring, "_own_rows", 4),
+    "scoring": (scoring.Scoring, "_submit", 11),
     "advantages": (learner_lib.Learner, "advantages", 2),
     "update": (learner_lib.Learner, "update", 2),
-    "first evaluation": (learner_lib.Learner, "score_videos", 1),
-    "evaluation in between": (learner_lib.Learner, "score_videos", 2),
-    "last evaluation": (learner_lib.Learner, "score_videos", 3),
+    "first evaluation": (scoring.Scoring, "score_videos", 1),
+    "evaluation in between": (scoring.Scoring, "score_videos", 2),
+    "last evaluation": (scoring.Scoring, "score_videos", 3),
     "samples": (evaluation, "save_samples", 2),
     "metrics": (metrics.MetricsWriter, "write", 2),
     "saving": (checkpoint.Checkpoints, "save", 1),

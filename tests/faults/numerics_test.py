@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sage_grpo_jax.rewards import types as reward_types
-from sage_grpo_jax.training import checkpoint, loop, optimizers, setup
+from sage_grpo_jax.training import checkpoint, loop, optimizers, ratio, setup
 from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import update as update_lib
 
@@ -149,7 +149,7 @@ def test_a_model_that_breaks_in_the_update_stops_the_run_and_keeps_the_checkpoin
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / checkpoint.FOLDER).rglob("*")}
     with monkeypatch.context() as patch:
         _break_rollouts(patch, lambda latents: latents.at[1, 1, 0, 0, 0, 0].set(jnp.nan))
-        with pytest.raises(learner_lib.NumericsError, match="the model's output is not finite"):
+        with pytest.raises(ratio.NumericsError, match="the model's output is not finite"):
             runs.train(tmp_path)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / checkpoint.FOLDER).rglob("*")} == kept
     assert runs.train(tmp_path)["steps"] == 3

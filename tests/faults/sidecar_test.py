@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from scripted_service import Script, scripted
 
-from sage_grpo_jax.training import learner as learner_lib
-from sage_grpo_jax.training import loop, scoring
+from sage_grpo_jax.training import loop, reward_service, scoring
 
 REMOTE = {
     "rewards.spawn": False,
@@ -75,7 +74,7 @@ def test_a_few_failed_samples_are_masked_and_another_model_is_refused(runs, serv
     service.fault = lambda phase, sample: (
         "another model" if phase == "step2" else masked(phase, sample)
     )
-    with pytest.raises(learner_lib.RewardModelChangedError, match="nothing was applied"):
+    with pytest.raises(scoring.RewardModelChangedError, match="nothing was applied"):
         runs.train(broken, **service.settings)
     with pytest.raises(ValueError, match=r"config.rewards: the reward model has changed") as error:
         runs.train(broken, **service.settings)
@@ -91,21 +90,21 @@ def test_an_own_service_that_falls_silent_costs_no_rollout(
 ):
     kept = []
 
-    class Kept(scoring.supervisor.KeptServer):
+    class Kept(reward_service.supervisor.KeptServer):
         def __init__(self, *args):
             super().__init__(*args)
             kept.append((self, self.pid))
 
     monkeypatch.setattr(loop, "open_scorer", runs.open_scorer)
-    monkeypatch.setattr(scoring.supervisor, "KeptServer", Kept)
-    submit = scoring.client_lib.RewardClient.submit
+    monkeypatch.setattr(reward_service.supervisor, "KeptServer", Kept)
+    submit = reward_service.client_lib.RewardClient.submit
 
     def stop_and_submit(self, video, prompt, request_id, fps):
         if request_id.startswith("step1/") and kept[0][0].pid == kept[0][1]:
             os.kill(kept[0][1], signal.SIGSTOP)
         return submit(self, video, prompt, request_id, fps)
 
-    monkeypatch.setattr(scoring.client_lib.RewardClient, "submit", stop_and_submit)
+    monkeypatch.setattr(reward_service.client_lib.RewardClient, "submit", stop_and_submit)
     runs.train(tmp_path, **{"rewards.silence_seconds": 1.0})
     ((server, first),) = kept
     assert server.pid != first
@@ -118,9 +117,9 @@ def test_a_run_that_has_begun_waits_longer_for_its_service(runs, tmp_path, monke
 
     def info(self, budget):
         budgets.append(budget)
-        raise scoring.reward_types.RewardServiceError("UNAVAILABLE", "connection refused")
+        raise reward_service.reward_types.RewardServiceError("UNAVAILABLE", "connection refused")
 
-    monkeypatch.setattr(scoring.client_lib.RewardClient, "info", info)
+    monkeypatch.setattr(reward_service.client_lib.RewardClient, "info", info)
     config = runs.config(
         **{"rewards.spawn": False, "rewards.address": "h:1", "rewards.budget_seconds": 900.0}
     )
@@ -130,6 +129,9 @@ def test_a_run_that_has_begun_waits_longer_for_its_service(runs, tmp_path, monke
     ):
         pass
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(scoring.reward_types.RewardServiceError), runs.open_scorer(config, tmp_path):
+    with (
+        pytest.raises(reward_service.reward_types.RewardServiceError),
+        runs.open_scorer(config, tmp_path),
+    ):
         pass
-    assert budgets == [scoring.FIRST_CONTACT_SECONDS, 900.0]
+    assert budgets == [reward_service.FIRST_CONTACT_SECONDS, 900.0]

@@ -88,6 +88,89 @@ def test_the_deviation_within_groups_is_averaged_over_those_that_have_one():
     assert np.isnan(advantage.group_std(rewards, np.zeros((3, 4), bool)))
 
 
+def numpy_combined(rewards, weights, epsilon, clip, std_floor, std):
+    """Of each reward by itself, one group at a time, in float64; NaN: the sample lacks it."""
+    total = np.zeros((3, 4))
+    for name, weight in weights.items():
+        if weight == 0:
+            continue
+        column = np.asarray(rewards[name], np.float64)
+        everything = column[np.isfinite(column)]
+        for p in range(3):
+            has = np.isfinite(column[p])
+            members = column[p][has]
+            if len(members) < 2 or np.ptp(members) == 0:
+                continue
+            scale = {
+                "group": members.std(),
+                "group_unbiased": members.std(ddof=1),
+                "global": everything.std(),
+            }[std]
+            scaled = (members - members.mean()) / (max(scale, std_floor) + epsilon)
+            total[p][has] += weight * scaled
+    return np.clip(total, -clip, clip)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    values=hnp.arrays(np.float32, (3, 3, 4), elements=st.integers(-64, 64).map(lambda n: n / 8)),
+    lacking=hnp.arrays(bool, (3, 3, 4)),
+    weights=st.tuples(*[st.sampled_from([-0.5, 0.0, 0.25, 2.0])] * 3).filter(any),
+    std=st.sampled_from(advantage.STDS),
+    std_floor=st.sampled_from([0.0, 3.0]),
+)
+def test_advantages_of_each_reward_match_numpy(values, lacking, weights, std, std_floor):
+    """Every sample may lack other rewards; units differ by a thousand."""
+    scales = np.float32([1.0, 1e3, 0.1])[:, None, None]
+    values = np.where(lacking, np.float32(np.nan), values * scales)
+    rewards, weights = dict(zip("abc", values, strict=True)), dict(zip("abc", weights, strict=True))
+    numbers = {"epsilon": 1e-3, "clip": 1.5, "std_floor": std_floor, "std": std}
+    got = advantage.combined_advantages(rewards, weights, EVERYONE, combine="per_reward", **numbers)
+    wanted = numpy_combined(rewards, weights, **numbers)
+    np.testing.assert_allclose(got, wanted, rtol=5e-5, atol=2e-5)
+
+
+@hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
+@hypothesis.given(
+    values=hnp.arrays(np.float32, (2, 3, 4), elements=st.integers(-64, 64).map(lambda n: n / 8)),
+    valid=hnp.arrays(bool, (3, 4)),
+    std=st.sampled_from(advantage.STDS),
+)
+def test_the_sum_is_that_of_what_has_a_weight(values, valid, std):
+    """A reward that is monitored only has no part in it, nor in who is valid."""
+    monitored = np.full((3, 4), np.nan, np.float32)
+    rewards = {"a": values[0], "seen": monitored, "b": values[1]}
+    weights = {"a": 2.0, "seen": 0.0, "b": -0.5}
+    got = advantage.combined_advantages(rewards, weights, valid, 1e-4, 1.2, std=std)
+    total = 2.0 * values[0] - 0.5 * values[1]  # exact
+    wanted = advantage.group_advantages(total, valid, 1e-4, 1.2, std=std)
+    np.testing.assert_array_equal(got, wanted)
+    each = advantage.combined_advantages(
+        rewards, weights, valid, 1e-4, 1.2, std=std, combine="per_reward"
+    )
+    assert np.all(np.isfinite(each))
+    assert np.all(np.asarray(each)[~valid] == 0)
+
+
+def test_a_reward_of_large_numbers_does_not_drown_the_others():
+    """By hand: b agrees with a in nothing, and is a thousand times as large."""
+    rewards = {
+        "a": np.float32([[0.0, 1.0, 0.0, 1.0]]),
+        "b": np.float32([[0.0, 0.0, 1000.0, 1000.0]]),
+    }
+    everyone = np.ones((1, 4), bool)
+
+    def combined(combine, **weights):
+        return advantage.combined_advantages(rewards, weights, everyone, 0.0, None, combine=combine)
+
+    np.testing.assert_allclose(combined("per_reward", a=1.0, b=1.0), [[-2, 0, 0, 2]])
+    np.testing.assert_allclose(combined("per_reward", a=3.0, b=1.0), [[-4, 2, -2, 4]])
+    np.testing.assert_allclose(combined("per_reward", a=-1.0, b=0.0), [[1, -1, 1, -1]])
+    np.testing.assert_allclose(combined("sum", a=1.0, b=1.0), [[-1, -1, 1, 1]], atol=2e-3)
+    # One reward with weight 1 is the same either way.
+    np.testing.assert_array_equal(combined("sum", b=1.0), combined("per_reward", b=1.0))
+
+
 def test_large_offset_costs_no_digits():
     rewards = np.float32([[0.0, 1.0, 2.0, 5.0]] * 3)
     np.testing.assert_allclose(
@@ -126,3 +209,13 @@ def test_bad_input():
         advantage.group_advantages(EVERYONE, EVERYONE, 0.0, 5.0, std="prompt")
     with pytest.raises(AssertionError):
         advantage.group_advantages(EVERYONE, EVERYONE[:2], 0.0, 5.0)
+    one = {"a": np.ones((3, 4))}
+    with pytest.raises(ValueError, match="combine='mean': must be one of sum, per_reward"):
+        advantage.combined_advantages(one, {"a": 1.0}, EVERYONE, 0.0, 5.0, combine="mean")
+    for combine in advantage.COMBINES:
+        with pytest.raises(ValueError, match=r"weights={'a': 0.0}: one must not be 0"):
+            advantage.combined_advantages(one, {"a": 0.0}, EVERYONE, 0.0, 5.0, combine=combine)
+        with pytest.raises(ValueError, match=r"clip=0\.0: must be > 0 or None"):
+            advantage.combined_advantages(one, {"a": 1.0}, EVERYONE, 0.0, 0.0, combine=combine)
+        with pytest.raises(KeyError):
+            advantage.combined_advantages(one, {"b": 1.0}, EVERYONE, 0.0, 5.0, combine=combine)

@@ -64,6 +64,35 @@ def test_every_result_belongs_to_its_clip():
         assert 0.0 < result.server_seconds <= result.seconds
 
 
+def test_a_reward_that_is_optional_takes_no_sample_out():
+    """RED of this clip is no number, which fails the sample unless RED is optional."""
+    both = {"reward_names": ("RED", "MEAN")}
+    backend = fake_backends.Bad()
+    with _serving(backend) as server:
+        with RewardClient(server.address, **both) as client:
+            assert _submit(client, prompt="nan").result(20.0).code == types.INTERNAL
+        assert backend.calls == 1
+        with RewardClient(server.address, **both, optional_names=("RED",)) as client:
+            lacking, whole = _submit(client, prompt="nan"), _submit(client, prompt="a red disk")
+            lacking, whole = lacking.result(20.0), whole.result(20.0)
+        assert lacking.ok
+        assert lacking.attempts == 2
+        mean = fake_backends.clip(0).mean(dtype=np.float64) - 100.0
+        assert lacking.scores == pytest.approx({"MEAN": mean})
+        assert set(whole.scores) == {"MEAN", "RED"}
+        assert whole.attempts == 1
+        # One that is needed fails the sample, and so does a backend that gives nothing.
+        with RewardClient(server.address, **both, optional_names=("MEAN",)) as client:
+            assert _submit(client, prompt="nan").result(20.0).code == types.INTERNAL
+            assert _submit(client, prompt="raise").result(20.0).code == types.INTERNAL
+
+
+@pytest.mark.parametrize("optional", [("RED", "MEAN"), ("BLUE",)])
+def test_optional_rewards_are_some_of_those_asked_for(optional):
+    with pytest.raises(ValueError, match=r"optional_names = .* must be some of reward_names"):
+        RewardClient("a:1", reward_names=("RED", "MEAN"), optional_names=optional)
+
+
 def test_the_frames_may_be_reused_after_submit():
     video = fake_backends.clip()
     mean = video.mean(dtype=np.float64)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sage_grpo_jax.checks import shadow
 from sage_grpo_jax.config import schema
 from sage_grpo_jax.policy import conditions
 from sage_grpo_jax.training import learner as learner_lib
@@ -104,12 +105,14 @@ def make(
     """The trainer of a config, on a mesh that is set; `folder` gets the embeddings."""
     networks = setup.read_networks(config.model)
     prompts = setup.open_prompts(config, folder, networks)
+    programs = build_programs(networks, config, mesh)
     learner = learner_lib.Learner(
-        build_programs(networks, config, mesh),
+        programs,
         setup.load_vae(networks, mesh),
         prompts.negative,
         scorer,
         mesh,
         base=setup.load_base(networks, config, mesh),
+        check=shadow.Shadow(programs.plan) if config.debug.shadow else None,
     )
     return Trainer(learner, setup.fresh_state(networks, config, mesh), prompts)

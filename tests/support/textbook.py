@@ -49,7 +49,9 @@ def variance(kind: str, sigmas: np.ndarray, t: int, eta: float) -> float:
         return eta**2 * sigma / distance * (sigma - after)
     if kind == "dance":
         return eta**2 * (sigma - after)
-    return (after * math.sin(eta * math.pi / 2)) ** 2  # cps
+    if kind == "cps":
+        return (after * math.sin(eta * math.pi / 2)) ** 2
+    raise ValueError(f"kind={kind!r}: the textbook has no formula for it")
 
 
 def mean(kind: str, sigmas: np.ndarray, t: int, eta: float, x: Any, v: Any) -> Any:
@@ -117,17 +119,20 @@ def draws(config: Any, ids: list[str], step: int, shape: tuple[int, ...], places
 
 def advantages(config: Any, rewards: dict[str, np.ndarray], valid: np.ndarray) -> np.ndarray:
     """[B]; 0 where there is no reward."""
-    weights = vars(config.rewards.weights)
-    total = sum(weights[name] * rewards[name] for name in weights)
-    result = np.zeros(len(total))
+    weights = {name: weight for name, weight in config.rewards.weights.items() if weight}
+    parts = [(1.0, sum(weight * rewards[name] for name, weight in weights.items()))]
+    if config.advantage.combine == "per_reward":
+        parts = [(weight, rewards[name]) for name, weight in weights.items()]
+    result = np.zeros(len(valid))
     group = config.rollout.group_size
-    for start in range(0, len(total), group):
+    for start in range(0, len(valid), group):
         members = [b for b in range(start, start + group) if valid[b]]
-        scores = np.array([total[b] for b in members])
-        for b, score in zip(members, scores, strict=True):
-            value = (score - scores.mean()) / (scores.std() + config.advantage.epsilon)
-            result[b] = np.clip(value, -config.advantage.clip, config.advantage.clip)
-    return result
+        for weight, column in parts:
+            scores = np.array([column[b] for b in members])
+            for b, score in zip(members, scores, strict=True):
+                scaled = (score - scores.mean()) / (scores.std() + config.advantage.epsilon)
+                result[b] += weight * scaled
+    return np.clip(result, -config.advantage.clip, config.advantage.clip)
 
 
 # The step

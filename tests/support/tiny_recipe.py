@@ -117,7 +117,7 @@ class LocalScorer:
     fingerprint: str = "local"
 
     def submit(self, video, prompt, request_id, fps) -> futures.Future:
-        """See `learner.Scorer`."""
+        """See `scoring.Scorer`."""
         self.calls += 1
         future: futures.Future = futures.Future()
         if int(request_id.rpartition("/")[2]) in self.failing:

@@ -109,7 +109,7 @@ class Case:
         mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "context"), devices=jax.devices()[:1])
         shapes = ratio.abstract_old_means(self.plan, mesh)
         old = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        limits, states, metrics = ratio.tolerances(self.config), [first], []
+        limits, states, metrics = ratio.Gate.of(self.config).limits, [first], []
         for _ in range(count):
             new, values, old = self.update(states[-1], batch, self.frozen, limits, old)
             assert values["update/applied"], values
@@ -439,7 +439,7 @@ def test_an_update_that_is_skipped_leaves_the_averages_alone(tiny_policy):
     batch = update_lib.UpdateBatch(
         case.trajectory.latents, case.keys, case.condition, case.advantages, case.valid, case.starts
     )
-    limits = ratio.tolerances(case.config)
+    limits = ratio.Gate.of(case.config).limits
     new, metrics, _ = case.update(first, batch, case.frozen, limits, None)
     assert not metrics["update/applied"]
     assert not metrics["update/finite_loss"]

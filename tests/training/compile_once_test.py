@@ -55,7 +55,7 @@ def test_programs_compile_once_and_none_after_the_first_step(
             assert first.count(name) == 1, (name, first)
         for _ in range(3):
             # Another prompt, another step number, failed samples: the same shapes.
-            learner._scorer.failing = frozenset({1, 6})
+            learner.scoring.scorer.failing = frozenset({1, 6})
             state, metrics = learner.step(state, next(batches))
             assert compiled.take() == []
         # Nothing that the loop writes waits for a device: the numbers are here already.

@@ -9,8 +9,7 @@ from PIL import Image
 
 from sage_grpo_jax.experiments import run_report
 from sage_grpo_jax.policy import conditions
-from sage_grpo_jax.training import evaluation, setup
-from sage_grpo_jax.training import learner as learner_lib
+from sage_grpo_jax.training import evaluation, scoring, setup
 from sage_grpo_jax.worlds.moving_shapes import spec
 
 
@@ -74,6 +73,38 @@ def test_report_counts_changes_in_standard_errors(tmp_path):
     assert (both[22, 5] == (0, 0, 0)).all()
     assert (both[22, 5 + 36] == (200, 0, 0)).all()
     assert Image.open(tmp_path / "before_after.gif").n_frames == 2
+
+
+def test_reports_show_whatever_rewards_a_run_has(tmp_path):
+    """Those that are monitored only among them, which have no part in the overall reward."""
+    _write_run(tmp_path / "run", 0, 0.5, 0.6)
+    both = {"eval/reward/overall": 0.5, "eval/reward/zoom": 1.0, "eval/reward/hps_v2": -2.0}
+    after = {"eval/reward/overall": 0.9, "eval/reward/zoom": 1.5, "eval/reward/hps_v2": -1.0}
+    after["eval/reward/zoom_standard_error"] = 0.1
+    _change_summary(tmp_path / "run", eval={"first": both, "last": after})
+    rows = [{"step": step, "reward/hps_v2": 0.1, "reward/zoom": 0.2} for step in (1, 2)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "run" / "metrics.jsonl").write_text(text)
+    for step, zoom in ((0, [0.0, 1.0]), (2, [1.0, 3.0])):
+        table = {
+            "prompts": ["a", "b"],
+            "rewards": {"zoom": zoom, "hps_v2": [None, 7.0 * step]},
+            "optimised": ["zoom"],
+        }
+        path = tmp_path / "run" / "samples" / f"step_{step:06d}.json"
+        path.write_text(json.dumps(table))
+
+    run = run_report.read_run(tmp_path / "run")
+    lines = run_report.table(run).splitlines()
+    assert [line.split() for line in lines[1:4]] == [
+        ["reward", "overall", "0.5000", "0.9000", "+0.4000"],
+        ["reward", "zoom", "1.0000", "1.5000", "+0.5000"],
+        ["reward", "hps_v2", "-2.0000", "-1.0000", "+1.0000"],
+    ]
+    assert "standard_error" not in "".join(lines)
+    assert run.rewards == ("hps_v2", "zoom")
+    assert run.gain_error() == pytest.approx(0.5)  # of 1 and 2, zoom alone
+    run_report.write_curve([run], tmp_path / "curve.png")
 
 
 def _change_summary(folder, **changes):
@@ -147,6 +178,7 @@ class ScriptedLearner:
 
     def __init__(self, config, videos, rewards) -> None:
         self.config, self.videos, self.rewards = config, videos, rewards
+        self.scoring = self
         self.asked: list[str] = []
 
     def sample(self, params, batch, keys):
@@ -163,7 +195,7 @@ class ScriptedLearner:
         """The rewards of these clips; NaN is a failure."""
         rows = (np.arange(len(batch.ids)) + len(self.asked) - len(batch.ids)) % len(self.videos)
         values = {name: column[rows] for name, column in self.rewards.items()}
-        return learner_lib.Scores(values, np.isfinite(sum(values.values())))
+        return scoring.Scores(values, np.isfinite(sum(values.values())))
 
 
 def test_errors_are_over_prompts_and_diversity_within_them(make_config):
@@ -186,6 +218,10 @@ def test_errors_are_over_prompts_and_diversity_within_them(make_config):
     assert found["test/reward/overall"] == pytest.approx(np.nanmean(overall))
     error = abs(means[0] - means[1]) / 2  # of two values
     assert found["test/reward/overall_standard_error"] == pytest.approx(error, rel=1e-5)
+    for name, column in rewards.items():
+        means = [np.mean(column[[0, 2]]), np.mean(column[3:6])]
+        error = found[f"test/reward/{name.lower()}_standard_error"]
+        assert error == pytest.approx(abs(means[0] - means[1]) / 2, rel=1e-4)
     pixels = videos.astype(np.float64) / 255
     distances = [
         np.sqrt(np.mean((pixels[i] - pixels[j]) ** 2))

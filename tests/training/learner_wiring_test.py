@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sage_grpo_jax.common import phases
 from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.flow import noise, rollout
 from sage_grpo_jax.models import frames
 from sage_grpo_jax.policy import conditions
 from sage_grpo_jax.rewards import types
-from sage_grpo_jax.training import evaluation, programs, setup
+from sage_grpo_jax.training import evaluation, programs, scoring, setup
 from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training import update as update_lib
@@ -124,15 +125,17 @@ class Scripted:
 
 @pytest.fixture
 def make_learner(make_config, one_device):
-    """make_learner(overrides, **fields of Scripted) -> (learner, its script)."""
+    """make_learner(overrides, check, **fields of Scripted) -> (learner, its script)."""
 
-    def make(overrides=None, **fields):
+    def make(overrides=None, check=None, **fields):
         config = make_config({**OVERRIDES, **(overrides or {})})
         networks = setup.read_networks(config.model)
         made = plan_lib.make_plan(config, networks.transformer, networks.vae)
         script = Scripted(made, **fields)
         negative = prompt_batch(1)
-        learner = learner_lib.Learner(script.programs(), None, negative, script, one_device)
+        learner = learner_lib.Learner(
+            script.programs(), None, negative, script, one_device, check=check
+        )
         return learner, script
 
     return make
@@ -213,6 +216,44 @@ def test_noise_prompt_clip_and_advantage_of_each_sample(make_learner):
     assert metrics["advantage/nonzero_fraction"] == np.mean(wanted != 0)
 
 
+def test_a_monitored_reward_that_fails_takes_no_sample_out(make_learner):
+    monitored = {"rewards.weights.MQ": 0.0}
+    learner, script = make_learner(monitored, lacking=dict.fromkeys(range(P * G), "MQ"))
+    _, lacking = learner.step(state_at(7), prompt_batch(P))
+    learner, whole = make_learner(monitored)
+    _, metrics = learner.step(state_at(7), prompt_batch(P))
+    (update,), (wanted,) = script.batches, whole.batches
+    assert np.asarray(update.valid).all()
+    np.testing.assert_array_equal(update.advantages, wanted.advantages)
+    assert np.isnan(lacking.pop("reward/mq"))
+    assert metrics.pop("reward/mq") == pytest.approx(np.mean([reward("MQ", b) for b in range(12)]))
+    assert lacking["reward/overall"] == pytest.approx(metrics["reward/vq"] + metrics["reward/ta"])
+    for name in ("overall", "weighted", "group_std", "valid_fraction"):
+        assert lacking[f"reward/{name}"] == metrics[f"reward/{name}"]
+
+
+def test_advantages_of_each_reward_by_itself(make_learner):
+    """Settings and weights reach them, and the groups are those of the prompts."""
+    settings = {
+        "advantage.combine": "per_reward",
+        "advantage.std": "group_unbiased",
+        "advantage.std_floor": 3.0,
+        "advantage.clip": 2.0,
+    }
+    learner, script = make_learner(settings, failing=frozenset({1, 6}))
+    learner.step(state_at(0), prompt_batch(P))
+    wanted = np.zeros(P * G)
+    for p in range(P):
+        members = [b for b in range(p * G, (p + 1) * G) if b not in (1, 6)]
+        for name, weight in WEIGHTS.items():
+            values = np.array([reward(name, b) for b in members])
+            scale = max(values.std(ddof=1), 3.0) + 0.5
+            wanted[members] += weight * (values - values.mean()) / scale
+    assert np.sum(np.abs(wanted) > 2.0) in range(1, P * G)
+    (update,) = script.batches
+    np.testing.assert_allclose(update.advantages, np.clip(wanted, -2, 2), atol=1e-5)
+
+
 def test_every_step_has_its_own_noise_and_windows(make_learner):
     window = {"rollout.window": "random_k", "rollout.window_size": 1}
     learner, script = make_learner(window)
@@ -249,6 +290,27 @@ def test_several_updates_hand_their_means_on(make_learner):
     assert len({id(batch) for batch in script.batches}) == 1
 
 
+def test_a_check_sees_an_update_before_it_is_made(make_learner):
+    seen = []
+
+    def check(state, batch, frozen):
+        seen.append((int(state.step), batch, frozen, len(script.batches)))
+        return {"shadow/loss": 0.25}
+
+    learner, script = make_learner(check=check)
+    _, metrics = learner.step(state_at(7), prompt_batch(P))
+    ((step, batch, frozen, updates),) = seen
+    assert (step, updates) == (7, 0)
+    assert batch is script.batches[0]
+    assert frozen is learner.frozen
+    assert metrics["shadow/loss"] == 0.25
+    # Without an update there is nothing to check.
+    learner, script = make_learner(check=check, failing=frozenset(range(6)))
+    _, metrics = learner.step(state_at(8), prompt_batch(P))
+    assert len(seen) == 1
+    assert "shadow/loss" not in metrics
+
+
 def test_rollouts_are_drawn_from_the_policy_that_samples(make_learner):
     learner, script = make_learner()
     learner.step(state_at(0)._replace(params="trained"), prompt_batch(P))
@@ -260,7 +322,7 @@ def test_seconds_of_a_phase_add_up(make_learner, monkeypatch):
     """With a clock that goes on by one whenever it is looked at."""
     ticks = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)))
-    monkeypatch.setattr(learner_lib, "time", clock)
+    monkeypatch.setattr(phases, "time", clock)
     learner, _ = make_learner()
     _, metrics = learner.step(state_at(0), prompt_batch(P))
     seconds = {name: value for name, value in metrics.items() if name.startswith("time/")}
@@ -276,7 +338,7 @@ def test_seconds_of_a_phase_add_up(make_learner, monkeypatch):
 
 def test_another_reward_model_ends_the_run_and_other_failures_do_not(make_learner):
     learner, script = make_learner(failing=frozenset({4}), code=types.FAILED_PRECONDITION)
-    with pytest.raises(learner_lib.RewardModelChangedError, match="another model"):
+    with pytest.raises(scoring.RewardModelChangedError, match="another model"):
         learner.step(state_at(0), prompt_batch(P))
     assert not script.batches
     learner, script = make_learner(failing=frozenset({4}), code=types.INVALID_ARGUMENT)

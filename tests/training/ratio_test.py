@@ -12,7 +12,6 @@ import pytest
 from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.config import schema
 from sage_grpo_jax.flow import noise
-from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import ratio, setup, workdir
 from sage_grpo_jax.training import update as update_lib
 
@@ -119,7 +118,7 @@ def test_later_updates_use_the_means_of_the_first(make_trainer):
     learner, batch = trainer.learner, next(iter(trainer.prompts))
     trajectory = trainer.rollout(batch)
     update_batch = trainer.update_batch(batch, trajectory.latents)
-    limits = ratio.tolerances(learner.config)
+    limits = ratio.Gate.of(learner.config).limits
 
     def update(state, old):
         state, metrics, old = learner.programs.update(
@@ -201,7 +200,7 @@ def test_a_rollout_of_something_else_is_refused(make_trainer, dtype, spoil):
     learner, batch = trainer.learner, next(iter(trainer.prompts))
     good = trainer.update_batch(batch, trainer.rollout(batch).latents)
     bad = trainer.update_batch(batch, spoil(trainer, batch).latents)
-    limits = ratio.tolerances(learner.config)
+    limits = ratio.Gate.of(learner.config).limits
 
     def copied():
         return jax.tree.map(jnp.copy, trainer.state)
@@ -210,7 +209,7 @@ def test_a_rollout_of_something_else_is_refused(make_trainer, dtype, spoil):
     assert not metrics["update/applied"]
     assert metrics["ratio/max_deviation"] == 0  # the rollout alone tells
     jax.tree.map(np.testing.assert_array_equal, trainer.params(), state.params)
-    with pytest.raises(learner_lib.NumericsError, match=r"config\.loss\.rollout_tolerance = "):
+    with pytest.raises(ratio.NumericsError, match=r"config\.loss\.rollout_tolerance = "):
         learner.update(copied(), bad)
     _, metrics = learner.update(copied(), good)
     assert metrics["update/applied"] == 1
@@ -229,7 +228,7 @@ def test_log_applies_and_says_so(make_trainer, caplog):
 def test_limits_by_precision(make_config):
     def limits(**values):
         names = {name.replace("__", "."): value for name, value in values.items()}
-        return [float(x) for x in ratio.tolerances(make_config(names))]
+        return [float(x) for x in ratio.Gate.of(make_config(names)).limits]
 
     assert limits() == pytest.approx([1e-6, 1e-3])
     assert limits(model__compute_dtype="bfloat16") == pytest.approx([1e-6, 0.5])
@@ -240,10 +239,38 @@ def test_limits_by_precision(make_config):
     assert limits(loss__ratio_action="log") == [np.inf, np.inf]
 
 
+def test_the_gate_says_what_was_refused_and_why(caplog):
+    gate = ratio.Gate(ratio=1e-6, shift=1e-3, applies_anyway=False)
+
+    def values(deviation, shift, applied):
+        return {
+            "ratio/max_deviation": deviation,
+            "ratio/rollout_shift": shift,
+            "update/ratio_in_tolerance": float(applied),
+        }
+
+    gate.check(values(0.0, 1e-4, True))
+    assert not caplog.records
+    for found, said in (
+        (values(2e-6, 1e-4, False), r"^before .* off 1 by 2.00e-06 .*ratio_tolerance = 1e-06"),
+        (values(0.0, 0.5, False), r"^the rollout's means lie 5.00e-01 .*rollout_tolerance = 0.001"),
+        (values(2e-6, 0.5, False), r"^the rollout's means"),
+        (values(float("nan"), 0.0, False), "the model's output is not finite"),
+        (values(0.0, float("inf"), False), "the model's output is not finite"),
+    ):
+        with pytest.raises(ratio.NumericsError, match=said):
+            gate.check(found)
+    anyway = ratio.Gate(ratio=1e-6, shift=1e-3, applies_anyway=True)
+    anyway.check(values(2e-6, 0.5, True))  # a warning, see above
+    with pytest.raises(ratio.NumericsError, match="not finite"):
+        anyway.check(values(float("nan"), 0.0, False))
+
+
 def test_an_old_workdir_goes_on_or_is_refused_in_one_line(make_config, tmp_path):
     config = make_config()
     values = dataclasses.asdict(config)
     del values["loss"]["rollout_tolerance"]  # younger than the run
+    values["applied_method"] = values["method"]  # no longer a field
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
     (tmp_path / "config.json").write_text(json.dumps(values))
     workdir.claim(config, tmp_path)

@@ -40,6 +40,25 @@ def test_pictures_show_the_first_sample_of_the_first_prompts(make_config, tmp_pa
     assert (tmp_path / "samples" / "step_7.gif").read_bytes() == b"GIF"
     written = json.loads((tmp_path / "samples" / "step_7.json").read_text())
     assert written["prompts"] == prompts
+    assert written["optimised"] == ["VQ", "TA"]
     assert written["rewards"]["VQ"] == [0.5, 9, 1.5, 9, 2.5, 9, 9, None]
     assert written["rewards"]["TA"][4] is None
     assert written["rewards"]["TA"][2] == pytest.approx(-2.0)
+
+
+def test_a_monitored_reward_is_written_and_not_summed(make_config, tmp_path, monkeypatch):
+    config = make_config({"eval.sheet_prompts": 2, "rewards.weights.MQ": 0.0})
+    scores = {"VQ": np.array([1.0, 2.0]), "MQ": np.array([50.0, np.nan])}
+    videos, captions = np.zeros((2, 5, 32, 32, 3), np.uint8), []
+
+    def sheet(shown, texts, **kwargs):
+        captions.extend(texts)
+        return media.Image.new("RGB", (2, 2))
+
+    monkeypatch.setattr(media, "contact_sheet", sheet)
+    result = evaluation.Evaluation("eval", {}, videos, ["a", "b"], scores)
+    evaluation.save_samples(result, tmp_path, "step_0", config)
+    assert captions == ["a   +1.00", "b   +2.00"]
+    written = json.loads((tmp_path / "samples" / "step_0.json").read_text())
+    assert written["rewards"] == {"VQ": [1.0, 2.0], "MQ": [50.0, None]}
+    assert written["optimised"] == ["VQ"]

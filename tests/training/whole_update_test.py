@@ -74,8 +74,9 @@ CASES = {
         "trust_region.feedback": "paper",
         "optimizer.grad_clip": 1e-3,
     },
-    "dance, last step, three updates, Eq. 15": {
+    "dance, last step, three updates, Eq. 15, advantages of each reward": {
         "rollout.sde": "dance",
+        "advantage.combine": "per_reward",
         "rollout.last_step": "stochastic",
         "loss.updates_per_rollout": 3,
         "loss.clip_range": 0.02,
@@ -204,9 +205,9 @@ def test_the_table_scorer_fails_as_it_says():
     valid = TableScorer().valid.reshape(STEPS, PROMPTS, GROUP).sum(2)
     assert valid.tolist() == [[3, 4, 4], [2, 3, 4], [4, 4, 1]]
     config = types.SimpleNamespace(
-        rewards=types.SimpleNamespace(weights=types.SimpleNamespace(VQ=1.0)),
+        rewards=types.SimpleNamespace(weights={"VQ": 1.0}),
         rollout=types.SimpleNamespace(group_size=2),
-        advantage=types.SimpleNamespace(epsilon=1e-12, clip=5.0),
+        advantage=types.SimpleNamespace(epsilon=1e-12, clip=5.0, combine="sum"),
     )
     found = textbook.advantages(
         config, {"VQ": np.array([3.0, 1.0, 7.0, np.nan])}, np.array([True, True, True, False])

@@ -77,7 +77,8 @@ class Backend(abc.ABC):
           fps: frames per second of the whole clip.
 
         Returns:
-          One `Score` for each of `names`.
+          One `Score` for each of `names`. One that is missing or not finite fails the requests that
+          ask for it, and no others.
 
         Raises:
           BackendLostError: nothing can be scored any more.
@@ -98,18 +99,24 @@ class Backend(abc.ABC):
         frames = min(17, self.limits.max_frames)
         video = np.random.default_rng(0).integers(0, 256, (frames, side, side, 3), dtype=np.uint8)
         video.flags.writeable = False
-        check_scores(self.names, self.score(video, "a red disk moves left", fps=8.0))
+        scores = self.score(video, "a red disk moves left", fps=8.0)
+        check_scores(self.names, scores, self.names)
 
 
-def check_scores(names: Sequence[str], scores: Mapping[str, Score]) -> None:
-    """Refuses an answer of a backend that is incomplete or not finite.
+def check_scores(names: Sequence[str], scores: Mapping[str, Score], wanted: Sequence[str]) -> None:
+    """Refuses an answer of a backend that is incomplete or not finite in what was asked for.
+
+    Args:
+      names: of the backend.
+      scores: its answer.
+      wanted: the rewards asked for, of `names`.
 
     Raises:
       ValueError: names the reward and what is wrong with it.
     """
-    if set(scores) != set(names):
+    if not set(wanted) <= set(scores) <= set(names):
         raise ValueError(f"backend returned scores {sorted(scores)}: must be {sorted(names)}")
-    for name, score in scores.items():
+    for name, score in ((name, scores[name]) for name in wanted):
         if not isinstance(score, Score):
             raise ValueError(f"score {name!r} = {score!r}: must be a Score(raw, normalised)")
         if not (math.isfinite(score.raw) and math.isfinite(score.normalised)):
