@@ -10,14 +10,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sage_grpo_jax.models import layer_stack, lora
+from sage_grpo_jax.models.door import EmbeddingNeeds
 from sage_grpo_jax.models.layers import (
     Mlp,
     Modulation,
@@ -35,7 +38,7 @@ from sage_grpo_jax.models.model_config import require, require_shape
 from sage_grpo_jax.models.patches import PatchEmbed, unpatchify
 from sage_grpo_jax.models.rope import float64_rotary_tables
 from sage_grpo_jax.models.wan_blocks import Block, ModulationTable, gelu
-from sage_grpo_jax.models.wan_config import ROPE_THETA, TEXT_TOKENS, WanConfig
+from sage_grpo_jax.models.wan_config import ROPE_THETA, TEXT_TOKENS, VARIANTS, WanConfig
 
 __all__ = [
     "ADAPTER_LAYERS",
@@ -43,10 +46,20 @@ __all__ = [
     "TEXT_TOKENS",
     "Condition",
     "WanConfig",
+    "embedding_needs",
     "init_params",
+    "make_condition",
     "partition_names",
+    "unconditional",
     "velocity",
+    "with_step_end",
 ]
+
+NAME, Config = "Wan 2.1 DiT", WanConfig
+RELEASED = {variant: WanConfig(**fields) for variant, fields in VARIANTS.items()}
+VARIANT_FIELDS = ()
+# The text encoder of the released weights, by its name in embedding caches.
+_ENCODER = "umt5"
 
 _ATTENTIONS = ("self_attention", "cross_attention")
 # What LoRA adapts for each target: the layer of that name in both attentions, and in the MLP.
@@ -79,6 +92,41 @@ class Condition(NamedTuple):
 
     text: jax.Array
     text_mask: jax.Array
+
+
+def make_condition(arrays: Mapping[str, Any], config: WanConfig, latent_frames: int) -> Condition:
+    """The condition of P samples from the arrays of an embedding cache, see `door.VideoModel`.
+
+    Texts are filled up to TEXT_TOKENS.
+
+    Raises:
+      ValueError: longer texts.
+    """
+    del latent_frames
+    text = arrays["text"].astype(jnp.dtype(config.dtype))
+    mask = arrays["text_mask"].astype(bool)
+    missing = TEXT_TOKENS - text.shape[1]
+    require(missing >= 0, "text tokens", text.shape[1], f"at most {TEXT_TOKENS}")
+    pad = np.pad if isinstance(text, np.ndarray) else jnp.pad
+    return Condition(pad(text, ((0, 0), (0, missing), (0, 0))), pad(mask, ((0, 0), (0, missing))))
+
+
+def unconditional(condition: Condition, negative: Condition) -> Condition:
+    """The other branch of guidance: the negative prompt, leaves [1, ...], for every sample."""
+    return jax.tree.map(lambda x, other: jnp.broadcast_to(other, x.shape), condition, negative)
+
+
+def with_step_end(
+    condition: Condition, timestep_end: Callable[[], jax.Array], config: WanConfig
+) -> Condition:
+    """The condition as it is: no released model is told where its step ends."""
+    del timestep_end, config
+    return condition
+
+
+def embedding_needs(config: WanConfig) -> EmbeddingNeeds:
+    """What embeddings the model takes."""
+    return EmbeddingNeeds(text=config.text_dim, encoder=_ENCODER, text_tokens=TEXT_TOKENS)
 
 
 def init_params(config: WanConfig, key: jax.Array) -> dict[str, Any]:

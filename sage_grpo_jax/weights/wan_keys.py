@@ -7,9 +7,14 @@ norm3 and norm2.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+from sage_grpo_jax.models.model_config import RUNTIME_FIELDS
 from sage_grpo_jax.models.wan_config import WanConfig
 from sage_grpo_jax.weights.key_table import Row, linear, norm, with_bias
+from sage_grpo_jax.weights.model_tables import Fact, ModelLayout
+
+SHAPELESS = ("eps", "rope_max_seq_len", *RUNTIME_FIELDS)
 
 # Ours -> theirs. In the blocks, "{i}" is the number of the block.
 _OUTER_DIFFUSERS = {
@@ -91,3 +96,14 @@ def _rows(
     for name, theirs in mlp.items():
         rows += linear(("blocks", "mlp", name), f"{block}.{theirs}", layers)
     return rows
+
+
+LAYOUTS = {
+    "diffusers": ModelLayout(diffusers_rows, mark="condition_embedder.time_proj.weight"),
+    "original": ModelLayout(original_rows, mark="time_projection.1.weight"),
+}
+
+
+def unseen(facts: Mapping[str, Fact]) -> dict[str, Any]:
+    """Nothing is read off the tensors: a checkpoint needs its config.json."""
+    raise ValueError("no config.json: a Wan 2.1 DiT is not told by its tensors; give --config_json")
