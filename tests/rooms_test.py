@@ -1,4 +1,4 @@
-"""The rooms of the package: who may import whom, and no circles; docs/architecture.md draws them."""
+"""The rooms of the package: who imports whom, and no circles; docs/architecture.md draws them."""
 
 import ast
 import pathlib

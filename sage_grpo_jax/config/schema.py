@@ -1,8 +1,8 @@
 """The configuration: frozen dataclasses, filled from a ConfigDict and validated once.
 
 A recipe (configs/*.py) starts from `default_config()`, flags override its fields, and
-`builder.from_config_dict` turns the result into the dataclasses below. Every error names the field, the
-value and what is allowed.
+`builder.from_config_dict` turns the result into the dataclasses below. Every error names the field,
+the value and what is allowed.
 """
 
 import dataclasses
