@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
 
 from sage_grpo_jax.config import builder, schema
-from sage_grpo_jax.models import hunyuan_video_config
+from sage_grpo_jax.models import model_config
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.models.vae import VaeConfig
 
@@ -76,7 +76,7 @@ def make_reference(tmp_path_factory):
         torch.manual_seed(0)
         config = dataclasses.replace(TRANSFORMER, **fields)
         transformer = HunyuanVideo15Transformer3DModel(
-            **_without(config, *hunyuan_video_config.RUNTIME_FIELDS)
+            **_without(config, *model_config.RUNTIME_FIELDS)
         )
         vae = AutoencoderKLHunyuanVideo15(**_without(VAE, "dtype"))
         _randomise(transformer)
