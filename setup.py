@@ -41,9 +41,10 @@ setuptools.setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda13]>=0.10.2"],
-        "text": ["torch>=2.6", "transformers>=4.57"],
+        "text": ["ftfy>=6.2", "torch>=2.6", "transformers>=4.57"],
         "dev": [
             "diffusers>=0.42.1",
+            "ftfy>=6.2",
             "hypothesis>=6.100",
             "libtpu>=0.0.40; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "pytest>=8",

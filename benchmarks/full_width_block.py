@@ -34,7 +34,7 @@ from flax import traverse_util
 
 from sage_grpo_jax.models import double_stream, rope
 from sage_grpo_jax.models.hunyuan_video_config import HunyuanVideoConfig
-from sage_grpo_jax.weights import transformer_keys
+from sage_grpo_jax.weights import hunyuan_video_keys
 
 PREFIX = "transformer_blocks.0."
 # Of the largest number on the other side; bfloat16 has 8 bits.
@@ -96,7 +96,7 @@ def make_torch_block(config: HunyuanVideoConfig, params: Any, device: str) -> to
         config.num_attention_heads, config.attention_head_dim, config.mlp_ratio
     )
     flat, tensors = traverse_util.flatten_dict({"blocks": params}), {}
-    for row in transformer_keys.diffusers_rows(config):
+    for row in hunyuan_video_keys.diffusers_rows(config):
         if row.ours in flat:
             (name,) = row.names()
             values = np.ascontiguousarray(row.layout.to_theirs(flat[row.ours][0]))

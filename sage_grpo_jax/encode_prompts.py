@@ -1,7 +1,7 @@
 """Encodes prompts, once and offline, for training and sampling: writes an embedding cache.
 
     python -m sage_grpo_jax.encode_prompts --prompts=prompts.jsonl --out=embeddings \\
-        --text_encoder=HunyuanVideo-1.5-480p_t2v --byt5=HunyuanVideo-1.5-480p_t2v
+        --text_encoder=PIPELINE --byt5=PIPELINE
 
 Folders are in diffusers' layout: a whole pipeline, or text_encoder/ beside tokenizer/, and so on.
 For image-to-video add --image_encoder, --vae, --height and --width; every prompt then needs an
@@ -17,7 +17,7 @@ from sage_grpo_jax.common import command_line
 
 _PROMPTS = flags.DEFINE_string("prompts", None, ".txt, .csv or .jsonl file.", required=True)
 _TEXT_ENCODER = flags.DEFINE_string(
-    "text_encoder", None, "Folder of Qwen2.5-VL and its tokenizer.", required=True
+    "text_encoder", None, "Folder of Qwen2.5-VL or UMT5, and its tokenizer.", required=True
 )
 _BYT5 = flags.DEFINE_string("byt5", None, "Folder of Glyph-ByT5 and its tokenizer.")
 _IMAGE_ENCODER = flags.DEFINE_string("image_encoder", None, "Folder of SigLIP; image-to-video.")
@@ -36,7 +36,7 @@ _DTYPE = flags.DEFINE_enum(
     "dtype",
     "bfloat16",
     ["bfloat16", "float32", "float16"],
-    "In which Qwen2.5-VL and SigLIP run, and in which embeddings are stored.",
+    "In which text encoder and SigLIP run, and in which embeddings are stored.",
 )
 _NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", "", "Of the shared negative entry.")
 _RESUME = flags.DEFINE_bool("resume", True, "Use what a killed run finished (in OUT.partial).")

@@ -13,10 +13,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from sage_grpo_jax.common import command_line
-from sage_grpo_jax.config import schema
+from sage_grpo_jax.config import builder
+from sage_grpo_jax.flow import kinds
 from sage_grpo_jax.parallel import hosts
-from sage_grpo_jax.policy import loading as policy
-from sage_grpo_jax.sampling import run
+from sage_grpo_jax.sampling import run, sources
 from sage_grpo_jax.sampling import settings as settings_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -39,9 +39,7 @@ _OUT = flags.DEFINE_string("out", None, "Folder of the clips.", required=True)
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds, a clip of every prompt for each.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Samples at a time, on all devices.")
 _SETTINGS = {
-    "sampler": flags.DEFINE_string(
-        "sampler", None, "ode, precise, flow, dance or cps; default: ode."
-    ),
+    "sampler": flags.DEFINE_string("sampler", None, f"{', '.join(kinds.KINDS)}; default: ode."),
     "steps": flags.DEFINE_integer("steps", None, "Denoising steps."),
     "shift": flags.DEFINE_float("shift", None, "Shift of the noise schedule."),
     "guidance": flags.DEFINE_float("guidance", None, "Classifier-free guidance; 1: without."),
@@ -60,9 +58,9 @@ _SETTINGS = {
 
 def main() -> None:
     """Samples, and says how many clips were made."""
-    config = schema.from_config_dict(_CONFIG.value)
+    config = builder.from_config_dict(_CONFIG.value)
     request = run.Request(
-        source=policy.Source(_WEIGHTS.value, _CHECKPOINT.value, _ADAPTERS.value, _EMA.value),
+        source=sources.Source(_WEIGHTS.value, _CHECKPOINT.value, _ADAPTERS.value, _EMA.value),
         prompts=_PROMPTS.value,
         out=pathlib.Path(_OUT.value),
         seeds=settings_lib.parse_seeds(_SEEDS.value),

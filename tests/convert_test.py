@@ -120,7 +120,7 @@ def test_the_moving_average_of_a_run(params, tmp_path, capsys):
 
 
 def test_run_with_adapters(params, tmp_path):
-    adapters = random_tree(lora.abstract_adapters(abstract_params(), LORA), seed=1)
+    adapters = random_tree(lora.abstract_adapters(abstract_params(), LORA, hunyuan_video), seed=1)
     weights.save(params, tmp_path / "base", config=CONFIG)
     description = {"rank": 2, "alpha": 3.0, "targets": LORA.targets, "base": str(tmp_path / "base")}
     workdir = write_run(tmp_path / "run", adapters, description)
@@ -154,7 +154,7 @@ def test_run_with_adapters(params, tmp_path):
 
 
 def test_adapters_between_their_formats(tmp_path):
-    adapters = random_tree(lora.abstract_adapters(abstract_params(), LORA))
+    adapters = random_tree(lora.abstract_adapters(abstract_params(), LORA, hunyuan_video))
     weights.save_adapters(adapters, tmp_path / "peft", LORA, CONFIG)
     config = tmp_path / "model.json"
     config.write_text(CONFIG.to_json())
@@ -167,7 +167,7 @@ def test_adapters_between_their_formats(tmp_path):
 
 
 def test_errors_are_one_line_and_exit_with_2(params, tmp_path, capsys):
-    adapters = random_tree(lora.abstract_adapters(abstract_params(), LORA))
+    adapters = random_tree(lora.abstract_adapters(abstract_params(), LORA, hunyuan_video))
     description = {"rank": 2, "alpha": 3.0, "targets": LORA.targets, "base": "gone"}
     workdir = write_run(tmp_path / "run", adapters, description)
     weights.save(params, tmp_path / "model", config=CONFIG)
@@ -285,7 +285,7 @@ def test_killed_half_way(how, large, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(how)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode == (-9 if how == signal.SIGKILL else 143)
     assert not target.exists()
     left = list(tmp_path.iterdir())

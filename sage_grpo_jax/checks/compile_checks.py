@@ -4,10 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.config import schema
-from sage_grpo_jax.models import hunyuan_video
+from sage_grpo_jax.models import registry
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.training import micro_losses, ratio, setup
 from sage_grpo_jax.training import update as update_lib
@@ -32,12 +33,15 @@ def lower_programs(config: schema.Config, mesh: jax.sharding.Mesh) -> dict[str, 
     def shape(size: tuple[int, ...], dtype: Any, place: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, dtype, sharding=place)
 
-    def condition(batch: int, place: Any) -> hunyuan_video.Condition:
-        length, dim = config.data.max_text_tokens or 1000, networks.transformer.text_embed_dim
-        dtype = jnp.dtype(networks.transformer.dtype)
-        return hunyuan_video.Condition(
-            shape((batch, length, dim), dtype, place), shape((batch, length), bool, place)
-        )
+    def condition(batch: int, place: Any) -> Any:
+        model = registry.of(networks.transformer)
+        needs = model.embedding_needs(networks.transformer)
+        length = config.data.max_text_tokens or needs.text_tokens
+        text, mask = np.zeros((1, length, needs.text)), np.ones((1, length), bool)
+        prompt = {"text": text, "text_mask": mask}
+        frames = programs.plan.latent_shape[0]
+        one = model.make_condition(prompt, networks.transformer, frames)
+        return jax.tree.map(lambda x: shape((batch, *x.shape[1:]), x.dtype, place), one)
 
     batch = config.batch_size
     keys = shape((batch,), jax.random.key(0).dtype, rows)

@@ -31,7 +31,6 @@ from sage_grpo_jax.checks import float64, shadow_formulas
 from sage_grpo_jax.config.plan import Plan
 from sage_grpo_jax.flow import noise
 from sage_grpo_jax.grpo import trust_region
-from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.training import micro_losses
@@ -54,8 +53,10 @@ class Shadow:
     def __init__(self, plan: Plan) -> None:
         """
         Raises:
-          ValueError: more than one process, or no CPU backend next to the accelerator.
+          ValueError: a choice without a second formula, more than one process, or no CPU backend
+            next to the accelerator.
         """
+        shadow_formulas.check(plan.config)
         if jax.process_count() > 1:
             raise ValueError(
                 f"config.debug.shadow: got True with {jax.process_count()} processes; allowed: one "
@@ -100,7 +101,14 @@ class Shadow:
             exact, scale = self._exact(inputs)
         return deviations(found, exact, scale)
 
-    def _inputs(self, state, batch, frozen, position: int, piece: int) -> _Inputs:
+    def _inputs(
+        self,
+        state: state_lib.LearnerState,
+        batch: update_lib.UpdateBatch,
+        frozen: micro_losses.Frozen,
+        position: int,
+        piece: int,
+    ) -> _Inputs:
         """The micro-batch and its constants from config and rollout, on the host."""
         plan, config = self._recipe, self._recipe.config
         size = config.loss.micro_batch
@@ -177,8 +185,8 @@ class _Inputs(NamedTuple):
 
     trained: Any
     base: Any  # with LoRA the frozen weights, else None
-    negative: hunyuan_video.Condition
-    condition: hunyuan_video.Condition
+    negative: Any
+    condition: Any
     latents: np.ndarray  # x_t [m, ...]; 0 where not valid, as x_{t+1}
     next_latents: np.ndarray
     noise: np.ndarray  # [m, ...], as drawn in the rollout
@@ -192,7 +200,14 @@ class _Inputs(NamedTuple):
     normalizer: np.ndarray
 
 
-def _float32_side(plan: Plan, state, batch, frozen, position, piece) -> Sides:
+def _float32_side(
+    plan: Plan,
+    state: state_lib.LearnerState,
+    batch: update_lib.UpdateBatch,
+    frozen: micro_losses.Frozen,
+    position: jax.Array,
+    piece: jax.Array,
+) -> Sides:
     """The update's own loss, gradient and log-ratio at one micro-batch."""
     given = update_lib.loss_inputs(plan, state, frozen, jnp.sum(batch.valid))
     micro = update_lib.take_micro_batch(plan, batch, position, piece)
@@ -214,9 +229,7 @@ def _velocity_program(plan: Plan) -> Callable:
 
     def velocity(trained, base, negative, condition, latents, timestep):
         frozen = micro_losses.Frozen(negative, base)
-        gradient = plan.config.loss.guidance_gradient
-        policy = micro_losses.velocity_fn(plan, trained, condition, frozen, gradient=gradient)
-        return policy(latents, timestep)
+        return micro_losses.velocity_fn(plan, trained, condition, frozen)(latents, timestep)
 
     return velocity
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import math
+import operator
 from typing import Any
 
 import jax
@@ -21,6 +22,39 @@ from sage_grpo_jax.config import schema
 _CLAMP = float(np.float32(3e-3))
 # A clamped variance integral over less than this is rounding of σ.
 _NO_LENGTH = 1e-7
+
+# The choices of a config that are written out below. What is not in this list has no second
+# formula, and a comparison with that of another choice would be worse than none.
+_WRITTEN_OUT = {
+    "rollout.sde": ("precise", "flow", "dance", "cps"),
+    "rollout.window": ("all", "first_k", "random_k", "progressive", "decay", "dynamic"),
+    "rollout.trained_choice": ("first", "random"),
+    "rollout.last_step": ("deterministic", "stochastic"),
+    "loss.objective": ("ppo", "reinforce"),
+    "loss.median": ("lower", "mean"),
+    "loss.log_prob": ("gaussian", "squared"),
+    "loss.log_prob_reduction": ("mean", "sum"),
+    "loss.step_reduction": ("mean", "sum"),
+    "trust_region.kind": ("none", "fixed", "stepwise", "moving", "dual", "fixed_stepwise"),
+    "trust_region.feedback": ("tighten", "paper", "none"),
+    "trust_region.previous_estimator": ("closed_form", "log_ratio"),
+    "trust_region.kl_time_weight": ("uniform", "equalized", "step_length"),
+}
+
+
+def check(config: schema.Config) -> None:
+    """Refuses a recipe with a choice that has no formula here.
+
+    Raises:
+      ValueError: naming `config.debug.shadow`, the field, its value and what is allowed.
+    """
+    for path, known in _WRITTEN_OUT.items():
+        value = operator.attrgetter(path)(config)
+        if value not in known:
+            raise ValueError(
+                f"config.debug.shadow: got True with {path}={value!r}, which it has no formula of "
+                f"its own for; allowed: {path} {', '.join(known)}, or False"
+            )
 
 
 # Transitions
@@ -40,7 +74,9 @@ def variance(kind: str, sigma: Any, sigma_next: Any, eta: float, clamp: float = 
         return eta**2 * sigma / distance * (sigma - sigma_next)
     if kind == "dance":
         return eta**2 * (sigma - sigma_next)
-    return (sigma_next * math.sin(eta * math.pi / 2)) ** 2  # cps
+    if kind == "cps":
+        return (sigma_next * math.sin(eta * math.pi / 2)) ** 2
+    raise ValueError(f"kind={kind!r}: must be one of {', '.join(_WRITTEN_OUT['rollout.sde'])}")
 
 
 def transition(

@@ -6,32 +6,28 @@ Every error names the field, the value and what is allowed.
 from __future__ import annotations
 
 import math
-import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from sage_grpo_jax.config.methods import METHODS
-from sage_grpo_jax.flow import guidance, sde, windows
+from sage_grpo_jax.config import methods
+from sage_grpo_jax.config.schema import Config, LossConfig, RewardsConfig, RolloutConfig
+from sage_grpo_jax.flow import guidance, kinds, sde, windows
 from sage_grpo_jax.grpo import advantage, equalizer, loss
-from sage_grpo_jax.models import attention
+from sage_grpo_jax.models import attention, frames, registry
 from sage_grpo_jax.rewards import names
 from sage_grpo_jax.rewards.backends import BACKENDS
 from sage_grpo_jax.worlds.moving_shapes import spec
-
-if TYPE_CHECKING:
-    from sage_grpo_jax.config.schema import Config, LossConfig, RewardsConfig, RolloutConfig
 
 _CHOICES = {
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.matmul_precision": ("highest", "high", "default"),
     "model.attention": attention.IMPLEMENTATIONS,
-    "model.vae_tiling": ("off", "official", "diffusers"),
+    "model.vae_tiling": frames.TILINGS,
     "data.text_encoder": ("words", "cache"),
     "rollout.sde": sde.KINDS,
-    "rollout.eta_match.kind": ("", "precise", "flow", "dance", "cps"),
     "rollout.window": windows.WINDOWS,
-    "rollout.trained_choice": ("first", "random"),
+    "rollout.trained_choice": windows.TRAINED_CHOICES,
     "rollout.guidance_mode": guidance.MODES,
     "rollout.last_step": sde.LAST_STEPS,
     "advantage.std": advantage.STDS,
@@ -56,8 +52,8 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "video.height": (1, None),
     "video.width": (1, None),
     "data.max_text_tokens": (0, None),
-    "rollout.eta": (0, 2),
-    "rollout.eta_match.eta": (0, 2),
+    "rollout.eta": (0, sde.HIGHEST_ETA),
+    "rollout.eta_match.eta": (0, sde.HIGHEST_ETA),
     "rollout.clamp": (0, sde.HIGHEST_CLAMP),
     "rollout.window_size": (0, 1000),
     "rollout.trained_fraction": (0, 1),
@@ -126,8 +122,6 @@ _BELOW_ONE = (
     "nft.decay_limit",
 )
 
-_VARIANT = re.compile(r"(480p|720p)_(t2v|i2v)(_distilled|_step_distilled)?")
-
 
 def _get(config: Any, path: str) -> Any:
     for name in path.split("."):
@@ -167,18 +161,15 @@ def _validate_together(config: Config) -> None:
     rollout = config.rollout
     if not config.name:
         raise ValueError("config.name: got ''; allowed: a name for the run")
-    if config.method not in METHODS:
-        raise ValueError(f"config.method: got {config.method!r}; allowed: {', '.join(METHODS)}")
-    if config.method != config.applied_method:
+    if config.method not in methods.METHODS:
+        allowed = ", ".join(methods.METHODS)
+        raise ValueError(f"config.method: got {config.method!r}; allowed: {allowed}")
+    if not isinstance(config.method, methods.Applied):
+        raise ValueError(methods.name_alone(config.method))
+    if config.model.variant and config.model.variant not in registry.variants():
         raise ValueError(
-            f"config.method: got {config.method!r}, which changes the name and nothing else (the "
-            f"overrides in place are those of {config.applied_method!r}); allowed: the recipe's "
-            f"argument, --config=RECIPE.py:method={config.method}"
-        )
-    if config.model.variant and not _VARIANT.fullmatch(config.model.variant):
-        raise ValueError(
-            f"config.model.variant: got {config.model.variant!r}; allowed: a released "
-            "HunyuanVideo-1.5, as 480p_t2v, 720p_i2v_distilled or 480p_i2v_step_distilled; or ''"
+            f"config.model.variant: got {config.model.variant!r}; allowed: a released one of "
+            f"{', '.join(registry.variants())}; or ''"
         )
     try:
         _ = config.lora.adapters
@@ -225,12 +216,18 @@ def _validate_together(config: Config) -> None:
 def _validate_sampler(config: Config) -> None:
     rollout = config.rollout
     matched = bool(rollout.eta_match.kind)  # eta is not read
-    noiseless = rollout.sde == "ode" or (rollout.eta == 0 and not matched)
+    kind, stochastic = sde.KINDS[rollout.sde], kinds.stochastic_kinds()
+    if matched and rollout.eta_match.kind not in stochastic:
+        raise ValueError(
+            f"config.rollout.eta_match.kind: got {rollout.eta_match.kind!r}; allowed: "
+            f"{', '.join(stochastic)}, or ''"
+        )
+    noiseless = not kind.stochastic or (rollout.eta == 0 and not matched)
     if noiseless and config.loss.objective != "nft":
         raise ValueError(
             f"config.rollout: sde={rollout.sde!r} with eta={rollout.eta} samples without noise, "
-            "so there is nothing to learn from; allowed: precise, flow, dance or cps with eta > 0, "
-            "or loss.objective=nft"
+            f"so there is nothing to learn from; allowed: {', '.join(stochastic)} with eta > 0, or "
+            "loss.objective=nft"
         )
     if noiseless and rollout.same_initial_noise:
         raise ValueError(
@@ -244,12 +241,15 @@ def _validate_sampler(config: Config) -> None:
         )
     if matched and rollout.eta_match.eta == 0:
         raise ValueError("config.rollout.eta_match.eta: got 0; allowed: more than 0")
-    if rollout.sde == "cps" and rollout.eta > 1 and not matched:
-        raise ValueError(f"config.rollout.eta: got {rollout.eta}; allowed with sde=cps: 0 to 1")
-    if rollout.clamp and rollout.sde not in sde.CLAMPED:
+    if rollout.eta > kind.highest_eta and not matched:
+        raise ValueError(
+            f"config.rollout.eta: got {rollout.eta}; allowed with sde={rollout.sde}: 0 to "
+            f"{kind.highest_eta:g}"
+        )
+    if rollout.clamp and not kind.reads_clamp:
         raise ValueError(
             f"config.rollout.clamp: got {rollout.clamp} with sde={rollout.sde!r}, which does not "
-            f"read it; allowed: 0, or sde={' or '.join(sde.CLAMPED)}"
+            f"read it; allowed: 0, or sde={' or '.join(kinds.clamped_kinds())}"
         )
 
 

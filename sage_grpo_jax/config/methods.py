@@ -10,6 +10,8 @@ import math
 from typing import Any
 
 import ml_collections
+from absl import flags
+from ml_collections import config_flags
 
 # λ of the paper's Eq. 41 and 42 as printed.
 _AS_PRINTED = {
@@ -129,7 +131,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "trust_region.fixed_weight": 0.04,
         "trust_region.kl_time_weight": "step_length",
     },
-    # DanceGRPO (arXiv 2505.07818), scripts/finetune/finetune_hunyuan_grpo.sh of its repository.
+    # DanceGRPO (arXiv 2505.07818), its GRPO script in scripts/finetune/ of its repository.
     "dance_grpo": {
         **_CLIPPED_RATIOS,
         **_ADAMW,
@@ -188,6 +190,34 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+class Applied(str):
+    """The name of a method whose preset is in place, as `apply` leaves it in `config.method`.
+
+    A ConfigDict keeps to the type of a field: no override can change the name by itself, which
+    would then say another thing than the values do.
+    """
+
+
+def name_alone(method: str) -> str:
+    """What to tell a user who sets `config.method` itself."""
+    return (
+        f"config.method: got {method!r}, which changes the name and nothing else; allowed: the "
+        f"recipe's argument, --config=RECIPE.py:method={method}"
+    )
+
+
+class _NameParser(flags.ArgumentParser):
+    """Of the flag --config.method: takes what the recipe has, and no other."""
+
+    def parse(self, argument: str) -> Applied:
+        if not isinstance(argument, Applied):
+            raise ValueError(name_alone(argument))
+        return argument
+
+
+config_flags.register_flag_parser_for_type(Applied, _NameParser())
+
+
 def apply(config: ml_collections.ConfigDict, method: str) -> None:
     """Applies a preset to a recipe, in place.
 
@@ -202,7 +232,7 @@ def apply(config: ml_collections.ConfigDict, method: str) -> None:
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}; allowed: {', '.join(METHODS)}")
-    config.update(method=method, applied_method=method)
+    config.method = Applied(method)
     config.rewards.weights.lock()  # the recipe may have put others in place
     overrides = dict(METHODS[method])
     for path in METHODS[method]:

@@ -8,7 +8,8 @@ import numpy as np
 from sage_grpo_jax.config import schema, step_plan
 from sage_grpo_jax.flow import schedules
 from sage_grpo_jax.grpo import equalizer
-from sage_grpo_jax.models import hunyuan_video, vae
+from sage_grpo_jax.models import frames
+from sage_grpo_jax.models.door import AutoencoderConfig, TransformerConfig
 from sage_grpo_jax.parallel import mesh as mesh_lib
 
 
@@ -17,8 +18,8 @@ class Plan:
     """The constants of the programs: networks' configs, schedule, trained steps and weights."""
 
     config: schema.Config
-    transformer: hunyuan_video.HunyuanVideoConfig
-    vae: vae.VaeConfig
+    transformer: TransformerConfig
+    vae: AutoencoderConfig
     steps: step_plan.StepPlan
     weights: np.ndarray  # float32 [T]: S_t, or 1 without the equalizer
     kl_weights: np.ndarray  # float32 [T]: of the KLs to the references
@@ -53,18 +54,13 @@ class Plan:
     def latent_shape(self) -> tuple[int, int, int, int]:
         """Frames, height, width, channels of one latent clip."""
         video = self.config.video
-        return (
-            (video.frames - 1) // self.vae.temporal_compression_ratio + 1,
-            video.height // self.vae.spatial_compression_ratio,
-            video.width // self.vae.spatial_compression_ratio,
-            self.vae.latent_channels,
-        )
+        return frames.latent_shape(self.vae, video.frames, video.height, video.width)
 
 
 def make_plan(
     config: schema.Config,
-    transformer: hunyuan_video.HunyuanVideoConfig,
-    vae_config: vae.VaeConfig,
+    transformer: TransformerConfig,
+    vae_config: AutoencoderConfig,
 ) -> Plan:
     """Works out schedule, trained steps and time weights; checks the clip against the networks.
 
@@ -72,12 +68,19 @@ def make_plan(
       ValueError: clip sizes that the VAE cannot make, networks that do not fit each other, or a
         schedule without a single stochastic step.
     """
-    _check_sizes(config.video, vae_config)
-    width = transformer.num_attention_heads * transformer.attention_head_dim
-    if config.lora.rank > width:
+    video = config.video
+    frames.check_clip(
+        transformer,
+        vae_config,
+        video.frames,
+        video.height,
+        video.width,
+        lambda field: f"config.video.{field}",
+    )
+    if config.lora.rank > transformer.hidden_size:
         raise ValueError(
             f"config.lora.rank: got {config.lora.rank}; allowed: at most the width of the "
-            f"transformer, {width}"
+            f"transformer, {transformer.hidden_size}"
         )
     if transformer.out_channels != vae_config.latent_channels:
         raise ValueError(
@@ -120,19 +123,6 @@ def _equalized(config: schema.Config, steps: step_plan.StepPlan, log_prob: str) 
             clamp=rollout.clamp,
         )
     )
-
-
-def _check_sizes(video: schema.VideoConfig, vae_config: vae.VaeConfig) -> None:
-    temporal, spatial = vae_config.temporal_compression_ratio, vae_config.spatial_compression_ratio
-    if (video.frames - 1) % temporal:
-        raise ValueError(
-            f"config.video.frames: got {video.frames}; allowed: 1 + a multiple of {temporal}"
-        )
-    for name in ("height", "width"):
-        if getattr(video, name) % spatial:
-            raise ValueError(
-                f"config.video.{name}: got {getattr(video, name)}; allowed: a multiple of {spatial}"
-            )
 
 
 def check_mesh(config: schema.Config, mesh: jax.sharding.Mesh) -> None:

@@ -20,8 +20,6 @@ from sage_grpo_jax.config import checks as config_checks
 from sage_grpo_jax.config import schema
 from sage_grpo_jax.flow import noise, schedules, sde, windows
 
-CHOICES = ("first", "random")
-
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
@@ -34,13 +32,8 @@ class StepPlan:
     window: int  # steps of a sample in its window
     positions: int  # how many of them are trained
     kind: str  # of the window
-    choice: str  # one of CHOICES: which steps of the window are trained
-
-    @property
-    def window_places(self) -> int:
-        """At how many places, a step apart, the window may start."""
-        still = self.kind in ("all", "first_k")
-        return 1 if still else int(self.counted.sum()) - self.window + 1
+    window_places: int  # at how many places it can be, see `flow.windows.places`
+    choice: str  # one of `windows.TRAINED_CHOICES`: which steps of the window are trained
 
     @property
     def draws(self) -> bool:
@@ -92,6 +85,7 @@ def plan_steps(config: schema.Config) -> StepPlan:
         window=window,
         positions=positions,
         kind=rollout.window,
+        window_places=len(masks),
         choice=rollout.trained_choice,
     )
 
@@ -109,7 +103,7 @@ def window_starts(
     """
     count, rollout = len(prompt_hashes), config.rollout
     if steps.kind == "random_k":
-        slots = np.arange(count, dtype=np.uint32)
+        slots = np.arange(count, dtype=np.uint32)  # its places are a step apart
         return noise.window_starts(config.seed, step, slots, prompt_hashes, steps.window_places)
     start = 0
     if steps.kind in windows.MOVING:

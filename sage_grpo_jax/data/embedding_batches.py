@@ -12,7 +12,7 @@ import numpy as np
 from sage_grpo_jax.data.embedding_records import Entry
 
 # Static lengths; a batch is padded to the smallest that holds the longest prompt of its cache.
-# 1000 and 256 tokens are the most that HunyuanVideo-1.5's encoders give.
+# 1000 and 256 tokens are the most that the encoders give.
 LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1000)
 BYT5_LENGTHS = (64, 128, 256)
 

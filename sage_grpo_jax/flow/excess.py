@@ -57,17 +57,27 @@ def gaussian_data(
     sigma, sigma_next = sigmas[:-1], sigmas[1:]
     removed, noise = sde.step_coefficients(kind, sigma, sigma_next, float(eta), clamp=clamp, xp=np)
     removed, noise = np.where(stochastic, removed, 0.0), np.where(stochastic, noise, 0.0)
+    sensitivity = np.where(
+        stochastic,
+        sde.velocity_sensitivity(kind, sigma, sigma_next, float(eta), clamp=clamp, xp=np),
+        sigma - sigma_next,
+    )
+
+    # The exact velocity, v = slope·x + offset
     total = (1 - sigma) ** 2 * std**2 + sigma**2
     slope = (sigma - (1 - sigma) * std**2) / total
-    offset = -slope * (1 - sigma) * mean - mean  # v = slope·x + offset
-    through_v = (sigma_next - sigma) - removed * (1 - sigma)
-    factor, shift = 1 - removed + through_v * slope, through_v * offset
+    offset = -slope * (1 - sigma) * mean - mean
+
+    # A step, E[x'] = factor·x + shift
+    factor, shift = 1 - removed - sensitivity * slope, -sensitivity * offset
+
     means, variances = [], []
     state = (0.0, 1.0)
     for a, b, n in zip(factor, shift, noise, strict=True):
         state = (a * state[0] + b, a**2 * state[1] + n**2)
         means.append(state[0])
         variances.append(state[1])
+
     return Marginals(
         stds=noise,
         means=np.array(means),

@@ -44,6 +44,7 @@ def guided(
         raise ValueError(f"mode={mode!r}: must be one of {', '.join(MODES)}")
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient={gradient!r}: must be one of {', '.join(GRADIENTS)}")
+
     branches = _both_in_batch if mode == "batch" else _one_after_the_other
     branches = branches if gradient == "both" else _condition_alone
 
@@ -52,6 +53,7 @@ def guided(
     ) -> jax.Array:
         if scale == 1.0:
             return velocity_fn(latents, timestep, condition).astype(jnp.float32)
+
         _check_same_structure(condition, negative)
         positive_v, negative_v = branches(velocity_fn, latents, timestep, condition, negative)
         positive_v, negative_v = (v.astype(jnp.float32) for v in (positive_v, negative_v))

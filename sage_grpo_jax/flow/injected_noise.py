@@ -47,29 +47,34 @@ def matched_eta(
 ) -> float:
     """Returns the η at which `kind` injects as much variance as `other_kind` does at `other_eta`.
 
-    η means different things for different kinds and step counts; this makes them comparable. The
-    variance grows with η², and with sin²(η·π/2) for `cps`. Each kind is taken over its own
-    stochastic steps in the window; `clamp` is that of `kind`, the other has its authors'.
+    η means different things for different kinds and step counts; this makes them comparable. Each
+    kind is taken over its own stochastic steps in the window; `clamp` is that of `kind`, the other
+    has its authors'.
 
     Raises:
         ValueError: no η gives that much noise, or one of the kinds has no stochastic step.
     """
-    rest = (last_step, window, window_size)
-    highest = injected_variance(kind, schedule, 1.0, *rest, motion=motion, clamp=clamp)
-    wanted = injected_variance(other_kind, schedule, other_eta, *rest, motion=motion)
-    for name, eta, variance in ((kind, 1.0, highest), (other_kind, other_eta, wanted)):
+
+    def variance_of(kind: str, eta: float, clamp: float) -> float:
+        return injected_variance(
+            kind, schedule, eta, last_step, window, window_size, motion=motion, clamp=clamp
+        )
+
+    at_one, wanted = variance_of(kind, 1.0, clamp), variance_of(other_kind, other_eta, 0.0)
+    for name, eta, variance in ((kind, 1.0, at_one), (other_kind, other_eta, wanted)):
         if variance == 0.0:
             raise ValueError(
                 f"kind={name!r} with eta={eta} has no stochastic step in {len(schedule.timesteps)} "
                 f"steps with last_step={last_step!r}, so there is no noise to match; allowed: "
                 "another kind, or more steps"
             )
-    share = wanted / highest
-    if kind != "cps":
-        return math.sqrt(share)
-    if share > 1:
-        raise ValueError(
-            f"kind='cps' injects a variance of at most {highest:.3g} over the schedule; "
-            f"kind={other_kind!r} with eta={other_eta} injects {wanted:.3g}"
-        )
-    return 2.0 / math.pi * math.asin(math.sqrt(share))
+
+    entry = sde.KINDS[kind]
+    if entry.highest_eta < math.inf:
+        highest = variance_of(kind, entry.highest_eta, clamp)
+        if wanted > highest:
+            raise ValueError(
+                f"kind={kind!r} injects a variance of at most {highest:.3g} over the schedule; "
+                f"kind={other_kind!r} with eta={other_eta} injects {wanted:.3g}"
+            )
+    return entry.eta_of_std(math.sqrt(wanted / at_one))

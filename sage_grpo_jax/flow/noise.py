@@ -47,6 +47,7 @@ def sample_keys(seed: Any, step: Any, slot: Any, prompt_hashes: Any, samples: An
     shape = jnp.broadcast_shapes(jnp.shape(prompt_hashes), jnp.shape(samples), jnp.shape(slot))
     if len(shape) != 1:
         raise ValueError(f"shape {shape} of prompt_hashes and samples: must be (B,)")
+
     counters = [
         jnp.broadcast_to(jnp.asarray(counter).astype(jnp.uint32), shape)
         for counter in (step, slot, _as_uint32(prompt_hashes), samples)

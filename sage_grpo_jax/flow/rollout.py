@@ -56,25 +56,34 @@ def rollout(
     """
     noise_lib.check_keys(keys)
     sde.check_kind_and_eta(kind, eta)
+
+    # Schedule and initial state
     latent_shape = tuple(latent_shape)
     sigmas, timesteps = jnp.asarray(schedule.sigmas), jnp.asarray(schedule.timesteps)
     stochastic = jnp.asarray(stochastic, bool)
     chex.assert_shape(timesteps, (sigmas.shape[0] - 1,))
     chex.assert_shape(stochastic, (*timesteps.shape, *keys.shape)[: max(stochastic.ndim, 1)])
+
     if initial_latents is None:
         initial_latents = noise_lib.initial_noise(keys, latent_shape)
     initial_latents = initial_latents.astype(jnp.float32)
     chex.assert_shape(initial_latents, (*keys.shape, *latent_shape))
 
-    def step(latents: jax.Array, inputs: tuple[jax.Array, ...]):
+    # The chain
+    def step(
+        latents: jax.Array, inputs: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         t, sigma, sigma_next, timestep, is_stochastic = inputs
         velocity = velocity_fn(latents, jnp.full(keys.shape, timestep, jnp.float32))
         velocity = velocity.astype(jnp.float32)
+
+        # The transition where noise is injected, the step of the ODE elsewhere.
         mean, std = sde.transition(kind, velocity, latents, sigma, sigma_next, eta, clamp=clamp)
         std = jnp.where(is_stochastic, std, 0.0)
         axes = (1,) * (latents.ndim - 1)  # of one sample
         noisy = is_stochastic.reshape(is_stochastic.shape + axes)
         mean = jnp.where(noisy, mean, latents + (sigma_next - sigma) * velocity)
+
         noise = noise_lib.step_noise(keys, t, latent_shape)
         latents = mean + std.reshape(std.shape + axes) * noise
         return latents, (latents, std)

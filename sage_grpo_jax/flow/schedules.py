@@ -48,7 +48,7 @@ def host_schedule(num_steps: int, shift: float) -> Schedule:
 def make_schedule(num_steps: int, shift: float) -> Schedule:
     """Returns the shifted linear schedule σ = shift·u / (1 + (shift - 1)·u), u = 1 … 0.
 
-    This is the schedule of HunyuanVideo-1.5 and of the flow-match schedulers in diffusers.
+    This is the schedule of the released video models and of the flow-match schedulers in diffusers.
     Computed in float64 and rounded once. Arguments and errors: see `host_schedule`.
     """
     schedule = host_schedule(num_steps, shift)

@@ -17,6 +17,8 @@ from sage_grpo_jax.flow import sde
 
 MOVING = ("progressive", "decay", "dynamic")
 WINDOWS = ("all", "first_k", "random_k", *MOVING)
+# Which steps of the window a sample is trained at, where that is a part of them.
+TRAINED_CHOICES = ("first", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +80,11 @@ def places(
     stochastic = np.asarray(stochastic, bool)
     count = int(np.sum(stochastic))
     size = count if window == "all" else min(size, count)
+
     starts = _starts(window, count, size, motion)[:, None]
     rank = np.cumsum(stochastic) - 1
     masks = stochastic & (rank >= starts) & (rank < starts + size)
+
     stays = _stays(window, count, size, motion)
     return Places(masks, stays / stays.sum())
 

@@ -1,8 +1,8 @@
 """Temporal gradient equalizer: weights that give every denoising step the same gradient scale.
 
-The gradient of a step's log-probability with respect to the predicted velocity has the scale
-N_t = λ_t / std_t, λ_t = |∂mean/∂v|, which spans two orders of magnitude over a schedule. The
-weights are S_t = median(N) / N_t (SAGE-GRPO, temporal gradient equalizer).
+The gradient of a step's log-probability with respect to the predicted velocity has the scale N_t
+(`flow.sde.gradient_scale`), which spans two orders of magnitude over a schedule. The weights are
+S_t = median(N) / N_t (SAGE-GRPO, temporal gradient equalizer).
 """
 
 from __future__ import annotations
@@ -25,20 +25,11 @@ def gradient_scale(
     log_prob: str = "gaussian",
     clamp: float = 0.0,
 ) -> np.ndarray:
-    """Returns N_t, float64[T], 0 for steps without noise. On the host; the schedule is concrete.
-
-    The Gaussian log-probability has N_t = λ_t / std_t. The squared one, -(x' - mean)², has the
-    gradient 2·std_t·ε·λ_t, so N_t = std_t·λ_t (constant factors drop out of the weights).
-    """
-    if log_prob not in sde.LOG_PROBS:
-        raise ValueError(f"log_prob={log_prob!r}: must be one of {', '.join(sde.LOG_PROBS)}")
+    """Returns N_t, float64[T], 0 for steps without noise. On the host; the schedule is concrete."""
     sigmas = np.asarray(schedule.sigmas, np.float64)
-    sigma, sigma_next = sigmas[:-1], sigmas[1:]
-    removed, std = sde.step_coefficients(kind, sigma, sigma_next, float(eta), clamp=clamp, xp=np)
-    sensitivity = (sigma - sigma_next) + removed * (1.0 - sigma)
-    if log_prob == "squared":
-        return sensitivity * std
-    return np.where(std > 0, sensitivity / np.where(std > 0, std, 1.0), 0.0)
+    return sde.gradient_scale(
+        kind, sigmas[:-1], sigmas[1:], float(eta), log_prob=log_prob, clamp=clamp, xp=np
+    )
 
 
 def equalizer_weights(
@@ -59,13 +50,15 @@ def equalizer_weights(
         trained: bool[T], concrete; the median is taken over these steps.
         median: of an even count, the `lower` middle value (as torch.median, and so the official
             code) or the `mean` of the two.
-        log_prob: form of the log-probability, see `gradient_scale`.
+        log_prob: form of the log-probability, one of `flow.sde.LOG_PROBS`.
         clamp: of the transition, see `flow.sde.step_coefficients`.
     """
     if median not in MEDIANS:
         raise ValueError(f"median={median!r}: must be one of {', '.join(MEDIANS)}")
+
     scale = gradient_scale(kind, schedule, eta, log_prob=log_prob, clamp=clamp)
     trained = _as_mask(trained, scale) & (scale > 0)
+
     weights = np.zeros_like(scale)
     if trained.any():
         ordered = np.sort(scale[trained])

@@ -51,22 +51,27 @@ def policy_loss(
     """
     chex.assert_rank([log_ratio, advantages], [2, 1])
     _check_arguments(clip_range, objective)
+
+    # Shapes and mask
     shape = log_ratio.shape
     mask = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask, bool)
     chex.assert_shape(mask, shape)
     if normalizer is None:
         normalizer = jnp.maximum(mask.sum(), 1)
-    # Masked before any arithmetic: a NaN behind the mask must not reach loss or gradients.
+    # The mask comes before any arithmetic: a NaN behind it must not reach loss or gradients.
     log_ratio = jnp.where(mask, jnp.asarray(log_ratio, jnp.float32), 0.0)
     advantages = jnp.where(mask, jnp.asarray(advantages, jnp.float32)[:, None], 0.0)
     weights = jnp.where(mask, jnp.broadcast_to(jnp.asarray(weights, jnp.float32), shape), 0.0)
-    # r - 1 instead of r: clip ranges of 1e-4 and less are near the resolution of float32 at 1.
+
+    # The loss of every entry. r - 1 instead of r: clip ranges of 1e-4 and less are near the
+    # resolution of float32 at 1.
     deviation = jnp.expm1(jnp.clip(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
     if objective == "ppo":
         clipped = jnp.clip(deviation, -clip_range, clip_range)
         losses = jnp.maximum(-advantages * deviation, -advantages * clipped) - advantages
     else:
         losses = -advantages * log_ratio
+
     loss = (losses * weights).sum() / normalizer
     return loss, jax.lax.stop_gradient(_ratio_metrics(deviation, mask, clip_range, normalizer))
 

@@ -79,6 +79,7 @@ def nft_loss(
         mean = jax.lax.stop_gradient(jnp.abs(error).mean(axes))
         return (error**2).mean(axes) / jnp.maximum(mean, _SMALLEST_DISTANCE)
 
+    # Good samples attract, bad ones repel.
     attract, repel = distance(velocity_old + change), distance(velocity_old - change)
     return (good * attract + (1.0 - good) * repel) / beta
 

@@ -93,6 +93,7 @@ class TrustRegionConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError for the first field that is out of range."""
+        # Every field by itself
         finite = [name for name, value in vars(self).items() if isinstance(value, float)]
         for name in finite:
             self._require(name, math.isfinite(getattr(self, name)), "finite")
@@ -108,6 +109,9 @@ class TrustRegionConfig:
             f"one of {', '.join(TIME_WEIGHTS)}",
         )
         self._require("step_bound", self.step_bound >= 0, ">= 0")
+        self._require_counts_and_weights()
+
+        # Fields that depend on each other
         if self.step_bound > 0:
             self._require(
                 "step_bound",
@@ -115,11 +119,17 @@ class TrustRegionConfig:
                 "0 without the previous policy in closed form (kind stepwise, dual or "
                 "fixed_stepwise, previous_estimator closed_form)",
             )
-        for name, lowest in (("anchor_every", 1), ("history", 1)):
+        self._require("high", self.high > self.low, f"> low={self.low}")
+        self._require("max_weight", self.max_weight >= self.min_weight, ">= min_weight")
+        if self.feedback != "none":
+            allowed = f"in [min_weight, max_weight] = [{self.min_weight}, {self.max_weight}]"
+            inside = self.min_weight <= self.final_weight <= self.max_weight
+            self._require("final_weight", inside, allowed)
+
+    def _require_counts_and_weights(self) -> None:
+        for name in ("anchor_every", "history"):
             value = getattr(self, name)
-            self._require(
-                name, isinstance(value, int) and value >= lowest, f"an integer >= {lowest}"
-            )
+            self._require(name, isinstance(value, int) and value >= 1, "an integer >= 1")
         for name in (
             "anchor_weight",
             "previous_weight",
@@ -132,14 +142,8 @@ class TrustRegionConfig:
         ):
             self._require(name, getattr(self, name) >= 0, ">= 0")
         self._require("target_shift", self.target_shift > 0, "> 0")
-        self._require("high", self.high > self.low, f"> low={self.low}")
         self._require("up", self.up >= 1, ">= 1")
         self._require("down", 0 < self.down <= 1, "in (0, 1]")
-        self._require("max_weight", self.max_weight >= self.min_weight, ">= min_weight")
-        if self.feedback != "none":
-            allowed = f"in [min_weight, max_weight] = [{self.min_weight}, {self.max_weight}]"
-            inside = self.min_weight <= self.final_weight <= self.max_weight
-            self._require("final_weight", inside, allowed)
 
     def _require(self, name: str, condition: bool, allowed: str) -> None:
         if not condition:
@@ -233,6 +237,7 @@ def trust_region(config: TrustRegionConfig) -> optax.GradientTransformationExtra
             if config.kind != "none":
                 raise ValueError(f"trust_region: update needs kl for kind={config.kind!r}")
             kl = 0.0
+
         updates, squared_norm = _bounded(config, updates, state.squared_norm, kl_previous)
         history = state.history.at[state.count % config.history].set(kl)
         count = optax.safe_increment(state.count)
@@ -288,10 +293,12 @@ def _bounded(
         return updates, squared_norm
     if kl_previous is None:
         raise ValueError("trust_region: update needs kl_previous for step_bound")
+
     known = (last_squared_norm > 0) & (kl_previous > 0)
     expected = kl_previous * squared_norm / jnp.where(known, last_squared_norm, 1.0)
     exceeds = known & (expected > config.step_bound)
     scale = jnp.where(exceeds, jnp.sqrt(config.step_bound / jnp.where(exceeds, expected, 1.0)), 1.0)
+
     updates = jax.tree.map(lambda u: (scale * u).astype(u.dtype), updates)
     return updates, squared_norm * scale**2
 

@@ -1,1 +1,1 @@
-"""The HunyuanVideo-1.5 architecture: video DiT and VAE."""
+"""Models: the door, the registry behind it, and the families."""

@@ -5,7 +5,8 @@
 - "xla": plain einsums, everywhere.
 
 Parallelism over tokens is Ulysses: image tokens are sharded over the `context` mesh axis outside of
-attention and heads inside, so XLA inserts one all-to-all on each side.
+attention and heads inside, so XLA inserts one all-to-all on each side. Image tokens that attend to
+text alone (`cross_attention`) stay where they are.
 """
 
 from __future__ import annotations
@@ -52,23 +53,80 @@ def joint_attention(
       ValueError: the context axis of the mesh does not divide the head count, or the
         implementation cannot run these shapes.
     """
-    num_image, heads = image.query.shape[1:3]
+    num_image = image.query.shape[1]
+    # Token-sharded to head-sharded before concatenating: text then joins without communication.
+    image = _tokens_to_heads(image)
+    text = jax.tree.map(lambda x: constrain(x, "batch", None, "heads", None), text)
+    query, key, value = (jnp.concatenate(pair, axis=1) for pair in zip(image, text, strict=True))
+    out = attention(query, key, value, key_mask_BxS, implementation)
+    out = constrain(out, "batch", None, "heads", None)
+    text_out = out[:, num_image:]
+    return _heads_to_tokens(out[:, :num_image]), text_out.reshape(*text_out.shape[:2], -1)
+
+
+def self_attention(
+    image: Qkv, key_mask_BxN: jax.Array | None, implementation: str = "auto"
+) -> jax.Array:
+    """Attention among image tokens alone: [B, N, H*D]; see `joint_attention`."""
+    out = attention(*_tokens_to_heads(image), key_mask_BxN, implementation)
+    return _heads_to_tokens(out)
+
+
+def cross_attention(
+    image_BxNxHxD: jax.Array,
+    text_key_BxLxHxD: jax.Array,
+    text_value_BxLxHxD: jax.Array,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Attention of image tokens to all text tokens: [B, N, H*D].
+
+    Every device keeps its own image tokens and sees the whole text, so nothing is exchanged.
+
+    Args:
+      image_BxNxHxD: scaled queries, sharded over `context` where the mesh has that axis.
+      text_key_BxLxHxD: keys of the text.
+      text_value_BxLxHxD: values of the text.
+      implementation: one of IMPLEMENTATIONS.
+    """
+    batch, num_image, _, head_size = image_BxNxHxD.shape
+    # Resolved out here: inside, the mesh no longer says what its devices are.
+    implementation = resolve(implementation, head_size, image_BxNxHxD.dtype)
+    function = functools.partial(attention, implementation=implementation)
+
+    # The kernels do not know a query axis that is sharded, so they get each device's own part.
+    batch_axes, token_axes = (
+        axes if size % mesh_axis_size(*axes) == 0 else ()
+        for axes, size in ((mesh_axes("batch"), batch), (mesh_axes("tokens"), num_image))
+    )
+    if batch_axes or token_axes:
+        image, text = jax.P(batch_axes, token_axes), jax.P(batch_axes)
+        function = jax.shard_map(
+            function, in_specs=(image, text, text), out_specs=image, check_vma=False
+        )
+    out = function(image_BxNxHxD, text_key_BxLxHxD, text_value_BxLxHxD)
+    return constrain(out.reshape(batch, num_image, -1), "batch", "tokens", None)
+
+
+def _tokens_to_heads(qkv: Qkv) -> Qkv:
+    """Sharded over tokens in, over heads out; whole tokens are what a kernel needs.
+
+    Both ends of each exchange are pinned, or XLA gathers tokens instead.
+    """
+    heads = qkv.query.shape[2]
     if heads % mesh_axis_size("context"):
         raise ValueError(
             f"num_attention_heads={heads}: must be a multiple of the mesh's context axis,"
             f" {mesh_axis_size('context')}"
         )
-    # Token-sharded to head-sharded before concatenating: text then joins without communication.
-    # Both ends of each exchange are pinned, or XLA gathers tokens instead.
-    image = jax.tree.map(lambda x: constrain(x, "batch", "tokens", None, None), image)
-    image, text = jax.tree.map(lambda x: constrain(x, "batch", None, "heads", None), (image, text))
-    query, key, value = (jnp.concatenate(pair, axis=1) for pair in zip(image, text, strict=True))
-    out = attention(query, key, value, key_mask_BxS, implementation)
-    out = constrain(out, "batch", None, "heads", None)
-    image_out = constrain(out[:, :num_image], "batch", None, "heads", None)
-    image_out = constrain(image_out, "batch", "tokens", None, None)
-    text_out = out[:, num_image:]
-    return tuple(x.reshape(*x.shape[:2], -1) for x in (image_out, text_out))
+    qkv = jax.tree.map(lambda x: constrain(x, "batch", "tokens", None, None), qkv)
+    return jax.tree.map(lambda x: constrain(x, "batch", None, "heads", None), qkv)
+
+
+def _heads_to_tokens(out_BxNxHxD: jax.Array) -> jax.Array:
+    """The way back, heads joined: [B, N, H*D]."""
+    out = constrain(out_BxNxHxD, "batch", None, "heads", None)
+    out = constrain(out, "batch", "tokens", None, None)
+    return out.reshape(*out.shape[:2], -1)
 
 
 def attention(
@@ -177,68 +235,69 @@ def splash_attention(
 ) -> jax.Array:
     """The splash kernel per device: batch over (data, fsdp), heads over context, whole sequences.
 
-    Sequences are padded to a multiple of the block size under the mask. `interpret` runs the kernel
-    in Python, on any platform.
+    Sequences are padded to a multiple of the block size, keys under the mask. `interpret` runs
+    the kernel in Python, on any platform.
     """
-    batch, length, _, head_size = query.shape
+    (batch, queries, _, head_size), keys = query.shape, key.shape[1]
     if head_size % LANES and not interpret:
         raise ValueError(f"attention_head_dim={head_size}: splash needs a multiple of {LANES}")
-    if key.shape[1] != length:
-        raise ValueError(f"splash: {length} queries but {key.shape[1]} keys; must be equal")
     batch_axes, head_axes = mesh_axes("batch"), mesh_axes("heads")
     if batch % mesh_axis_size(*batch_axes):
         raise ValueError(f"batch={batch}: must be a multiple of the mesh axes {batch_axes}")
-    block = min(MAX_BLOCK, -(-length // LANES) * LANES)
-    pad = -length % block
+    query_block, key_block = (min(MAX_BLOCK, -(-n // LANES) * LANES) for n in (queries, keys))
     if key_mask_BxS is None:
-        key_mask_BxS = jnp.ones((batch, length), bool)
+        key_mask_BxS = jnp.ones((batch, keys), bool)
     query, key, value = (
-        jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2) for x in (query, key, value)
+        jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0))).swapaxes(1, 2)
+        for x, block in ((query, query_block), (key, key_block), (value, key_block))
     )
-    segments = jnp.pad(key_mask_BxS, ((0, 0), (0, pad))).astype(jnp.int32)
+    segments = jnp.pad(key_mask_BxS, ((0, 0), (0, -keys % key_block))).astype(jnp.int32)
 
-    kernel = functools.partial(_splash_local, block=block, interpret=interpret)
+    kernel = functools.partial(
+        _splash_local, query_block=query_block, key_block=key_block, interpret=interpret
+    )
     if batch_axes or head_axes:
         spec = jax.P(batch_axes, head_axes)
         kernel = jax.shard_map(
             kernel, in_specs=(spec, spec, spec, jax.P(batch_axes)), out_specs=spec, check_vma=False
         )
-    return kernel(query, key, value, segments).swapaxes(1, 2)[:, :length]
+    return kernel(query, key, value, segments).swapaxes(1, 2)[:, :queries]
 
 
 def _splash_local(
-    query_BxHxSxD: jax.Array,
+    query_BxHxQxD: jax.Array,
     key_BxHxSxD: jax.Array,
     value_BxHxSxD: jax.Array,
     segments_BxS: jax.Array,
     *,
-    block: int,
+    query_block: int,
+    key_block: int,
     interpret: bool,
 ) -> jax.Array:
-    heads, length = query_BxHxSxD.shape[1:3]
+    (heads, queries), keys = query_BxHxQxD.shape[1:3], key_BxHxSxD.shape[2]
     mask = splash_attention_mask.MultiHeadMask(
-        [splash_attention_mask.FullMask((length, length))] * heads
+        [splash_attention_mask.FullMask((queries, keys))] * heads
     )
     kernel = splash_attention_kernel.make_splash_mha(
         mask=mask,
         head_shards=1,
         q_seq_shards=1,
         block_sizes=splash_attention_kernel.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_kv_compute=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_kv_dkv_compute=block,
-            block_q_dq=block,
-            block_kv_dq=block,
+            block_q=query_block,
+            block_kv=key_block,
+            block_kv_compute=key_block,
+            block_q_dkv=query_block,
+            block_kv_dkv=key_block,
+            block_kv_dkv_compute=key_block,
+            block_q_dq=query_block,
+            block_kv_dq=key_block,
         ),
         interpret=interpret,
     )
 
     def one_sample(query, key, value, segments):
         # Every query is in segment 1, so only keys are masked.
-        ids = splash_attention_kernel.SegmentIds(q=jnp.ones_like(segments), kv=segments)
+        ids = splash_attention_kernel.SegmentIds(q=jnp.ones(queries, jnp.int32), kv=segments)
         return kernel(query, key, value, segment_ids=ids)
 
-    return jax.vmap(one_sample)(query_BxHxSxD, key_BxHxSxD, value_BxHxSxD, segments_BxS)
+    return jax.vmap(one_sample)(query_BxHxQxD, key_BxHxSxD, value_BxHxSxD, segments_BxS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -19,7 +19,18 @@ import jax.numpy as jnp
 
 from sage_grpo_jax.models import double_stream, lora
 from sage_grpo_jax.models.double_stream import EPSILON
-from sage_grpo_jax.models.hunyuan_video_config import HunyuanVideoConfig, require
+from sage_grpo_jax.models.hunyuan_video_condition import (
+    Condition,
+    embedding_needs,
+    make_condition,
+    unconditional,
+    with_step_end,
+)
+from sage_grpo_jax.models.hunyuan_video_config import (
+    VARIANTS,
+    HunyuanVideoConfig,
+    released,
+)
 from sage_grpo_jax.models.layers import (
     Modulation,
     VectorEmbed,
@@ -32,39 +43,48 @@ from sage_grpo_jax.models.layers import (
     xavier,
     zeros,
 )
+from sage_grpo_jax.models.model_config import require, require_shape
 from sage_grpo_jax.models.rope import rotary_angles, rotary_tables
 from sage_grpo_jax.models.text_refiner import ByT5Mapper, ImageProjection, TextRefiner
 
-__all__ = ["Condition", "HunyuanVideoConfig", "init_params", "partition_names", "velocity"]
+__all__ = [
+    "Condition",
+    "HunyuanVideoConfig",
+    "embedding_needs",
+    "init_params",
+    "make_condition",
+    "partition_names",
+    "unconditional",
+    "velocity",
+    "with_step_end",
+]
+
+NAME, Config = "HunyuanVideo-1.5 DiT", HunyuanVideoConfig
+RELEASED = {variant: released(variant) for variant in VARIANTS}
+VARIANT_FIELDS = ("use_meanflow",)
+_STREAMS = ("image", "text")
+# The layer of that name in both streams of the double-stream blocks.
+ADAPTER_TARGETS = {
+    target: tuple(f"blocks/{stream}/{target}" for stream in _STREAMS) for target in lora.TARGETS
+}
+# Every dense layer; some are parts that a model may lack.
+ADAPTER_LAYERS = (
+    *(f"blocks/{stream}/{t}" for stream in _STREAMS for t in (*lora.TARGETS, "modulation/linear")),
+    *(f"text_refiner/blocks/{target}" for target in (*lora.TARGETS, "gates/linear")),
+    "text_refiner/proj_in",
+    *(f"text_refiner/{embed}/{end}" for embed in ("time_embed", "pooled_embed")
+      for end in ("in", "out")),
+    *(f"{embed}/{end}" for embed in ("time_embed", "time_embed_r", "image_embed")
+      for end in ("in", "out")),
+    "byt5_embed/in",
+    "byt5_embed/mid",
+    "byt5_embed/out",
+    "final/modulation/linear",
+    "final/proj",
+)  # fmt: skip
 
 # Rows of the condition-type embedding.
 TEXT, BYT5, IMAGE = 0, 1, 2
-
-
-class Condition(NamedTuple):
-    """What the velocity is conditioned on. Masks are True at valid tokens.
-
-    Attributes:
-      text: [B, L, text_embed_dim].
-      text_mask: bool [B, L]; a sample may have no valid token.
-      byt5: [B, L2, text_embed_2_dim], or None for no such tokens.
-      byt5_mask: bool [B, L2]; None for all valid.
-      image: [B, N, image_embed_dim] from a vision encoder, or None for no such tokens.
-      image_mask: bool [B, N]; None masks the samples whose embeddings are all zero
-        (text-to-video, as in diffusers, but sample by sample).
-      latents: [B, T, H, W, in_channels - out_channels], channels appended to the noisy latents
-        (condition latents, then their mask); None for zeros (text-to-video).
-      timestep_r: float32 [B], the end of the step, for models with use_meanflow; or None.
-    """
-
-    text: jax.Array
-    text_mask: jax.Array
-    byt5: jax.Array | None = None
-    byt5_mask: jax.Array | None = None
-    image: jax.Array | None = None
-    image_mask: jax.Array | None = None
-    latents: jax.Array | None = None
-    timestep_r: jax.Array | None = None
 
 
 def init_params(config: HunyuanVideoConfig, key: jax.Array) -> dict[str, Any]:
@@ -308,10 +328,10 @@ def _check_inputs(latents, timestep, condition: Condition, config: HunyuanVideoC
     batch = latents.shape[0]
     for size, patch, axis in zip(latents.shape[1:4], config.patch, "THW", strict=True):
         require(size % patch == 0, f"latents axis {axis}", size, f"a multiple of the patch {patch}")
-    _require_shape("latents", latents, (*latents.shape[:4], config.out_channels))
-    _require_shape("timestep", timestep, (batch,))
-    _require_shape("condition.text", condition.text, (batch, None, config.text_embed_dim))
-    _require_shape("condition.text_mask", condition.text_mask, condition.text.shape[:2])
+    require_shape("latents", latents, (*latents.shape[:4], config.out_channels))
+    require_shape("timestep", timestep, (batch,))
+    require_shape("condition.text", condition.text, (batch, None, config.text_embed_dim))
+    require_shape("condition.text_mask", condition.text_mask, condition.text.shape[:2])
     for name, width in (("byt5", config.text_embed_2_dim), ("image", config.image_embed_dim)):
         value, mask = getattr(condition, name), getattr(condition, f"{name}_mask")
         if value is None:
@@ -320,19 +340,12 @@ def _check_inputs(latents, timestep, condition: Condition, config: HunyuanVideoC
         require(
             width is not None, f"condition.{name}", "given", "None: the model has no part for it"
         )
-        _require_shape(f"condition.{name}", value, (batch, None, width))
+        require_shape(f"condition.{name}", value, (batch, None, width))
         if mask is not None:
-            _require_shape(f"condition.{name}_mask", mask, value.shape[:2])
+            require_shape(f"condition.{name}_mask", mask, value.shape[:2])
     if condition.latents is not None:
         extra = config.in_channels - config.out_channels
-        _require_shape("condition.latents", condition.latents, (*latents.shape[:4], extra))
+        require_shape("condition.latents", condition.latents, (*latents.shape[:4], extra))
     if condition.timestep_r is not None:
         require(config.use_meanflow, "condition.timestep_r", "given", "None without use_meanflow")
-        _require_shape("condition.timestep_r", condition.timestep_r, (batch,))
-
-
-def _require_shape(name: str, value: jax.Array, shape: tuple[int | None, ...]) -> None:
-    fits = len(value.shape) == len(shape) and all(
-        want is None or have == want for have, want in zip(value.shape, shape, strict=True)
-    )
-    require(fits, f"{name}.shape", tuple(value.shape), shape)
+        require_shape("condition.timestep_r", condition.timestep_r, (batch,))

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from typing import Any
 
 from sage_grpo_jax.common import checked_json
-from sage_grpo_jax.models.attention import IMPLEMENTATIONS
+from sage_grpo_jax.models import model_config
+from sage_grpo_jax.models.model_config import require
 
 CLASS_NAME = "HunyuanVideo15Transformer3DModel"
-RUNTIME_FIELDS = ("dtype", "attention", "remat", "unroll")
-DTYPES = ("float32", "bfloat16")
 TASKS = ("t2v", "i2v")
+# Names of the released checkpoints.
+VARIANTS = tuple(
+    f"{size}_{task}{kind}"
+    for size in ("480p", "720p")
+    for task in TASKS
+    for kind in ("", "_distilled", "_step_distilled")
+)
 # Far beyond every released model; what is larger comes from a damaged file.
 _BOUNDS = {
     "in_channels": 4096,
@@ -94,9 +99,7 @@ class HunyuanVideoConfig:
                  f"such that {self.hidden_size} times it is 1 to {1 << 20}")  # fmt: skip
         require(self.task_type in TASKS, "task_type", self.task_type, f"one of {TASKS}")
         require(self.qk_norm == "rms_norm", "qk_norm", self.qk_norm, "'rms_norm'")
-        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {DTYPES}")
-        require(self.attention in IMPLEMENTATIONS, "attention", self.attention,
-                 f"one of {IMPLEMENTATIONS}")  # fmt: skip
+        model_config.check_runtime(self)
 
     @property
     def hidden_size(self) -> int:
@@ -120,27 +123,17 @@ class HunyuanVideoConfig:
     @classmethod
     def from_values(cls, values: dict[str, Any], **runtime: Any) -> HunyuanVideoConfig:
         """The same, from the JSON object."""
-        class_name = values.get("_class_name", CLASS_NAME)
-        require(class_name == CLASS_NAME, "_class_name", class_name, CLASS_NAME)
-        values = {name: value for name, value in values.items() if not name.startswith("_")}
-        return cls(**checked_json.fields(cls, values, RUNTIME_FIELDS), **runtime)
+        return model_config.from_values(cls, CLASS_NAME, values, runtime)
 
     def to_json(self) -> str:
         """The text of a diffusers config.json; how to run the model is left out."""
-        values = dataclasses.asdict(self)
-        for field in RUNTIME_FIELDS:
-            del values[field]
-        return json.dumps({"_class_name": CLASS_NAME, **values}, indent=2, sort_keys=True) + "\n"
+        return model_config.to_json(self, CLASS_NAME)
 
 
-def require(condition: bool, field: str, value: Any, allowed: Any) -> None:
-    """Raises a ValueError that says the field, its value and what is allowed."""
-    if not condition:
-        raise ValueError(f"{field}={_short(value)}: must be {allowed}")
-
-
-def _short(value: Any) -> str:
-    """A text as it is, anything else as its `repr`, and neither without end."""
-    if isinstance(value, str) and len(value) <= 120 and value.isprintable():
-        return value
-    return checked_json.shown(value)
+def released(variant: str) -> HunyuanVideoConfig:
+    """The config of one of `VARIANTS`."""
+    return HunyuanVideoConfig(
+        target_size=960 if variant.startswith("720p") else 640,
+        task_type="i2v" if "i2v" in variant else "t2v",
+        use_meanflow=variant.endswith("step_distilled"),
+    )

@@ -15,16 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-HIGHEST = jax.lax.Precision.HIGHEST
+from sage_grpo_jax.models import axes as axes_lib
 
-# Logical activation axis -> mesh axes. Parameters have their own table in parallel/.
-ACTIVATION_AXES = {
-    "batch": ("data", "fsdp"),
-    "replica": ("data",),
-    "tokens": ("context",),
-    "heads": ("context",),
-    "embed": ("fsdp", "context"),
-}
+HIGHEST = jax.lax.Precision.HIGHEST
 
 xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros_init()
@@ -45,7 +38,7 @@ def mesh_axes(name: str | None) -> tuple[str, ...]:
         for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind == jax.sharding.AxisType.Auto and mesh.shape[axis] > 1
     }
-    return tuple(axis for axis in ACTIVATION_AXES.get(name, ()) if axis in auto)
+    return tuple(axis for axis in axes_lib.ACTIVATIONS.get(name, ()) if axis in auto)
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
@@ -137,11 +130,13 @@ class Mlp(nn.Module):
     features: int
     activation: Callable[[jax.Array], jax.Array]
     dtype: jnp.dtype
+    kernel_init: Callable = xavier
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = dense(self.hidden, ("embed", "mlp"), self.dtype, name="in")(x)
-        return dense(self.features, ("mlp", "embed"), self.dtype, name="out")(self.activation(x))
+        x = dense(self.hidden, ("embed", "mlp"), self.dtype, init=self.kernel_init, name="in")(x)
+        out = dense(self.features, ("mlp", "embed"), self.dtype, init=self.kernel_init, name="out")
+        return out(self.activation(x))
 
 
 class VectorEmbed(nn.Module):
@@ -157,7 +152,7 @@ class VectorEmbed(nn.Module):
 
 
 class Modulation(nn.Module):
-    """SiLU and a zero-initialised dense layer: `count` vectors per sample, float32, each [B, 1, D].
+    """SiLU and a dense layer: `count` vectors per sample, float32, each [B, 1, D].
 
     Under a mesh the product is taken where the kernel lies and the small result is summed over
     devices: gathering these kernels would move a third of the model for one vector a sample.
@@ -165,12 +160,13 @@ class Modulation(nn.Module):
 
     count: int
     features: int
+    kernel_init: Callable = zeros  # the modulated block is the identity at first
 
     @nn.compact
     def __call__(self, vector_BxD: jax.Array) -> tuple[jax.Array, ...]:
         x = constrain(nn.silu(vector_BxD), "replica", "embed")
         layer = float32_dense(
-            self.count * self.features, ("embed", "mlp"), init=zeros, name="linear"
+            self.count * self.features, ("embed", "mlp"), init=self.kernel_init, name="linear"
         )
         x = constrain(layer(x), "batch", None)
         return tuple(jnp.split(x[:, None, :], self.count, axis=-1))

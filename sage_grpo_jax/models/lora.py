@@ -1,9 +1,10 @@
-"""Low-rank adapters (LoRA) of the DiT: W + (alpha / r) A B, over stacked layers.
+"""Low-rank adapters (LoRA) of a transformer: W + (alpha / r) A B, over stacked layers.
 
+Which layers a target stands for is the model's to say (`models.door`).
 Adapters are a nested dict that mirrors the parameters; where those have `kernel` [..., in, out],
 adapters have `down` A [..., in, r] and `up` B [..., r, out]; in blocks the layers are in front. The
-base weights stay frozen. In the double-stream blocks the product is taken layer by layer inside
-the model (`merge_layer`), so that neither the merged weights nor their gradients ever exist for
+base weights stay frozen. In the stacked blocks the product is taken layer by layer inside the
+model (`merge_layer`), so that neither the merged weights nor their gradients ever exist for
 all layers at once.
 
 Source: Hu et al., arXiv 2106.09685; names of peft and diffusers: `lora_A` = A^T, `lora_B` = B^T.
@@ -21,23 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from sage_grpo_jax.models.door import VideoModel
+
+# The targets that every model knows, see `door.VideoModel.ADAPTER_TARGETS`.
 TARGETS = ("query", "key", "value", "proj", "mlp/in", "mlp/out")
-STREAMS = ("image", "text")
-# Every dense layer of the model; some are parts that a model may lack.
-LAYERS = (
-    *(f"blocks/{stream}/{t}" for stream in STREAMS for t in (*TARGETS, "modulation/linear")),
-    *(f"text_refiner/blocks/{target}" for target in (*TARGETS, "gates/linear")),
-    "text_refiner/proj_in",
-    *(f"text_refiner/{embed}/{end}" for embed in ("time_embed", "pooled_embed")
-      for end in ("in", "out")),
-    *(f"{embed}/{end}" for embed in ("time_embed", "time_embed_r", "image_embed")
-      for end in ("in", "out")),
-    "byt5_embed/in",
-    "byt5_embed/mid",
-    "byt5_embed/out",
-    "final/modulation/linear",
-    "final/proj",
-)  # fmt: skip
 # Adapter axis names: the rank is never sharded.
 _NAMES = {"down": ("embed", None), "up": (None, "embed")}
 
@@ -49,8 +37,8 @@ class LoraConfig:
     Attributes:
       rank: r, at least 1.
       alpha: the adapters are scaled by alpha / rank.
-      targets: dense layers: of `TARGETS` (in both streams of the double-stream blocks) or, one by
-        one, of `LAYERS`.
+      targets: dense layers: of `TARGETS` (each stands for several) or, one by one, of the model's
+        ADAPTER_LAYERS.
     """
 
     rank: int
@@ -63,52 +51,57 @@ class LoraConfig:
             raise ValueError(f"lora.rank: got {self.rank}; allowed: at least 1")
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"lora.alpha: got {self.alpha}; allowed: greater than 0 and finite")
-        paths = [path for target in self.targets for path in _expand(target)]
-        unknown = [target for target in self.targets if target not in (*TARGETS, *LAYERS)]
-        if unknown or not paths or len(set(paths)) < len(paths):
-            raise ValueError(
-                f"lora.targets: got {self.targets}; allowed: some of {', '.join(TARGETS)} for both "
-                f"streams, or single layers as {LAYERS[0]} and {LAYERS[-1]}, each once"
-            )
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"lora.targets: got {self.targets}; allowed: at least one, each once")
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
 
-def adapted_paths(lora: LoraConfig) -> list[tuple[str, ...]]:
-    """Paths of the adapted layers in the parameter tree: ("blocks", "image", "mlp", "in")."""
-    paths = {path for target in lora.targets for path in _expand(target)}
-    return [tuple(path.split("/")) for path in LAYERS if path in paths]
+def adapted_paths(lora: LoraConfig, model: VideoModel) -> list[tuple[str, ...]]:
+    """Paths of the adapted layers in the parameters of a model: ("blocks", "image", "mlp", "in").
+
+    Raises:
+      ValueError: targets that the model does not know, or a layer twice.
+    """
+    unknown = {*lora.targets}.difference(model.ADAPTER_TARGETS, model.ADAPTER_LAYERS)
+    paths = [path for target in lora.targets for path in _expand(target, model)]
+    if unknown or len(set(paths)) < len(paths):
+        raise ValueError(
+            f"lora.targets: got {lora.targets}; allowed: some of "
+            f"{', '.join(model.ADAPTER_TARGETS)}, or single layers as {model.ADAPTER_LAYERS[0]} "
+            f"and {model.ADAPTER_LAYERS[-1]}, each once"
+        )
+    return [tuple(path.split("/")) for path in model.ADAPTER_LAYERS if path in paths]
 
 
-def targets_of(paths: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+def targets_of(paths: Iterable[tuple[str, ...]], model: VideoModel) -> tuple[str, ...]:
     """The targets that stand for these layers, as short as they get."""
     left = {"/".join(path) for path in paths}
-    both = [target for target in TARGETS if left.issuperset(_expand(target))]
-    left -= {path for target in both for path in _expand(target)}
-    return (*both, *(path for path in LAYERS if path in left))
+    whole = [target for target in TARGETS if left.issuperset(_expand(target, model))]
+    left -= {path for target in whole for path in _expand(target, model)}
+    return (*whole, *(path for path in model.ADAPTER_LAYERS if path in left))
 
 
-def _expand(target: str) -> list[str]:
-    if target in TARGETS:
-        return [f"blocks/{stream}/{target}" for stream in STREAMS]
-    return [target]
+def _expand(target: str, model: VideoModel) -> tuple[str, ...]:
+    return model.ADAPTER_TARGETS.get(target, (target,))
 
 
-def abstract_adapters(params: Any, lora: LoraConfig) -> dict[str, Any]:
+def abstract_adapters(params: Any, lora: LoraConfig, model: VideoModel) -> dict[str, Any]:
     """ShapeDtypeStructs of the float32 adapters.
 
     Args:
       params: the model's parameters, or their shapes.
       lora: rank and targets.
+      model: that they belong to, of `models.registry`.
 
     Raises:
-      ValueError: targets in parts that the model has not.
+      ValueError: targets that the model does not know, or in parts that it has not.
     """
     flat = traverse_util.flatten_dict(params)
     shapes = {}
-    for path in adapted_paths(lora):
+    for path in adapted_paths(lora, model):
         if (*path, "kernel") not in flat:
             raise ValueError(
                 f"lora.targets: got {'/'.join(path)}; allowed: layers that the model has"
@@ -121,7 +114,9 @@ def abstract_adapters(params: Any, lora: LoraConfig) -> dict[str, Any]:
     )
 
 
-def init_adapters(params: Any, lora: LoraConfig, key: jax.Array) -> dict[str, Any]:
+def init_adapters(
+    params: Any, lora: LoraConfig, key: jax.Array, model: VideoModel
+) -> dict[str, Any]:
     """Fresh float32 adapters: A normal with standard deviation 1/sqrt(in), B zero.
 
     With B = 0 the model is the base model bit for bit.
@@ -130,8 +125,9 @@ def init_adapters(params: Any, lora: LoraConfig, key: jax.Array) -> dict[str, An
       params: the model's parameters, or their shapes.
       lora: rank and targets.
       key: of the random numbers; each leaf has its own, by its place in the sorted tree.
+      model: that they belong to, of `models.registry`.
     """
-    flat = traverse_util.flatten_dict(abstract_adapters(params, lora))
+    flat = traverse_util.flatten_dict(abstract_adapters(params, lora, model))
     adapters = {}
     for i, (path, leaf) in enumerate(sorted(flat.items())):
         if path[-1] == "up":
@@ -164,12 +160,12 @@ def start_from(fresh: Any, given: Any, ratio: float) -> Any:
     return traverse_util.unflatten_dict(flat)
 
 
-def partition_names(lora: LoraConfig) -> dict[str, Any]:
+def partition_names(lora: LoraConfig, model: VideoModel) -> dict[str, Any]:
     """Logical axis names of the adapters: a tree like them."""
     return traverse_util.unflatten_dict(
         {
             (*path, part): ("layers", *names) if "blocks" in path else names
-            for path in adapted_paths(lora)
+            for path in adapted_paths(lora, model)
             for part, names in _NAMES.items()
         }
     )
@@ -197,7 +193,7 @@ def merge_layer(block: Any, adapters: Any, scale: float) -> Any:
 
 
 def split_blocks(params: Any, adapters: Any, scale: float) -> tuple[Any, Any]:
-    """Merges what lies outside the double-stream blocks; their adapters are left to them.
+    """Merges what lies outside the stacked blocks; their adapters are left to them.
 
     Returns:
       (parameters, adapters of the blocks or None)

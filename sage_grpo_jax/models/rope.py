@@ -1,8 +1,11 @@
 """Rotary position embedding over the (time, height, width) grid of image tokens.
 
 Interleaved pairs (channels 2i and 2i + 1 form one rotation), integer grid positions, tokens in
-t-major order, as in HunyuanVideo-1.5 (diffusers `HunyuanVideo15RotaryPosEmbed`).
+t-major order. The tables come from float32 angles as in HunyuanVideo-1.5 (diffusers
+`HunyuanVideo15RotaryPosEmbed`), or from float64 ones as in Wan (`WanRotaryPosEmbed`).
 """
+
+import math
 
 import chex
 import jax
@@ -44,6 +47,28 @@ def rotary_tables(angles_NxK: jax.Array, padded_length: int) -> tuple[jax.Array,
     cos = jnp.repeat(jnp.cos(angles), 2, axis=-1)
     sin = jnp.stack([-jnp.sin(angles), jnp.sin(angles)], axis=-1).reshape(padded_length, 2 * k)
     return cos, sin
+
+
+def float64_rotary_tables(
+    grid: tuple[int, int, int], axes_dim: tuple[int, int, int], theta: float, padded_length: int
+) -> tuple[jax.Array, jax.Array]:
+    """`rotary_tables(rotary_angles(...))`, but computed in float64 and rounded once, at the end.
+
+    Positions of one axis are few: their tables are constants, spread over the grid on the device.
+    """
+    cosines, sines = [], []
+    for axis, (size, dim) in enumerate(zip(grid, axes_dim, strict=True)):
+        angles = np.arange(size)[:, None] * theta ** (-np.arange(0, dim, 2) / max(dim, 1))
+        sine = np.stack([-np.sin(angles), np.sin(angles)], axis=-1).reshape(size, dim)
+        for tables, table in ((cosines, np.repeat(np.cos(angles), 2, axis=-1)), (sines, sine)):
+            lone = [size if other == axis else 1 for other in range(3)]
+            table = jnp.asarray(table, jnp.float32).reshape(*lone, dim)
+            tables.append(jnp.broadcast_to(table, (*grid, dim)))
+
+    shape = (math.prod(grid), sum(axes_dim))
+    cos, sin = (jnp.concatenate(tables, axis=-1).reshape(shape) for tables in (cosines, sines))
+    padding = ((0, padded_length - shape[0]), (0, 0))
+    return jnp.pad(cos, padding, constant_values=1.0), jnp.pad(sin, padding)
 
 
 @jax.custom_vjp

@@ -4,8 +4,8 @@ Same architecture, and same numbers in float32, as `AutoencoderKLHunyuanVideo15`
 (`autoencoders/autoencoder_kl_hunyuanvideo15.py`), channels last. A clip has 1 + k * temporal ratio
 frames; the first frame is coded by itself, and no frame sees a later one.
 
-Latents here are unscaled: the diffusion model works on `mean * config.scaling_factor`, and the
-caller divides by it once before `decode`.
+Latents here are unscaled: the diffusion model works on `to_model_latents(mean, config)`, and the
+caller maps its latents back with `to_vae_latents` once before `decode`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from sage_grpo_jax.common import checked_json
 from sage_grpo_jax.models import vae_layers as layers
+from sage_grpo_jax.models.hunyuan_video_config import VARIANTS
 
 Params = dict[str, Any]
 # Far beyond the released model; what is larger comes from a damaged file.
@@ -176,6 +177,10 @@ def _validate_resampling(require, coarse: int, fine: int, temporal: bool) -> Non
     require(factor * fine % unit == 0, f"{factor} * {fine} must be a multiple of {unit}")
 
 
+NAME, Config = "HunyuanVideo-1.5 VAE", VaeConfig
+RELEASED = dict.fromkeys(VARIANTS, VaeConfig())
+
+
 class Encoder(nn.Module):
     """Video [B, F, H, W, 3] -> moments [B, T, h, w, 2 * latent_channels]."""
 
@@ -299,6 +304,11 @@ def encode(
     Raises:
       ValueError: if the clip does not fit the compression ratios.
     """
+    return split_moments(encode_moments(params, videos_BxFxHxWxC, config))
+
+
+def encode_moments(params: Params, videos_BxFxHxWxC: jax.Array, config: VaeConfig) -> jax.Array:
+    """Mean and unclipped logvar of `encode`, one after the other on the last axis; float32."""
     chex.assert_rank(videos_BxFxHxWxC, 5)
     _, frames, height, width, channels = videos_BxFxHxWxC.shape
     s, t = config.spatial_compression_ratio, config.temporal_compression_ratio
@@ -309,7 +319,12 @@ def encode(
     if channels != config.in_channels:
         raise ValueError(f"channels={channels}: must be in_channels={config.in_channels}")
     moments = Encoder(config).apply({"params": params["encoder"]}, videos_BxFxHxWxC)
-    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    return moments.astype(jnp.float32)
+
+
+def split_moments(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(mean, clipped logvar) of moments [..., 2 * latent_channels]."""
+    mean, logvar = jnp.split(moments, 2, axis=-1)
     return mean, jnp.clip(logvar, -30.0, 20.0)
 
 
@@ -330,3 +345,17 @@ def decode(params: Params, latents_BxTxHxWxC: jax.Array, config: VaeConfig) -> j
         raise ValueError(f"channels={channels}: must be latent_channels={config.latent_channels}")
     videos = Decoder(config).apply({"params": params["decoder"]}, latents_BxTxHxWxC)
     return videos.astype(jnp.float32)
+
+
+# Nothing is clipped here: tiles are blended as they are.
+decode_unclipped = decode
+
+
+def to_model_latents(latents: jax.Array, config: VaeConfig) -> jax.Array:
+    """Latents of the VAE in the units of the diffusion model."""
+    return latents * config.scaling_factor
+
+
+def to_vae_latents(latents: jax.Array, config: VaeConfig) -> jax.Array:
+    """The inverse of `to_model_latents`."""
+    return latents / config.scaling_factor

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sage_grpo_jax.models import vae
-from sage_grpo_jax.models.vae import Params, VaeConfig
+from sage_grpo_jax.models import registry
+from sage_grpo_jax.models.door import AutoencoderConfig
+
+Params = dict[str, Any]
 
 TILE = 256
 OVERLAPS = {"diffusers": 0.25, "official": 0.125}
@@ -55,17 +57,17 @@ class _Grid(NamedTuple):
 def decode_tiled(
     params: Params,
     latents_BxTxHxWxC: jax.Array,
-    config: VaeConfig,
+    config: AutoencoderConfig,
     *,
     tile: int = TILE,
     overlap: float = OVERLAPS["diffusers"],
 ) -> jax.Array:
-    """Like `vae.decode`, tile by tile; a clip that fits into one tile is decoded whole.
+    """Like `decode` of the VAE, tile by tile; a clip that fits into one tile is decoded whole.
 
     Tiles of the same shape run one after the other in one compiled loop.
 
     Args:
-      params: as from `vae.init_params`; only "decoder" is used.
+      params: as from its `init_params`; only "decoder" is used.
       latents_BxTxHxWxC: unscaled latents.
       config: shape of the VAE.
       tile: side of a tile in pixels.
@@ -75,31 +77,29 @@ def decode_tiled(
       ValueError: tile and overlap that do not come out as whole latents, wrong channels.
     """
     chex.assert_rank(latents_BxTxHxWxC, 5)
+    model = registry.of(config)
+
+    def decode(decoder: Params, latents: jax.Array) -> jax.Array:
+        return model.decode_unclipped({"decoder": decoder}, latents, config)
+
     ratio = config.spatial_compression_ratio
-    window, stride = _window_and_stride(config, tile, overlap)
-    grids = [_Grid(n, window, stride, lambda x: x * ratio) for n in latents_BxTxHxWxC.shape[2:4]]
-
-    def decode(latents: jax.Array) -> jax.Array:
-        decoder, latents = lax.optimization_barrier((params["decoder"], latents))
-        return vae.decode({"decoder": decoder}, latents, config)
-
-    return _tiled(decode, latents_BxTxHxWxC, grids)
+    return decode_blended(decode, params["decoder"], latents_BxTxHxWxC, ratio, tile, overlap)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "tile", "overlap"))
 def encode_tiled(
     params: Params,
     videos_BxFxHxWxC: jax.Array,
-    config: VaeConfig,
+    config: AutoencoderConfig,
     *,
     tile: int = TILE,
     overlap: float = OVERLAPS["diffusers"],
 ) -> tuple[jax.Array, jax.Array]:
-    """Like `vae.encode`, tile by tile; a clip that fits into one tile is encoded whole.
+    """Like `encode` of the VAE, tile by tile; a clip that fits into one tile is encoded whole.
 
     Args:
-      params: as from `vae.init_params`; only "encoder" is used.
-      videos_BxFxHxWxC: in [-1, 1]; sizes as for `vae.encode`.
+      params: as from its `init_params`; only "encoder" is used.
+      videos_BxFxHxWxC: in [-1, 1]; sizes as for `encode`.
       config: shape of the VAE.
       tile: side of a tile in pixels.
       overlap: part of a tile that it shares with the next, at most 0.5.
@@ -108,31 +108,77 @@ def encode_tiled(
       (mean, logvar) of the blended moments.
 
     Raises:
-      ValueError: see `vae.encode` and `decode_tiled`.
+      ValueError: see `encode` and `decode_tiled`.
     """
     # The sizes are checked by tracing the plain encoder, which computes nothing.
-    jax.eval_shape(lambda p, v: vae.encode(p, v, config), params, videos_BxFxHxWxC)
+    model = registry.of(config)
+    jax.eval_shape(lambda p, v: model.encode(p, v, config), params, videos_BxFxHxWxC)
+
+    def encode(encoder: Params, videos: jax.Array) -> jax.Array:
+        return model.encode_moments({"encoder": encoder}, videos, config)
+
     ratio = config.spatial_compression_ratio
-    window, stride = (ratio * n for n in _window_and_stride(config, tile, overlap))
+    moments = encode_blended(encode, params["encoder"], videos_BxFxHxWxC, ratio, tile, overlap)
+    return model.split_moments(moments)
+
+
+def decode_blended(
+    decode: Callable[[Params, jax.Array], jax.Array],
+    params: Params,
+    latents_BxTxHxWxC: jax.Array,
+    ratio: int,
+    tile: int,
+    overlap: float,
+) -> jax.Array:
+    """`decode(params, latents)` tile by tile, for any VAE.
+
+    Args:
+      decode: from latents to pixels, `ratio` times as high and wide.
+      params: what `decode` needs.
+      latents_BxTxHxWxC: of whole clips.
+      ratio: pixels that a latent is high and wide.
+      tile: side of a tile in pixels.
+      overlap: part of a tile that it shares with the next.
+
+    Raises:
+      ValueError: tile and overlap that do not come out as whole latents.
+    """
+    window, stride = _window_and_stride(ratio, tile, overlap)
+    grids = [_Grid(n, window, stride, lambda x: x * ratio) for n in latents_BxTxHxWxC.shape[2:4]]
+    return _tiled(_tied(decode, params), latents_BxTxHxWxC, grids)
+
+
+def encode_blended(
+    encode: Callable[[Params, jax.Array], jax.Array],
+    params: Params,
+    videos_BxFxHxWxC: jax.Array,
+    ratio: int,
+    tile: int,
+    overlap: float,
+) -> jax.Array:
+    """`encode(params, videos)`, which gives moments, tile by tile; see `decode_blended`."""
+    window, stride = (ratio * n for n in _window_and_stride(ratio, tile, overlap))
     grids = [_Grid(n, window, stride, lambda x: x // ratio) for n in videos_BxFxHxWxC.shape[2:4]]
-
-    def encode(videos: jax.Array) -> jax.Array:
-        encoder, videos = lax.optimization_barrier((params["encoder"], videos))
-        moments = vae.Encoder(config).apply({"params": encoder}, videos)
-        return moments.astype(jnp.float32)
-
-    mean, logvar = jnp.split(_tiled(encode, videos_BxFxHxWxC, grids), 2, axis=-1)
-    return mean, jnp.clip(logvar, -30.0, 20.0)
+    return _tiled(_tied(encode, params), videos_BxFxHxWxC, grids)
 
 
-def check_tile(config: VaeConfig, tile: int, overlap: float) -> None:
+def _tied(
+    function: Callable[[Params, jax.Array], jax.Array], params: Params
+) -> Callable[[jax.Array], jax.Array]:
+    """The function with its weights tied to the tile by a barrier.
+
+    Else XLA casts them once ahead of each loop, and keeps the copies of all loops at the same time.
+    """
+    return lambda x: function(*lax.optimization_barrier((params, x)))
+
+
+def check_tile(config: AutoencoderConfig, tile: int, overlap: float) -> None:
     """Raises a ValueError unless the VAE can work on such tiles."""
-    _window_and_stride(config, tile, overlap)
+    _window_and_stride(config.spatial_compression_ratio, tile, overlap)
 
 
-def _window_and_stride(config: VaeConfig, tile: int, overlap: float) -> tuple[int, int]:
+def _window_and_stride(ratio: int, tile: int, overlap: float) -> tuple[int, int]:
     """Side of a tile and distance between two, in latents."""
-    ratio = config.spatial_compression_ratio
     if tile < ratio or tile % ratio:
         raise ValueError(f"tile={tile}: must be a multiple of the VAE's {ratio} pixels a latent")
     window = tile // ratio
@@ -170,11 +216,7 @@ def _tiled(
 
 
 def _run(function, x: jax.Array, rows, columns) -> dict[tuple[int, int], jax.Array]:
-    """The output of each tile (row, column); one loop for all tiles of a shape.
-
-    `function` ties its weights to the tile with a barrier: else XLA casts them once ahead of each
-    loop, and keeps the copies of all loops at the same time.
-    """
+    """The output of each tile (row, column); one loop for all tiles of a shape."""
     by_shape: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for i, (_, height) in enumerate(rows):
         for j, (_, width) in enumerate(columns):

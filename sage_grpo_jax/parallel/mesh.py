@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import jax
 from jax.experimental import mesh_utils
 
-AXES = ("data", "fsdp", "context")
-# The axes that divide a batch of samples; parameters and image tokens use the others (sharding.py).
-BATCH_AXES = ("data", "fsdp")
+from sage_grpo_jax.models import axes
+
+AXES, BATCH_AXES = axes.MESH, axes.BATCH
 
 
 def resolve_axis_sizes(sizes: Sequence[int], num_devices: int) -> tuple[int, ...]:

@@ -1,8 +1,7 @@
 """Logical axis names of parameters -> mesh axes.
 
-The models name the axes of their parameters (`models.*.partition_names`); this table alone says
-where those names go. The model-width axis is cut over `fsdp` and `context`, so that the devices of
-one context group also share the parameters; everything else is replicated.
+The models name the axes of their parameters (`models.*.partition_names`); `models.axes` says where
+those names go. The model-width axis is cut, everything else is replicated.
 """
 
 import math
@@ -13,12 +12,7 @@ import optax
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sage_grpo_jax.parallel import mesh as mesh_lib
-
-RULES: dict[str, tuple[str, ...]] = {
-    "embed": ("fsdp", "context"),
-    "batch": mesh_lib.BATCH_AXES,
-}
+from sage_grpo_jax.models import axes as axes_lib
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -28,7 +22,7 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
     """The samples of axis `axis` are divided over the batch axes of the mesh."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, RULES["batch"]))
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, axes_lib.BATCH))
 
 
 def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: jax.sharding.Mesh):
@@ -37,7 +31,7 @@ def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: jax.shard
         raise ValueError(f"partition names {names} do not fit the shape {shape}")
     entries, taken = [], set()
     for name, size in zip(names, shape, strict=True):
-        axes = tuple(a for a in RULES.get(name, ()) if a not in taken) if name else ()
+        axes = tuple(a for a in axes_lib.PARAMETERS.get(name, ()) if a not in taken) if name else ()
         while axes and size % math.prod(mesh.shape[a] for a in axes):
             axes = axes[:-1]
         taken.update(axes)

@@ -5,11 +5,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from sage_grpo_jax.data import image_condition
-from sage_grpo_jax.models import hunyuan_video
+from sage_grpo_jax.models import registry
+from sage_grpo_jax.models.door import TransformerConfig
 from sage_grpo_jax.parallel import hosts
 
 # Optional arrays of a batch: see `data.embedding_cache.pad_entries`.
@@ -52,56 +51,19 @@ def batches(iterator: Iterator[dict[str, Any]]) -> Iterator[PromptBatch]:
 
 
 def to_condition(
-    batch: PromptBatch, place: jax.sharding.Sharding, dtype: str, frames: int
-) -> hunyuan_video.Condition:
-    """The condition of P samples on the mesh.
+    batch: PromptBatch,
+    place: jax.sharding.Sharding,
+    transformer: TransformerConfig,
+    latent_frames: int,
+) -> Any:
+    """The condition of P samples on the mesh, as the transformer's `make_condition` makes it.
 
     Args:
       batch: P prompts; P must divide over the mesh unless `place` replicates.
       place: sharding of every leaf.
-      dtype: of the embeddings, the compute dtype of the model.
-      frames: latent frames T of a clip, for image-to-video.
+      transformer: config of the transformer.
+      latent_frames: of a clip.
     """
-
-    def put(array: np.ndarray, kind: Any) -> jax.Array:
-        return hosts.to_global(np.asarray(array).astype(kind), place)
-
-    extras = {
-        name: put(array, bool if name.endswith("_mask") else jnp.dtype(dtype))
-        for name, array in batch.extras.items()
-        if name != "image_latents"
-    }
-    if "image_latents" in batch.extras:
-        latents = image_condition.condition_latents(batch.extras["image_latents"], frames)
-        extras["latents"] = put(latents, np.float32)
-    return hunyuan_video.Condition(
-        text=put(batch.text, jnp.dtype(dtype)), text_mask=put(batch.mask, bool), **extras
-    )
-
-
-def unconditional(
-    condition: hunyuan_video.Condition, negative: hunyuan_video.Condition
-) -> hunyuan_video.Condition:
-    """The other branch of guidance: the negative prompt, and the same first frame.
-
-    Args:
-      condition: of B samples.
-      negative: the one negative prompt, leaves [1, ...]; its text is as long as the samples', and
-        so is its byt5, where the samples have any.
-    """
-    count = condition.text.shape[0]
-
-    def broadcast(x: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(x, (count, *x.shape[1:]))
-
-    byt5 = {}
-    if condition.byt5 is not None and negative.byt5 is not None:
-        byt5 = {"byt5": broadcast(negative.byt5), "byt5_mask": broadcast(negative.byt5_mask)}
-    elif condition.byt5 is not None:  # the negative prompt quotes nothing: all padding
-        byt5 = {
-            "byt5": jnp.zeros_like(condition.byt5),
-            "byt5_mask": jnp.zeros_like(condition.byt5_mask),
-        }
-    return condition._replace(
-        text=broadcast(negative.text), text_mask=broadcast(negative.text_mask), **byt5
-    )
+    arrays = {"text": batch.text, "text_mask": batch.mask, **batch.extras}
+    condition = registry.of(transformer).make_condition(arrays, transformer, latent_frames)
+    return jax.tree.map(lambda leaf: hosts.to_global(np.asarray(leaf), place), condition)

@@ -7,7 +7,8 @@ from typing import Any
 
 from sage_grpo_jax import weights
 from sage_grpo_jax.config import schema
-from sage_grpo_jax.models import hunyuan_video, vae
+from sage_grpo_jax.models import registry
+from sage_grpo_jax.models.door import AutoencoderConfig, TransformerConfig
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 ASSET = "asset:"
@@ -17,8 +18,8 @@ ASSET = "asset:"
 class Networks:
     """The two networks' configs, adapted to the run, and where their weights are."""
 
-    transformer: hunyuan_video.HunyuanVideoConfig
-    vae: vae.VaeConfig
+    transformer: TransformerConfig
+    vae: AutoencoderConfig
     transformer_path: pathlib.Path
     vae_path: pathlib.Path
 
@@ -35,7 +36,7 @@ def read_networks(config: schema.ModelConfig) -> Networks:
       ValueError: no folder or file there, no config, or that of another kind of network.
     """
     paths, configs = [], []
-    for field, kind in (("transformer", hunyuan_video.HunyuanVideoConfig), ("vae", vae.VaeConfig)):
+    for field, kind in (("transformer", registry.TRANSFORMER), ("vae", registry.AUTOENCODER)):
         path = resolve_path(getattr(config, field))
         if not getattr(config, field) or not path.exists():
             raise ValueError(
@@ -47,24 +48,38 @@ def read_networks(config: schema.ModelConfig) -> Networks:
             network = _read_network(path, kind, config)
         except (ValueError, OSError) as error:
             raise ValueError(f"config.model.{field}: {error}") from error
-        if not isinstance(network, kind):
+        if registry.kind_of(network) != kind:
             raise ValueError(
-                f"config.model.{field}: {path} holds a {type(network).__name__}; "
-                f"allowed: {kind.__name__}"
+                f"config.model.{field}: {path} holds a {registry.of(network).NAME}; "
+                f"allowed: {kind}s"
             )
         paths.append(path)
         configs.append(network)
-    if config.variant and configs[0].use_meanflow != _is_meanflow(config.variant):
-        raise ValueError(
-            f"config.model.transformer: use_meanflow={configs[0].use_meanflow} in {paths[0]} is "
-            f"not that of config.model.variant={config.variant}; allowed: weights of the variant"
-        )
+    if config.variant:
+        _check_variant(configs[0], paths[0], config.variant)
     return _adapted(*configs, paths, config)
 
 
+def _check_variant(transformer: TransformerConfig, path: pathlib.Path, variant: str) -> None:
+    """Refuses weights that say themselves that they are not those of the variant."""
+    released = registry.released(registry.TRANSFORMER, variant)
+    if registry.name_of(transformer) != registry.name_of(released):
+        raise ValueError(
+            f"config.model.transformer: {path} holds a {registry.of(transformer).NAME}, "
+            f"config.model.variant={variant} is a {registry.of(released).NAME}; allowed: weights "
+            "of the variant"
+        )
+    for field in registry.of(transformer).VARIANT_FIELDS:
+        if (found := getattr(transformer, field)) != getattr(released, field):
+            raise ValueError(
+                f"config.model.transformer: {field}={found} in {path} is not that of "
+                f"config.model.variant={variant}; allowed: weights of the variant"
+            )
+
+
 def _adapted(
-    transformer: hunyuan_video.HunyuanVideoConfig,
-    autoencoder: vae.VaeConfig,
+    transformer: TransformerConfig,
+    autoencoder: AutoencoderConfig,
     paths: Sequence[pathlib.Path],
     config: schema.ModelConfig,
 ) -> Networks:
@@ -81,7 +96,7 @@ def _adapted(
     )
 
 
-def _read_network(path: pathlib.Path, kind: type, config: schema.ModelConfig) -> Any:
+def _read_network(path: pathlib.Path, kind: str, config: schema.ModelConfig) -> Any:
     """The config of the weights in a folder, or in one file, which may belong to a release."""
     if path.is_file() and not path.with_name("config.json").exists():
         if not config.variant:
@@ -89,19 +104,8 @@ def _read_network(path: pathlib.Path, kind: type, config: schema.ModelConfig) ->
                 f"{path} has no config.json beside it; allowed: a file that has one (or "
                 "config.model.variant, for the released weights)"
             )
-        return _released(kind, config)
+        return registry.released(kind, config.variant)
     return weights.load_config(path)
-
-
-def _released(kind: type, config: schema.ModelConfig) -> Any:
-    """The config of a released variant's transformer or VAE."""
-    if kind is vae.VaeConfig:
-        return vae.VaeConfig()
-    return hunyuan_video.HunyuanVideoConfig(
-        target_size=960 if config.variant.startswith("720p") else 640,
-        task_type="i2v" if "i2v" in config.variant else "t2v",
-        use_meanflow=_is_meanflow(config.variant),
-    )
 
 
 def describe_networks(config: schema.ModelConfig) -> Networks:
@@ -113,10 +117,6 @@ def describe_networks(config: schema.ModelConfig) -> Networks:
     paths = resolve_path(config.transformer), resolve_path(config.vae)
     if all(path.exists() for path in paths) or not config.variant:
         return read_networks(config)
-    transformer = _released(hunyuan_video.HunyuanVideoConfig, config)
-    return _adapted(transformer, _released(vae.VaeConfig, config), paths, config)
-
-
-def _is_meanflow(variant: str) -> bool:
-    """Whether a released variant knows where its steps end."""
-    return variant.endswith("step_distilled")
+    transformer = registry.released(registry.TRANSFORMER, config.variant)
+    autoencoder = registry.released(registry.AUTOENCODER, config.variant)
+    return _adapted(transformer, autoencoder, paths, config)

@@ -1,44 +1,104 @@
-"""The compiled sampler: embeddings and noise keys in, latents out; latents in, frames out.
+"""How a policy samples: embeddings and noise keys in, latents out; latents in, frames out.
 
-Two programs, each compiled once a shape: the denoising chain (a scan over the steps, guidance
-inside) and the decoder, which works on a few clips at a time.
+`make_rollout` and `make_decode` make the functions that training, evaluation and `sample` compile.
+`Sampler` is both of them compiled, each once a shape, for batches of prompts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from sage_grpo_jax.flow import guidance, noise, rollout, schedules
-from sage_grpo_jax.models import frames, hunyuan_video, vae
+from sage_grpo_jax.flow import noise, schedules
+from sage_grpo_jax.flow import rollout as rollout_lib
+from sage_grpo_jax.models import frames
+from sage_grpo_jax.models.door import AutoencoderConfig, TransformerConfig
 from sage_grpo_jax.parallel import hosts, sharding
 from sage_grpo_jax.policy import conditions
-from sage_grpo_jax.sampling.settings import Settings
-
-
-class Policy(NamedTuple):
-    """What gives the velocity: weights, and adapters where there are any."""
-
-    params: Any
-    adapters: Any = None
-    scale: float = 1.0  # of the adapters
+from sage_grpo_jax.policy.policy import Guidance, Policy, guided_velocity
 
 
 @dataclasses.dataclass(frozen=True)
-class Numerics:
-    """How the networks are run.
+class Sampling:
+    """How samples are drawn.
 
     Attributes:
-      matmul_precision: of float32 matmuls: highest, high or default.
-      decode_batch: clips that are decoded at a time; divides every batch.
+      schedule: of T steps.
+      latent_shape: frames, height, width, channels of the latents of one clip.
+      kind: of the stochastic steps, see `flow.sde`.
+      eta: their noise level.
+      clamp: see `flow.sde.step_coefficients`.
+      stochastic: bool [T], the steps that inject noise; None: none does.
+      guidance: see there.
+      tiling: how the VAE decodes, one of `frames.TILINGS`.
     """
 
-    matmul_precision: str = "highest"
-    decode_batch: int = 1
+    schedule: schedules.Schedule
+    latent_shape: tuple[int, int, int, int]
+    kind: str = "ode"
+    eta: float = 0.0
+    clamp: float = 0.0
+    stochastic: np.ndarray | None = None
+    guidance: Guidance = dataclasses.field(default_factory=Guidance)
+    tiling: str = "off"
+
+
+def make_rollout(
+    transformer: TransformerConfig, sampling: Sampling
+) -> Callable[..., rollout_lib.Trajectory]:
+    """(policy, condition [B], negative [1] or None, keys [B]) -> Trajectory of B samples.
+
+    The function also takes `stochastic`, bool [T, B] where samples differ, in place of that of
+    `sampling`, and `initial_latents` float32 [B, t, h, w, C], in place of those of the keys.
+    """
+    usual = sampling.stochastic
+    if usual is None:
+        usual = np.zeros(len(sampling.schedule.timesteps), bool)
+
+    def rollout(
+        policy: Policy,
+        condition: Any,
+        negative: Any,
+        keys: jax.Array,
+        *,
+        stochastic: Any = None,
+        initial_latents: jax.Array | None = None,
+    ) -> rollout_lib.Trajectory:
+        velocity = guided_velocity(
+            policy, transformer, condition, negative, sampling.schedule, sampling.guidance
+        )
+        return rollout_lib.rollout(
+            velocity,
+            keys,
+            sampling.latent_shape,
+            sampling.schedule,
+            sampling.kind,
+            sampling.eta,
+            usual if stochastic is None else stochastic,
+            clamp=sampling.clamp,
+            initial_latents=initial_latents,
+        )
+
+    return rollout
+
+
+def make_decode(
+    vae_config: AutoencoderConfig, tiling: str, precision: str
+) -> Callable[..., jax.Array]:
+    """(vae parameters, latents [B], piece int32 [], size) -> uint8 frames [size, F, H, W, 3].
+
+    Piece p holds the samples `p + (B/size)·row`: each takes its share of every device.
+    """
+
+    def decode(vae_params: Any, latents: jax.Array, piece: Any, size: int) -> jax.Array:
+        chunk = latents.reshape(size, -1, *latents.shape[1:])[:, piece]
+        return frames.decode_frames(vae_params, chunk, vae_config, tiling, precision)
+
+    return decode
 
 
 class Sampler:
@@ -46,43 +106,42 @@ class Sampler:
 
     def __init__(
         self,
-        transformer: hunyuan_video.HunyuanVideoConfig,
-        vae_config: vae.VaeConfig,
+        transformer: TransformerConfig,
+        vae_config: AutoencoderConfig,
         policy: Policy,
         vae_params: Any,
         negative: conditions.PromptBatch,
-        settings: Settings,
+        sampling: Sampling,
         mesh: jax.sharding.Mesh,
-        numerics: Numerics | None = None,
+        decode_batch: int = 1,
     ) -> None:
         """
         Args:
-          transformer: config of the DiT.
+          transformer: config of the transformer.
           vae_config: config of the VAE.
           policy: on the mesh.
           vae_params: on the mesh.
           negative: the one unconditional prompt of guidance.
-          settings: see there.
+          sampling: see there.
           mesh: the device mesh.
-          numerics: see there.
+          decode_batch: clips that are decoded at a time; divides every batch.
         """
         self._policy, self._vae_params = policy, vae_params
-        self._numerics = Numerics() if numerics is None else numerics
-        self._rows = sharding.batch_sharding(mesh)
-        self._dtype = transformer.dtype
-        self._latent_frames = settings.latent_shape(vae_config)[0]
-        self._negative = conditions.to_condition(
-            negative, sharding.replicated(mesh), self._dtype, self._latent_frames
-        )
-        precision = self._numerics.matmul_precision
-        chain = make_chain(transformer, vae_config, settings, policy.scale, precision)
+        self._transformer, self._decode_batch = transformer, decode_batch
+        self._rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+        self._latent_frames = sampling.latent_shape[0]
+        self._negative = self._condition(negative, whole)
+        rollout = make_rollout(transformer, sampling)
+
+        def chain(policy, condition, negative, key_data, initial_latents):
+            keys = jax.random.wrap_key_data(key_data, impl="threefry2x32")
+            path = rollout(policy, condition, negative, keys, initial_latents=initial_latents)
+            return path.latents[-1]
+
         self._chain = jax.jit(chain, out_shardings=self._rows)
-        self._decode = jax.jit(
-            make_decode(vae_config, settings, precision),
-            static_argnames="size",
-            out_shardings=self._rows,
-        )
-        self._finite = jax.jit(frames.finite_samples, out_shardings=sharding.replicated(mesh))
+        decode = make_decode(vae_config, sampling.tiling, sampling.guidance.precision)
+        self._decode = jax.jit(decode, static_argnames="size", out_shardings=self._rows)
+        self._finite = jax.jit(frames.finite_samples, out_shardings=whole)
 
     def sample(
         self,
@@ -90,26 +149,24 @@ class Sampler:
         key_data: np.ndarray,
         initial_latents: np.ndarray | None = None,
     ) -> jax.Array:
-        """Clean latents float32 [B, t, h, w, C], scaled as the transformer makes them.
+        """Clean latents float32 [B, t, h, w, C], in the units of the transformer.
 
         Args:
           batch: B prompts; on several processes the rows of others may hold anything.
           key_data: uint32 [B, 2] of `key_data`.
           initial_latents: float32 [B, t, h, w, C] at σ = 1; None draws them from the keys.
         """
-        condition = conditions.to_condition(batch, self._rows, self._dtype, self._latent_frames)
+        condition = self._condition(batch, self._rows)
         keys = hosts.to_global(key_data, self._rows)
         if initial_latents is not None:
             initial_latents = hosts.to_global(initial_latents, self._rows)
-        params, adapters, _ = self._policy
-        return self._chain(params, adapters, condition, self._negative, keys, initial_latents)
+        return self._chain(self._policy, condition, self._negative, keys, initial_latents)
 
     def decode(self, latents: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
         """(row, uint8 frames [F, H, W, 3]) of the rows of a batch that this process owns."""
-        size = self._numerics.decode_batch
-        pieces = latents.shape[0] // size
+        pieces = latents.shape[0] // self._decode_batch
         for piece in range(pieces):
-            frames = self._decode(self._vae_params, latents, piece, size=size)
+            frames = self._decode(self._vae_params, latents, piece, size=self._decode_batch)
             for row, clip in hosts.local_rows(frames):
                 yield piece + pieces * row, clip
 
@@ -117,55 +174,8 @@ class Sampler:
         """Which samples hold neither NaN nor infinity; bool [B], on every process."""
         return hosts.to_host(self._finite(latents))
 
-
-def make_chain(
-    transformer: hunyuan_video.HunyuanVideoConfig,
-    vae_config: vae.VaeConfig,
-    settings: Settings,
-    scale: float,
-    precision: str,
-) -> Callable[..., jax.Array]:
-    """(params, adapters, condition [B], negative [1], key data [B], initial) -> latents [B]."""
-    schedule, shape = settings.schedule, settings.latent_shape(vae_config)
-
-    def chain(params, adapters, condition, negative, key_data, initial_latents):
-        def model(latents, timestep, branch):
-            if transformer.use_meanflow:
-                branch = branch._replace(timestep_r=schedules.next_timestep(schedule, timestep))
-            with jax.default_matmul_precision(precision):
-                return hunyuan_video.velocity(
-                    params, latents, timestep, branch, transformer, adapters, scale
-                )
-
-        guided = guidance.guided(model, settings.guidance, mode=settings.guidance_mode)
-        unconditional = conditions.unconditional(condition, negative)
-        trajectory = rollout.rollout(
-            lambda latents, timestep: guided(latents, timestep, condition, unconditional),
-            jax.random.wrap_key_data(key_data, impl="threefry2x32"),
-            shape,
-            schedule,
-            settings.sampler,
-            settings.eta,
-            settings.stochastic,
-            clamp=settings.clamp,
-            initial_latents=initial_latents,
-        )
-        return trajectory.latents[-1]
-
-    return chain
-
-
-def make_decode(vae_config: vae.VaeConfig, settings: Settings, precision: str):
-    """(vae parameters, latents [B], piece int32 [], size) -> uint8 frames [size, F, H, W, 3].
-
-    Piece p holds the samples `p + (B/size)·row`: each takes its share of every device.
-    """
-
-    def decode(vae_params, latents, piece, size):
-        chunk = latents.reshape(size, -1, *latents.shape[1:])[:, piece]
-        return frames.decode_frames(vae_params, chunk, vae_config, settings.tiling, precision)
-
-    return decode
+    def _condition(self, batch: conditions.PromptBatch, place: jax.sharding.Sharding) -> Any:
+        return conditions.to_condition(batch, place, self._transformer, self._latent_frames)
 
 
 def key_data(seeds: Sequence[int], ids: Sequence[str]) -> np.ndarray:

@@ -10,13 +10,12 @@ import jax
 
 from sage_grpo_jax import weights
 from sage_grpo_jax.config import schema
-from sage_grpo_jax.models import hunyuan_video, lora
+from sage_grpo_jax.models import lora, registry
+from sage_grpo_jax.models.door import TransformerConfig
 from sage_grpo_jax.parallel import hosts, sharding
 
 
-def check(
-    config: schema.LoraConfig, transformer: hunyuan_video.HunyuanVideoConfig, params: Any
-) -> None:
+def check(config: schema.LoraConfig, transformer: TransformerConfig, params: Any) -> None:
     """Checks targets against the model, and the adapters to start from against both.
 
     Args:
@@ -27,22 +26,22 @@ def check(
     Raises:
       ValueError: naming the field.
     """
-    adapters = config.adapters
+    adapters, model = config.adapters, registry.of(transformer)
     if adapters is None:
         return
     try:
-        lora.abstract_adapters(params, adapters)
+        lora.abstract_adapters(params, adapters, model)
     except ValueError as error:
         raise ValueError(f"config.{error}") from error
     if not config.init:
         return
     with _naming_init():
         found = weights.open_adapters(config.init, transformer).lora
-        more = set(lora.adapted_paths(found)) - set(lora.adapted_paths(adapters))
+        more = {*lora.adapted_paths(found, model)} - {*lora.adapted_paths(adapters, model)}
         if more:
             raise ValueError(
-                f"{config.init} adapts {', '.join(lora.targets_of(more))}; allowed: layers of "
-                "lora.targets"
+                f"{config.init} adapts {', '.join(lora.targets_of(more, model))}; allowed: layers "
+                "of lora.targets"
             )
         if found.rank > adapters.rank:
             raise ValueError(
@@ -52,7 +51,7 @@ def check(
 
 def load(
     config: schema.LoraConfig,
-    transformer: hunyuan_video.HunyuanVideoConfig,
+    transformer: TransformerConfig,
     mesh: jax.sharding.Mesh,
 ) -> tuple[Any, float]:
     """What `lora.start_from` takes: the adapters of `lora.init` on the mesh, {} without, and ratio.

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_grpo_jax.models import hunyuan_video
+from sage_grpo_jax.models import registry
+from sage_grpo_jax.models.door import TransformerConfig
 from sage_grpo_jax.pretraining.loop import (
     LossFn,
     Params,
@@ -57,10 +58,11 @@ def train_flow(
     config: PretrainConfig, streams: Streams, cache: LatentCache, workdir: pathlib.Path
 ) -> Params:
     """Trains the transformer on the cached latents of the training captions."""
-    data = flow_data(cache, config.transformer.text_embed_dim)
+    data = flow_data(cache, text_width(config.transformer))
 
     def init_params() -> Params:
-        return hunyuan_video.init_params(config.transformer, streams.flow_init)
+        model = registry.of(config.transformer)
+        return model.init_params(config.transformer, streams.flow_init)
 
     loss_fn = flow_loss_fn(config.transformer, config.flow)
     phases = [Phase(config.flow.steps, loss_fn)]
@@ -72,8 +74,8 @@ def distill_guidance(
 ) -> Params:
     """Teaches the transformer the velocity that guidance makes of its own predictions.
 
-    One pass then gives what takes several with guidance, as in the `distilled` variants of
-    HunyuanVideo-1.5. Besides the guidance away from the empty prompt there is one away from the
+    One pass then gives what takes several with guidance, as in the released `distilled` variants.
+    Besides the guidance away from the empty prompt there is one away from the
     captions of other shapes: at this size disks and squares differ in so few latent values that
     flow matching alone hardly tells them apart.
     """
@@ -81,7 +83,7 @@ def distill_guidance(
     say(f"distill: starts from flow step {step}")
     # The update gives the buffers of what it trains away; the teacher keeps its own.
     teacher = jax.tree.map(jnp.copy, params)
-    inputs = (teacher, *flow_data(cache, config.transformer.text_embed_dim))
+    inputs = (teacher, *flow_data(cache, text_width(config.transformer)))
     phases = [Phase(config.distill.steps, distill_loss_fn(config.transformer, config.distill))]
     return run_stage(
         "distill", config.distill, lambda: params, phases, streams.distill, inputs, workdir
@@ -95,6 +97,11 @@ def load_transformer(workdir: pathlib.Path) -> tuple[dict[str, int], Params]:
     if (workdir / "distill").exists():
         steps["distill_step"], params = load_average(workdir / "distill")
     return steps, params
+
+
+def text_width(transformer: TransformerConfig) -> int:
+    """The width of the text embeddings that a transformer takes."""
+    return registry.of(transformer).embedding_needs(transformer).text
 
 
 def flow_data(cache: LatentCache, text_dim: int) -> FlowData:
@@ -129,7 +136,7 @@ def _other_shapes(text: str) -> list[str]:
     return [spec.caption(words._replace(shape=shape)) for shape in shapes]
 
 
-def flow_loss_fn(model: hunyuan_video.HunyuanVideoConfig, stage: FlowStageConfig) -> LossFn:
+def flow_loss_fn(model: TransformerConfig, stage: FlowStageConfig) -> LossFn:
     """loss(params, key, step, *FlowData): mean |v(z_sigma, sigma) - (z - x0)|², random batch."""
 
     def loss_fn(params: Params, key: jax.Array, step: jax.Array, *inputs: jax.Array):
@@ -143,7 +150,7 @@ def flow_loss_fn(model: hunyuan_video.HunyuanVideoConfig, stage: FlowStageConfig
     return loss_fn
 
 
-def distill_loss_fn(model: hunyuan_video.HunyuanVideoConfig, stage: DistillStageConfig) -> LossFn:
+def distill_loss_fn(model: TransformerConfig, stage: DistillStageConfig) -> LossFn:
     """loss(params, key, step, teacher, *FlowData): mean |v - guided_target(c, u, r)|².
 
     c, u and r are the teacher's velocities with the caption, with the empty prompt and with the
@@ -203,10 +210,11 @@ def _velocity(
     sigma: jax.Array,
     row: jax.Array,
     data: FlowData,
-    model: hunyuan_video.HunyuanVideoConfig,
+    model: TransformerConfig,
 ) -> jax.Array:
-    condition = hunyuan_video.Condition(text=data.text[row], text_mask=data.mask[row])
-    return hunyuan_video.velocity(params, noisy, 1000.0 * sigma, condition, model)
+    prompts = {"text": data.text[row], "text_mask": data.mask[row]}
+    condition = registry.of(model).make_condition(prompts, model, noisy.shape[1])
+    return registry.of(model).velocity(params, noisy, 1000.0 * sigma, condition, model)
 
 
 def sample_sigma(key: jax.Array, n: int, stage: FlowStageConfig) -> jax.Array:

@@ -4,6 +4,7 @@ Everything random in step n is drawn from `fold_in(stage key, n)` inside the com
 run that was interrupted therefore continues with the bits that it would have had.
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -19,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 from sage_grpo_jax.common import files
 from sage_grpo_jax.pretraining.settings import StageConfig
+from sage_grpo_jax.training import optimizers
 
 Params = dict[str, Any]
 # loss_fn(params, key, step, *inputs) -> (scalar loss, dict of scalar metrics)
@@ -76,25 +78,11 @@ def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
         adam_learning_rate=rate,
         adam_b2=stage.beta2,
         consistent_rms=0.2,
-        muon_weight_dimension_numbers=muon_axes,
+        muon_weight_dimension_numbers=functools.partial(
+            optimizers.muon_dimensions, kernels_only=True
+        ),
     )
     return optax.chain(clip, muon)
-
-
-def muon_axes(params: Params) -> Params:
-    """For each kernel the axes of its matrix: the last is the output, a stack of layers is none.
-
-    Kernels of stacked layers (below "blocks") have the layer as their first axis; each layer is a
-    matrix of its own. Leaves that are no kernels get None.
-    """
-
-    def axes(path, leaf: jax.Array):
-        if not _is_kernel(path):
-            return None
-        first = 1 if any(key.key == "blocks" for key in path) else 0
-        return optax.contrib.MuonDimensionNumbers(tuple(range(first, leaf.ndim - 1)), leaf.ndim - 1)
-
-    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def _is_kernel(path: tuple[Any, ...]) -> bool:

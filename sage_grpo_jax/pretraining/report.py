@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sage_grpo_jax.data import media
-from sage_grpo_jax.flow import noise, rollout, schedules
-from sage_grpo_jax.models import hunyuan_video, vae
+from sage_grpo_jax.flow import noise, schedules
+from sage_grpo_jax.models import frames, registry
+from sage_grpo_jax.models.door import AutoencoderConfig, TransformerConfig
+from sage_grpo_jax.policy import sampler
+from sage_grpo_jax.policy.policy import Policy
 from sage_grpo_jax.pretraining.loop import Params, say
 from sage_grpo_jax.pretraining.settings import ReportConfig
 from sage_grpo_jax.rewards.backends.moving_shapes import MovingShapesBackend
@@ -23,11 +26,11 @@ _BATCH = 16
 
 
 class Pipeline(NamedTuple):
-    """An autoencoder and a transformer with their parameters; vae.scaling_factor joins them."""
+    """An autoencoder and a transformer with their parameters; the units of latents join them."""
 
-    vae: vae.VaeConfig
+    vae: AutoencoderConfig
     vae_params: Params
-    transformer: hunyuan_video.HunyuanVideoConfig
+    transformer: TransformerConfig
     transformer_params: Params
 
 
@@ -87,6 +90,7 @@ def spread(items: Sequence[str], n: int) -> list[str]:
 def reconstruct(pipeline: Pipeline, videos: jax.Array) -> jax.Array:
     """Encodes and decodes clips: f32[N, F, H, W, 3] in [0, 1], the output not clipped."""
     chex.assert_rank(videos, 5)
+    vae = registry.of(pipeline.vae)
 
     @jax.jit
     def round_trip(batch: jax.Array) -> jax.Array:
@@ -103,23 +107,19 @@ def sample(
 
     Returns: f32[N, F, H, W, 3], 0 to 1 but not clipped.
     """
-    schedule = schedules.make_schedule(steps, shift)
-    deterministic = jnp.zeros(steps, bool)
-    shape = latent_shape(pipeline.vae)
-    text, mask = word_embeddings.encode_padded(captions, pipeline.transformer.text_embed_dim)
+    transformer = pipeline.transformer
+    model, shape = registry.of(transformer), latent_shape(pipeline.vae)
+    sampling = sampler.Sampling(schedules.make_schedule(steps, shift), shape)
+    rollout = sampler.make_rollout(transformer, sampling)
+    text, mask = word_embeddings.encode_padded(captions, model.embedding_needs(transformer).text)
 
     @jax.jit
     def generate(keys: jax.Array, text: jax.Array, mask: jax.Array) -> jax.Array:
-        condition = hunyuan_video.Condition(text=text, text_mask=mask)
-
-        def velocity_fn(latents: jax.Array, timestep: jax.Array) -> jax.Array:
-            return hunyuan_video.velocity(
-                pipeline.transformer_params, latents, timestep, condition, pipeline.transformer
-            )
-
-        path = rollout.rollout(velocity_fn, keys, shape, schedule, "ode", 0.0, deterministic)
-        latents = path.latents[-1] / pipeline.vae.scaling_factor
-        return 0.5 * vae.decode(pipeline.vae_params, latents, pipeline.vae) + 0.5
+        prompts = {"text": text, "text_mask": mask}
+        condition = model.make_condition(prompts, transformer, shape[0])
+        path = rollout(Policy(pipeline.transformer_params), condition, None, keys)
+        videos = frames.decode_videos(pipeline.vae_params, path.latents[-1], pipeline.vae)
+        return 0.5 * videos + 0.5
 
     videos = []
     for start in _starts(len(captions)):
@@ -131,13 +131,10 @@ def sample(
     return jnp.concatenate(videos)
 
 
-def latent_shape(model: vae.VaeConfig) -> tuple[int, ...]:
+def latent_shape(model: AutoencoderConfig) -> tuple[int, int, int, int]:
     """[T, H, W, C] of the latents of one clip of the world."""
     spec = moving_shapes.spec
-    params = jax.eval_shape(lambda: vae.init_params(model, jax.random.key(0)))
-    clip = jax.ShapeDtypeStruct((1, spec.NUM_FRAMES, spec.HEIGHT, spec.WIDTH, 3), jnp.float32)
-    mean, _ = jax.eval_shape(lambda p, v: vae.encode(p, v, model), params, clip)
-    return mean.shape[1:]
+    return frames.latent_shape(model, spec.NUM_FRAMES, spec.HEIGHT, spec.WIDTH)
 
 
 def _starts(n: int) -> range:

@@ -25,7 +25,8 @@ import numpy as np
 
 from sage_grpo_jax import weights
 from sage_grpo_jax.common import files, folders
-from sage_grpo_jax.models import vae
+from sage_grpo_jax.models import registry
+from sage_grpo_jax.models.door import AutoencoderConfig
 from sage_grpo_jax.pretraining import report as pretraining_report
 from sage_grpo_jax.pretraining.flow_stages import (
     LatentCache,
@@ -109,9 +110,10 @@ def encode_clips(config: PretrainConfig, key: jax.Array, workdir: pathlib.Path) 
 
 
 def _encode(
-    params: Params, model: vae.VaeConfig, stage: LatentsStageConfig, key: jax.Array
+    params: Params, model: AutoencoderConfig, stage: LatentsStageConfig, key: jax.Array
 ) -> LatentCache:
     index = {text: i for i, text in enumerate(moving_shapes.train_captions())}
+    vae = registry.of(model)
 
     @jax.jit
     def encode_batch(key: jax.Array):

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
-from sage_grpo_jax.models.vae import VaeConfig
+from sage_grpo_jax.models import registry
+from sage_grpo_jax.models.door import AutoencoderConfig, TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,8 +168,8 @@ class PretrainConfig:
     """A whole pretraining run: two models and the stages that make and judge them."""
 
     seed: int
-    vae_model: VaeConfig
-    transformer: HunyuanVideoConfig
+    vae_model: AutoencoderConfig
+    transformer: TransformerConfig
     vae: VaeStageConfig
     polish: VaeStageConfig
     decoder: VaeStageConfig
@@ -183,9 +183,8 @@ class PretrainConfig:
         _require(self.seed >= 0, self, "seed", "0 or more")
 
 
+_MODELS = {"vae_model": registry.AUTOENCODER, "transformer": registry.TRANSFORMER}
 _SECTIONS = {
-    "vae_model": VaeConfig,
-    "transformer": HunyuanVideoConfig,
     "vae": VaeStageConfig,
     "polish": VaeStageConfig,
     "decoder": VaeStageConfig,
@@ -200,21 +199,34 @@ _SECTIONS = {
 def from_mapping(config: Mapping[str, Any]) -> PretrainConfig:
     """Builds and validates a PretrainConfig from nested mappings (a ConfigDict will do).
 
+    A model's section may say by `_class_name`, as in config.json, which model it is; without, it is
+    the first of its kind in `models.registry`.
+
     Raises:
       ValueError: naming the section, the field and what is allowed, for unknown, missing or
         invalid settings.
     """
-    unknown = sorted(set(config) - set(_SECTIONS) - {"seed"})
-    missing = sorted((set(_SECTIONS) | {"seed"}) - set(config))
+    allowed = ["seed", *_MODELS, *_SECTIONS]
+    unknown = sorted(set(config) - set(allowed))
+    missing = sorted(set(allowed) - set(config))
     if unknown or missing:
         raise ValueError(
             f"pretraining config: unknown sections {unknown}, missing sections {missing}; "
-            f"it has exactly {['seed', *_SECTIONS]}"
+            f"it has exactly {allowed}"
         )
     sections = {
         name: _build(name, section_type, config[name]) for name, section_type in _SECTIONS.items()
     }
-    return PretrainConfig(seed=config["seed"], **sections)
+    models = {name: _build_model(name, kind, config[name]) for name, kind in _MODELS.items()}
+    return PretrainConfig(seed=config["seed"], **models, **sections)
+
+
+def _build_model(name: str, kind: str, values: Mapping[str, Any]) -> Any:
+    values, allowed = dict(values), registry.names(kind)
+    class_name = values.pop("_class_name", allowed[0])
+    if class_name not in allowed:
+        raise ValueError(f"{name}: _class_name is {class_name!r}; allowed: {', '.join(allowed)}")
+    return _build(name, registry.named(class_name).Config, values)
 
 
 def _build(name: str, section_type: type, values: Mapping[str, Any]) -> Any:

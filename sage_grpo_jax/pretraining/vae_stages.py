@@ -8,7 +8,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from sage_grpo_jax.models import hunyuan_video, vae
+from sage_grpo_jax.models import registry
+from sage_grpo_jax.models.door import AutoencoderConfig
 from sage_grpo_jax.pretraining.loop import (
     LossFn,
     Params,
@@ -27,7 +28,7 @@ def train_vae(config: PretrainConfig, streams: Streams, workdir: pathlib.Path) -
     """Trains the autoencoder on clips that are drawn and rendered inside each update."""
 
     def init_params() -> Params:
-        return vae.init_params(config.vae_model, streams.vae_init)
+        return registry.of(config.vae_model).init_params(config.vae_model, streams.vae_init)
 
     phases = _vae_phases(config.vae_model, config.vae)
     return run_stage("vae", config.vae, init_params, phases, streams.vae, (), workdir)
@@ -94,7 +95,7 @@ def load_vae(
 
 
 def _vae_phases(
-    model: vae.VaeConfig, stage: VaeStageConfig, frozen: Params | None = None
+    model: AutoencoderConfig, stage: VaeStageConfig, frozen: Params | None = None
 ) -> list[Phase]:
     loss_fn = functools.partial(vae_loss_fn, model, stage, frozen=frozen or {})
     return [
@@ -104,12 +105,13 @@ def _vae_phases(
 
 
 def vae_loss_fn(
-    model: vae.VaeConfig, stage: VaeStageConfig, clips: int, frames: int, frozen: Params
+    model: AutoencoderConfig, stage: VaeStageConfig, clips: int, frames: int, frozen: Params
 ) -> LossFn:
     """loss(params, key, step): reconstruction of `clips` random clips of `frames` frames, KL.
 
     `frozen` holds the parts of the parameters that are not trained.
     """
+    vae = registry.of(model)
 
     def loss_fn(params: Params, key: jax.Array, step: jax.Array):
         params = {**frozen, **params}
@@ -140,8 +142,10 @@ def sharpen_loss_fn(
     for likely. The decoder learns which clip that stands for. The others get a little noise.
     """
     model, stage = config.vae_model, config.sharpen
+    vae, dit = registry.of(model), registry.of(config.transformer)
     captions = [moving_shapes.spec.caption(words) for words in moving_shapes.spec.all_words()]
-    encoded = word_embeddings.encode_padded(captions, config.transformer.text_embed_dim)
+    text_width = dit.embedding_needs(config.transformer).text
+    encoded = word_embeddings.encode_padded(captions, text_width)
     text, mask = (jnp.asarray(array) for array in encoded)
     choices = tuple(len(words) for words in moving_shapes.spec.CHOICES)
 
@@ -154,13 +158,12 @@ def sharpen_loss_fn(
         clean = mean / latent_std
         noise = jax.random.normal(keys[2], clean.shape)
         row = jnp.ravel_multi_index(tuple(clips[: len(choices)]), choices, mode="clip")[::2]
-        condition = hunyuan_video.Condition(text=text[row], text_mask=mask[row])
+        prompts = {"text": text[row], "text_mask": mask[row]}
+        condition = dit.make_condition(prompts, config.transformer, clean.shape[1])
         sigma = jax.random.uniform(keys[1], (len(row),), maxval=stage.max_sigma)
 
         def velocity(noisy: jax.Array, level: jax.Array) -> jax.Array:
-            return hunyuan_video.velocity(
-                transformer, noisy, 1000.0 * level, condition, config.transformer
-            )
+            return dit.velocity(transformer, noisy, 1000.0 * level, condition, config.transformer)
 
         denoised = _denoise(velocity, clean[::2], noise[::2], sigma, stage.denoising_steps)
         latents = (clean + stage.latent_noise * noise).at[::2].set(denoised)

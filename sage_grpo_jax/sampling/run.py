@@ -24,9 +24,8 @@ from sage_grpo_jax.data import embedding_cache, media
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.policy import conditions
-from sage_grpo_jax.policy import loading as policy
-from sage_grpo_jax.policy.sampler import Numerics, Sampler, key_data
-from sage_grpo_jax.sampling import outputs
+from sage_grpo_jax.policy.sampler import Sampler, key_data
+from sage_grpo_jax.sampling import outputs, sources
 from sage_grpo_jax.sampling import settings as settings_lib
 from sage_grpo_jax.training import setup
 from sage_grpo_jax.training import workdir as workdir_lib
@@ -46,7 +45,7 @@ class Request:
       overrides: values of `settings.Settings` in place of the recipe's; None: the recipe's.
     """
 
-    source: policy.Source
+    source: sources.Source
     prompts: str
     out: pathlib.Path
     seeds: Sequence[int] = (0,)
@@ -68,9 +67,9 @@ def sample(
       ValueError, FileNotFoundError: bad input.
     """
     settings = settings_lib.from_config(config, **request.overrides)
-    config = policy.adapt_config(_with_clip(config, settings), request.source)
+    config = sources.adapt_config(_with_clip(config, settings), request.source)
     networks = _read_networks(config, request.source)
-    settings_lib.check_clip(settings, networks.vae)
+    settings_lib.check_clip(settings, networks.transformer, networks.vae)
     mesh = _make_mesh(config, devices)
     _check_batch_size(request.batch_size, mesh)
     workdir_lib.make_folder(request.out, "--out")
@@ -84,25 +83,24 @@ def sample(
     ]
     _note_incomplete(config, request, [text for _, text in prompts])
     plan = outputs.plan(prompts, request.seeds)
-    described = dataclasses.asdict(settings) | policy.describe(networks, request.source)
+    described = dataclasses.asdict(settings) | sources.describe(networks, request.source)
     records = outputs.Records(request.out, described)
     left = _unfinished(plan, records, settings.suffixes)
     names = _names(left, settings.suffixes)
     workdir_lib.make_folder(request.out, "--out", names, "samples", lambda: bool(records))
     if left:
         size = request.batch_size or _default_batch_size(len(left), config, mesh)
-        numerics = Numerics(config.model.matmul_precision, _decode_batch(size, config, mesh))
         batches = _Batches(cache, config.data.max_text_tokens, size, mesh)
         with jax.set_mesh(mesh):
             sampler = Sampler(
                 networks.transformer,
                 networks.vae,
-                policy.load(networks, config, mesh, request.source),
+                sources.load(networks, config, mesh, request.source),
                 setup.load_vae(networks, mesh),
                 batches.negative,
-                settings,
+                settings.sampling(networks.vae, config.model.matmul_precision),
                 mesh,
-                numerics,
+                _decode_batch(size, config, mesh),
             )
             _sample_all(sampler, batches, left, records, settings, request.out)
     if jax.process_index() == 0:
@@ -193,7 +191,7 @@ def _with_clip(config: schema.Config, settings: settings_lib.Settings) -> schema
     return dataclasses.replace(config, video=dataclasses.replace(config.video, **clip))
 
 
-def _read_networks(config: schema.Config, source: policy.Source) -> setup.Networks:
+def _read_networks(config: schema.Config, source: sources.Source) -> setup.Networks:
     try:
         return setup.read_networks(config.model)
     except ValueError as error:

@@ -11,11 +11,13 @@ import numpy as np
 
 from sage_grpo_jax.config import schema
 from sage_grpo_jax.flow import schedules, sde
-from sage_grpo_jax.models import vae_tiling
-from sage_grpo_jax.models.vae import VaeConfig
+from sage_grpo_jax.models import frames, vae_tiling
+from sage_grpo_jax.models.door import AutoencoderConfig, TransformerConfig
+from sage_grpo_jax.policy import sampler
+from sage_grpo_jax.policy.policy import Guidance
 
 FORMATS = ("mp4", "gif", "both")
-TILINGS = ("auto", "off", *vae_tiling.OVERLAPS)
+TILINGS = ("auto", *frames.TILINGS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +70,22 @@ class Settings:
         """Of the files of a clip, the main one first."""
         return ("mp4", "gif") if self.format == "both" else (self.format,)
 
-    def latent_shape(self, vae: VaeConfig) -> tuple[int, int, int, int]:
-        """Frames, height, width, channels of one latent clip."""
-        return (
-            (self.frames - 1) // vae.temporal_compression_ratio + 1,
-            self.height // vae.spatial_compression_ratio,
-            self.width // vae.spatial_compression_ratio,
-            vae.latent_channels,
+    def sampling(self, vae: AutoencoderConfig, precision: str) -> sampler.Sampling:
+        """What the sampler needs of it.
+
+        Args:
+          vae: its config decides the shape of the latents.
+          precision: of float32 matmuls: highest, high or default.
+        """
+        return sampler.Sampling(
+            schedule=self.schedule,
+            latent_shape=frames.latent_shape(vae, self.frames, self.height, self.width),
+            kind=self.sampler,
+            eta=self.eta,
+            clamp=self.clamp,
+            stochastic=self.stochastic,
+            guidance=Guidance(self.guidance, self.guidance_mode, precision),
+            tiling=self.tiling,
         )
 
 
@@ -107,20 +118,20 @@ def from_config(config: schema.Config, **given: Any) -> Settings:
         values["tiling"] = "official" if larger else "off"
     settings = Settings(**values)
     _check(settings)
-    if settings.sampler == "ode":  # so that equal videos have equal records
+    if not sde.KINDS[settings.sampler].stochastic:  # so that equal videos have equal records
         settings = dataclasses.replace(settings, eta=0.0)
     return settings
 
 
 def _check(settings: Settings) -> None:
     for field, allowed in (
-        ("sampler", sde.KINDS),
+        ("sampler", tuple(sde.KINDS)),
         ("tiling", TILINGS),
         ("format", FORMATS),
     ):
         if (value := getattr(settings, field)) not in allowed:
             raise ValueError(f"--{field}: got {value!r}; allowed: {', '.join(allowed)}")
-    highest_eta = 1.0 if settings.sampler == "cps" else 2.0
+    highest_eta = min(sde.KINDS[settings.sampler].highest_eta, sde.HIGHEST_ETA)
     for field, low, high in (
         ("steps", 1, 1000),
         ("shift", 0.1, 20),
@@ -137,21 +148,20 @@ def _check(settings: Settings) -> None:
             raise ValueError(f"--{field}: got {value}; allowed: {bounds}")
 
 
-def check_clip(settings: Settings, vae: VaeConfig) -> None:
-    """Checks the size of the clips and of the tiles against the VAE.
+def check_clip(settings: Settings, transformer: TransformerConfig, vae: AutoencoderConfig) -> None:
+    """Checks the size of the clips and of the tiles against the networks.
 
     Raises:
       ValueError: naming the flag, the value and what is allowed.
     """
-    temporal, spatial = vae.temporal_compression_ratio, vae.spatial_compression_ratio
-    if (settings.frames - 1) % temporal:
-        raise ValueError(
-            f"--frames: got {settings.frames}; allowed: 1 + a multiple of {temporal}, which the "
-            "VAE packs into one latent frame"
-        )
-    for field in ("height", "width"):
-        if (value := getattr(settings, field)) % spatial:
-            raise ValueError(f"--{field}: got {value}; allowed: a multiple of {spatial}")
+    frames.check_clip(
+        transformer,
+        vae,
+        settings.frames,
+        settings.height,
+        settings.width,
+        lambda field: f"--{field}",
+    )
     if settings.tiling != "off":
         try:
             vae_tiling.check_tile(vae, vae_tiling.TILE, vae_tiling.OVERLAPS[settings.tiling])

@@ -45,8 +45,4 @@ class GlyphEncoder:
 
     def __call__(self, tokens: Sequence[list[int]]) -> list[np.ndarray]:
         """Embeddings of a batch: f32[tokens, D] each."""
-        torch, _ = torch_support.load_libraries()
-        ids, mask = torch_support.pad_tokens(tokens, self._pad, self._device)
-        with torch.inference_mode():
-            states = self._model(input_ids=ids, attention_mask=mask)[0]
-        return [torch_support.to_numpy(states[row, : len(ids)]) for row, ids in enumerate(tokens)]
+        return torch_support.embed_tokens(self._model, tokens, self._pad, self._device)

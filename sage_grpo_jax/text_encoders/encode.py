@@ -18,13 +18,16 @@ from sage_grpo_jax.text_encoders import (
     byt5,
     first_frame,
     model_folders,
-    qwen,
+    registry,
     template,
     torch_support,
 )
+from sage_grpo_jax.text_encoders.kind import Tokenizer
 from sage_grpo_jax.text_encoders.work import SETTINGS, Stage, WorkFolder, read_settings, run
 
 Encode = Callable[[Sequence[Any]], list[np.ndarray]]
+_IMAGE_TO_VIDEO = ("image_encoder", "vae", "height", "width")
+_COMPANIONS = ("byt5", *_IMAGE_TO_VIDEO)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +97,7 @@ def _check_values(request: Request) -> None:
             raise ValueError(
                 f"{field}={getattr(request, field)}: must be one of {', '.join(allowed)}"
             )
-    given = {
-        field: getattr(request, field) is not None
-        for field in ("image_encoder", "vae", "height", "width")
-    }
+    given = {field: getattr(request, field) is not None for field in _IMAGE_TO_VIDEO}
     if any(given.values()) and not all(given.values()):
         missing = ", ".join(field for field, there in given.items() if not there)
         raise ValueError(
@@ -128,15 +128,23 @@ class Plan:
             "negative_prompt": request.negative_prompt,
         }
         self._models: dict[str, str] = {}
-        versions, image_hashes = torch_support.versions(), []
-        template_hash = self._add_text()
-        self._add_byt5()
+        folders = model_folders.find_text_encoder(request.text_encoder)
+        self.kind = registry.choose(folders.model)
+        registry.check_companions(
+            self.kind, [flag for flag in _COMPANIONS if getattr(request, flag) is not None]
+        )
+        versions, image_hashes = torch_support.versions(self.kind.libraries), []
+        template_hash = self._add_text(folders)
+        if "byt5" in self.kind.companions:
+            self._add_byt5()
         if request.vae is not None:
             versions["jax"] = jax.__version__
             image_hashes = self._add_images(request.height, request.width)
         elif any(prompt.image is not None for prompt in self.prompts):
-            _note("the prompts' images are left out: --image_encoder and --vae are not set")
-        self.encoder = Encoder(qwen.NAME, template_hash, versions, self._models)
+            unset = "--image_encoder and --vae are not set"
+            why = unset if "vae" in self.kind.companions else f"{self.kind.name} goes with none"
+            _note(f"the prompts' images are left out: {why}")
+        self.encoder = Encoder(self.kind.name, template_hash, versions, self._models)
         self.settings = {
             "prompts": _digest([(prompt.id, prompt.text) for prompt in self.prompts]),
             "images": _digest(image_hashes),
@@ -145,35 +153,25 @@ class Plan:
             **self.details,
         }
 
-    def _add_text(self) -> str:
-        """Adds the language model's stage; returns the hash of the template."""
-        folders = model_folders.find_text_encoder(self.request.text_encoder)
+    def _add_text(self, folders: model_folders.ModelFolders) -> str:
+        """Adds the text encoder's stage; returns the hash of the template."""
         self._models["text_encoder"] = model_folders.fingerprint(folders.model)
         self._models["tokenizer"] = model_folders.processor_fingerprint(folders.processor)
-        tokenizer = qwen.PromptTokenizer(folders.processor)
+        tokenizer: Tokenizer = self.kind.open_tokenizer(folders.processor)
         texts = [prompt.text for prompt in self.prompts]
         tokens = tokenizer([*texts, self.request.negative_prompt])
         truncated = sum(prompt.truncated for prompt in tokens)
         if truncated:
-            _note(f"prompts over {qwen.MAX_TOKENS} tokens, whose ends are cut: {truncated}")
-        self.details |= {
-            "hidden_state": -1 - qwen.SKIPPED_LAYERS,
-            "crop_start": tokenizer.crop_start,
-            "max_tokens": qwen.MAX_TOKENS,
-            "truncated": truncated,
-        }
+            _note(f"prompts over {self.kind.max_tokens} tokens, whose ends are cut: {truncated}")
+        self.details |= {**tokenizer.details, "truncated": truncated}
         self.stages.append(
             Stage(
                 "text",
                 "tokens of prompts",
                 inputs=dict(enumerate(tokens)),
                 cost=lambda prompt: len(prompt.ids),
-                open=lambda: qwen.PromptEncoder(
-                    folders.model,
-                    self.request.dtype,
-                    self.device,
-                    tokenizer.crop_start,
-                    tokenizer.pad,
+                open=lambda: self.kind.open_encoder(
+                    folders.model, self.request.dtype, self.device, tokenizer
                 ),
                 dtype=self.request.dtype,
             )

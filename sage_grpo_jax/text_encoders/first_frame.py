@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sage_grpo_jax import weights
-from sage_grpo_jax.models import vae
+from sage_grpo_jax.models import registry
+from sage_grpo_jax.models.door import AutoencoderConfig
 from sage_grpo_jax.text_encoders import torch_support
 
 
@@ -77,15 +78,15 @@ class ImageEncoder:
         return [torch_support.to_numpy(row) for row in states]
 
 
-def check_size(folder: pathlib.Path, height: int | None, width: int | None) -> vae.VaeConfig:
+def check_size(folder: pathlib.Path, height: int | None, width: int | None) -> AutoencoderConfig:
     """The config of the VAE that is to encode frames of a size.
 
     Raises:
       ValueError: a folder that holds another model; a size that is missing or does not divide.
     """
     config = weights.load_config(folder)
-    if not isinstance(config, vae.VaeConfig):
-        raise ValueError(f"vae={folder}: holds a {type(config).__name__}; allowed: VaeConfig")
+    if registry.kind_of(config) != registry.AUTOENCODER:
+        raise ValueError(f"vae={folder}: holds a {registry.of(config).NAME}; allowed: a VAE")
     ratio = config.spatial_compression_ratio
     for field, value in (("height", height), ("width", width)):
         if value is None or value < 1 or value % ratio:
@@ -96,15 +97,16 @@ def check_size(folder: pathlib.Path, height: int | None, width: int | None) -> v
 def open_latent_encoder(folder: pathlib.Path) -> Callable[[Image.Image], np.ndarray]:
     """The VAE as a function: an image of the clip's size -> scaled latents f32[1, h, w, C].
 
-    Latents are the mode of the posterior times the scaling factor, in float32.
+    Latents are the mode of the posterior in the units of the transformer, in float32.
     """
     config = weights.load_config(folder)
+    vae = registry.of(config)
     params = {"encoder": weights.load(folder, config)["encoder"]}  # lets go of the decoder
     encode = jax.jit(functools.partial(vae.encode, config=config))
 
     def latents(image: Image.Image) -> np.ndarray:
         pixels = np.asarray(image, np.float32)[None, None] / 255 * 2 - 1
         mean, _ = encode(params, jnp.asarray(pixels))
-        return np.asarray(mean[0] * config.scaling_factor)
+        return np.asarray(vae.to_model_latents(mean[0], config))
 
     return latents

@@ -19,7 +19,7 @@ class ModelFolders(NamedTuple):
 
 
 def find_text_encoder(path: str, field: str = "text_encoder") -> ModelFolders:
-    """Qwen2.5-VL and its tokenizer: a pipeline's folder, its text_encoder/, or both in one."""
+    """A text encoder and its tokenizer: a pipeline's folder, its text_encoder/, or both in one."""
     return _find(path, field, "text_encoder", "tokenizer", _TOKENIZER_FILE)
 
 

@@ -7,7 +7,6 @@ start from. So they are left out here, and no vision tower is built. Equal to
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Sequence
@@ -16,19 +15,12 @@ from typing import Any
 import numpy as np
 
 from sage_grpo_jax.text_encoders import chat_template, template, torch_support
+from sage_grpo_jax.text_encoders.kind import Kind, Tokens
 
 NAME = "qwen2_5_vl"
 MAX_TOKENS = 1000
 SKIPPED_LAYERS = 2
 _PLACEHOLDER = "\ue000"  # a private character: no template holds it
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """One prompt in its template; the first `crop_start` tokens are the template's."""
-
-    ids: list[int]
-    truncated: bool
 
 
 class PromptTokenizer:
@@ -61,9 +53,14 @@ class PromptTokenizer:
         self.crop_start = len(self._head)
         self.template_hash = hashlib.sha256(rendered.encode()).hexdigest()
         self.pad = self._tokenizer.pad_token_id or 0
+        self.details: dict[str, Any] = {
+            "hidden_state": -1 - SKIPPED_LAYERS,
+            "crop_start": self.crop_start,
+            "max_tokens": max_tokens,
+        }
 
     def __call__(self, prompts: Sequence[str]) -> list[Tokens]:
-        """Tokens of each prompt, cut to `max_tokens` after the template's first.
+        """Tokens of each prompt: the template's `crop_start`, and at most `max_tokens` more.
 
         Raises:
           ValueError: when the template's tokens run into the prompt's.
@@ -102,14 +99,14 @@ class PromptEncoder:
 
     def __call__(self, prompts: Sequence[Tokens]) -> list[np.ndarray]:
         """Embeddings of a batch: f32[tokens - crop_start, D] each."""
-        torch, _ = torch_support.load_libraries()
-        ids, mask = torch_support.pad_tokens([p.ids for p in prompts], self._pad, self._device)
-        with torch.inference_mode():
-            states = self._model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-        return [
-            torch_support.to_numpy(states[row, self._crop_start : len(prompt.ids)])
-            for row, prompt in enumerate(prompts)
-        ]
+        return torch_support.embed_tokens(
+            self._model,
+            [prompt.ids for prompt in prompts],
+            self._pad,
+            self._device,
+            skipped=self._crop_start,
+            use_cache=False,
+        )
 
 
 def load_language_model(folder: pathlib.Path, dtype: str, device: str) -> Any:
@@ -146,3 +143,21 @@ def load_language_model(folder: pathlib.Path, dtype: str, device: str) -> Any:
     del model.layers[keep:]
     model.norm = torch.nn.Identity()
     return model.to(device)
+
+
+def _open_encoder(
+    folder: pathlib.Path, dtype: str, device: str, tokenizer: PromptTokenizer
+) -> PromptEncoder:
+    return PromptEncoder(folder, dtype, device, tokenizer.crop_start, tokenizer.pad)
+
+
+KIND = Kind(
+    name=NAME,
+    model_types=("qwen2_5_vl", "qwen2_5_vl_text"),
+    architectures=("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLTextModel"),
+    max_tokens=MAX_TOKENS,
+    open_tokenizer=PromptTokenizer,
+    open_encoder=_open_encoder,
+    # HunyuanVideo's other encoders.
+    companions=("byt5", "image_encoder", "vae", "height", "width"),
+)

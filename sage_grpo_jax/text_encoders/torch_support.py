@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import pathlib
 from collections.abc import Sequence
 from types import ModuleType
@@ -35,9 +36,14 @@ def load_libraries() -> tuple[ModuleType, ModuleType]:
     return torch, transformers
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries that decide what the encoders compute."""
-    names = ("torch", "transformers", "tokenizers")
+def versions(optional: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of the libraries that decide what the encoders compute.
+
+    Args:
+      optional: further ones, left out where they are not installed.
+    """
+    names = ["torch", "transformers", "tokenizers"]
+    names += [name for name in optional if importlib.util.find_spec(name)]
     return {name: importlib.metadata.version(name) for name in names}
 
 
@@ -124,6 +130,27 @@ def pad_tokens(
         ids[row, : len(values)] = torch.tensor(values)
         mask[row, : len(values)] = 1
     return ids.to(device), mask.to(device)
+
+
+def embed_tokens(
+    model: Any,
+    tokens: Sequence[Sequence[int]],
+    pad: int,
+    device: str,
+    skipped: int = 0,
+    **options: Any,
+) -> list[np.ndarray]:
+    """The first output of a network for a batch of texts: f32[tokens - skipped, D] each.
+
+    Args:
+      skipped: tokens at the beginning whose states are left out.
+      options: of the network's call.
+    """
+    torch, _ = load_libraries()
+    ids, mask = pad_tokens(tokens, pad, device)
+    with torch.inference_mode():
+        states = model(input_ids=ids, attention_mask=mask, **options)[0]
+    return [to_numpy(states[row, skipped : len(values)]) for row, values in enumerate(tokens)]
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

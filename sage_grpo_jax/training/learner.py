@@ -11,7 +11,6 @@ from sage_grpo_jax.common.phases import PhaseTimer
 from sage_grpo_jax.config import step_plan
 from sage_grpo_jax.flow import noise
 from sage_grpo_jax.grpo import advantage
-from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.parallel import hosts, sharding
 from sage_grpo_jax.policy import conditions
 from sage_grpo_jax.policy.conditions import PromptBatch
@@ -231,13 +230,11 @@ class Learner:
         if text is not None:
             logging.log_every_n(logging.WARNING, "%s", 50, text)
 
-    def condition(
-        self, batch: PromptBatch, place: jax.sharding.Sharding | None = None
-    ) -> hunyuan_video.Condition:
+    def condition(self, batch: PromptBatch, place: jax.sharding.Sharding | None = None) -> Any:
         """The condition of B samples, divided over the mesh; B must divide."""
         place = self._rows if place is None else place
-        dtype, frames = self.plan.transformer.dtype, self.plan.latent_shape[0]
-        return conditions.to_condition(batch, place, dtype, frames)
+        latent_frames = self.plan.latent_shape[0]
+        return conditions.to_condition(batch, place, self.plan.transformer, latent_frames)
 
 
 def _public(values: dict[str, float]) -> dict[str, float]:

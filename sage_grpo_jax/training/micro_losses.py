@@ -5,16 +5,16 @@
 added up over the micro-batches they are the loss.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sage_grpo_jax.config.plan import Plan
-from sage_grpo_jax.flow import guidance, noise, schedules, sde
+from sage_grpo_jax.flow import noise, sde
 from sage_grpo_jax.grpo import kl, loss, nft, trust_region
-from sage_grpo_jax.models import hunyuan_video
-from sage_grpo_jax.policy import conditions
+from sage_grpo_jax.policy import policy as policy_lib
 from sage_grpo_jax.training import ratio as ratio_lib
 
 
@@ -25,7 +25,7 @@ class MicroBatch(NamedTuple):
     latents: jax.Array  # x_t [m, ...]; for the forward process the clean x_T
     next_latents: jax.Array  # x_{t+1} [m, ...]; for the forward process x_T
     keys: jax.Array  # [m]
-    condition: hunyuan_video.Condition
+    condition: Any  # of the m samples, as the model makes it
     advantages: jax.Array  # [m]
     valid: jax.Array  # bool [m]
     counts: jax.Array  # bool [m]: valid, and trained in this update
@@ -43,7 +43,7 @@ class MicroResult(NamedTuple):
 class Frozen(NamedTuple):
     """What the policy needs besides the trained parameters."""
 
-    negative: hunyuan_video.Condition  # the one unconditional prompt, leaves [1, ...]
+    negative: Any  # condition of the one unconditional prompt, leaves [1, ...]
     base: Any = None  # the weights under the adapters; None: all weights are trained
 
 
@@ -57,50 +57,46 @@ class LossInputs(NamedTuple):
     sampling: Any = None  # parameters that made the samples; for the forward process only
 
 
-def velocity_fn(
-    plan: Plan,
-    trained: Any,
-    condition: hunyuan_video.Condition,
-    frozen: Frozen,
-    schedule: schedules.Schedule | None = None,
-    gradient: str = "both",
-):
-    """(latents, timestep) -> velocity of the policy, with guidance.
+def policy_of(plan: Plan, trained: Any, frozen: Frozen) -> policy_lib.Policy:
+    """The policy of trained parameters: all of them, or adapters over the frozen base."""
+    if frozen.base is None:
+        return policy_lib.Policy(trained)
+    return policy_lib.Policy(frozen.base, trained, plan.config.lora.adapters.scale)
+
+
+def guidance_of(plan: Plan) -> policy_lib.Guidance:
+    """Guidance and numerics of a recipe."""
+    rollout = plan.config.rollout
+    return policy_lib.Guidance(
+        rollout.guidance, rollout.guidance_mode, plan.config.model.matmul_precision
+    )
+
+
+def velocity_fn(plan: Plan, trained: Any, condition: Any, frozen: Frozen) -> policy_lib.Velocity:
+    """(latents, timestep) -> velocity of the policy, as the loss differentiates it.
 
     Args:
       plan: the constants.
       trained: all parameters, or the adapters where `frozen` holds their base.
       condition: of B samples.
       frozen: negative prompt and base.
-      schedule: of the sampler; None for that of the rollout. Only a model that knows where its step
-        ends (use_meanflow) looks at it.
-      gradient: of which branches of guidance, see `guidance.guided`.
     """
-    schedule = plan.schedule if schedule is None else schedule
-    negative = conditions.unconditional(condition, frozen.negative)
-    params, adapters, scale = trained, None, 1.0
-    if frozen.base is not None:
-        params, adapters, scale = frozen.base, trained, plan.config.lora.adapters.scale
-
-    def model(latents, timestep, branch):
-        if plan.transformer.use_meanflow:
-            branch = branch._replace(timestep_r=schedules.next_timestep(schedule, timestep))
-        with jax.default_matmul_precision(plan.config.model.matmul_precision):
-            return hunyuan_video.velocity(
-                params, latents, timestep, branch, plan.transformer, adapters, scale
-            )
-
-    rollout = plan.config.rollout
-    guided = guidance.guided(model, rollout.guidance, mode=rollout.guidance_mode, gradient=gradient)
-    return lambda latents, timestep: guided(latents, timestep, condition, negative)
+    return policy_lib.guided_velocity(
+        policy_of(plan, trained, frozen),
+        plan.transformer,
+        condition,
+        frozen.negative,
+        plan.schedule,
+        guidance_of(plan),
+        plan.config.loss.guidance_gradient,
+    )
 
 
 def _velocity(
     plan: Plan, params: Any, micro: MicroBatch, frozen: Frozen, latents: jax.Array
 ) -> jax.Array:
     """The velocity of the policy `params` at states of a micro-batch; float32 [m, ...]."""
-    gradient = plan.config.loss.guidance_gradient
-    velocity = velocity_fn(plan, params, micro.condition, frozen, gradient=gradient)
+    velocity = velocity_fn(plan, params, micro.condition, frozen)
     timestep = jnp.asarray(plan.schedule.timesteps)[micro.step]
     return velocity(latents, jnp.broadcast_to(timestep, micro.valid.shape))
 
@@ -119,13 +115,31 @@ def transition(plan: Plan, params: Any, micro: MicroBatch, frozen: Frozen) -> sd
     )
 
 
+# Name, value [m] and weight of one term of the penalty.
+Divergence = tuple[str, jax.Array, float]
+
+
 def policy_micro_loss(
-    params, micro: MicroBatch, inputs: LossInputs, plan: Plan, recorded=None, known=None
-):
+    params: Any,
+    micro: MicroBatch,
+    inputs: LossInputs,
+    plan: Plan,
+    recorded: jax.Array | None = None,
+    known: jax.Array | None = None,
+) -> tuple[jax.Array, MicroResult]:
     """Policy loss and KL of one micro-batch, both divided by the fixed `normalizer`.
 
-    `recorded` and `known`: see `ratio.old_mean`. Returns (loss, MicroResult).
+    Args:
+      params: what is differentiated: all parameters, or the adapters.
+      micro: m samples, a step each.
+      inputs: references, weight of the KL and normaliser.
+      plan: the constants.
+      recorded, known: see `ratio.old_mean`.
+
+    Returns:
+      The loss, f32 [], and what else is to be known.
     """
+    # The ratio to the policy that sampled
     new = transition(plan, params, micro, inputs.frozen)
     draw = noise.step_noise(micro.keys, micro.step, plan.latent_shape)
     mean_old = ratio_lib.old_mean(new.mean, recorded, known)
@@ -133,6 +147,8 @@ def policy_micro_loss(
     mismatch = ratio_lib.mismatch(
         plan, micro.step, micro.valid, draw, mean_old, micro.next_latents, new.std
     )
+
+    # The policy loss
     config = plan.config.loss
     weights = jnp.asarray(plan.weights)[micro.step]
     policy_loss, metrics = loss.policy_loss(
@@ -144,17 +160,26 @@ def policy_micro_loss(
         objective=config.objective,
         normalizer=inputs.normalizer,
     )
+
+    # The penalty
     divergences = _divergences(plan, new, log_ratio, micro, inputs)
     total, metrics = _with_penalty(policy_loss, metrics, divergences, micro, inputs)
     return total, jax.lax.stop_gradient(MicroResult(metrics, mismatch, mean_old))
 
 
 def forward_micro_loss(
-    params, micro: MicroBatch, inputs: LossInputs, plan: Plan, recorded=None, known=None
-):
+    params: Any,
+    micro: MicroBatch,
+    inputs: LossInputs,
+    plan: Plan,
+    recorded: jax.Array | None = None,
+    known: jax.Array | None = None,
+) -> tuple[jax.Array, MicroResult]:
     """`policy_micro_loss` of DiffusionNFT: clean samples, noised again; see `grpo.nft`."""
     del recorded, known  # there is no ratio
     config = plan.config
+
+    # States of the forward process, and every policy's velocity there
     draw = noise.forward_noise(micro.keys, micro.step, plan.latent_shape)
     sigma = jnp.asarray(plan.schedule.sigmas)[micro.step]
     latents, target = nft.noised(micro.latents, draw, sigma)
@@ -163,18 +188,22 @@ def forward_micro_loss(
         for trained in (params, inputs.sampling, *(r.params for r in inputs.references))
     )
     old, *references = map(jax.lax.stop_gradient, others)
-    # Masked before any arithmetic: what stands behind the mask must not reach the gradient.
+
+    # The policy loss. The mask comes before any arithmetic: what stands behind it must not reach
+    # the gradient.
     advantages = jnp.where(micro.counts, micro.advantages, 0.0)
     good = nft.optimality(advantages, config.advantage.clip)
     losses = nft.nft_loss(
         new, old, target, sigma, good, config.nft.beta, adaptive=config.nft.adaptive
     )
     losses *= config.advantage.clip * _step_factor(plan)
+    policy_loss = _sum(losses, micro, inputs)
+
+    # The penalty
     divergences = [
         (reference.name, nft.velocity_distance(new, velocity), reference.beta)
         for reference, velocity in zip(inputs.references, references, strict=True)
     ]
-    policy_loss = _sum(losses, micro, inputs)
     metrics = {"nft/sampling_distance": _sum(nft.velocity_distance(new, old), micro, inputs)}
     total, metrics = _with_penalty(policy_loss, metrics, divergences, micro, inputs)
     return total, jax.lax.stop_gradient(MicroResult(metrics, None, None))
@@ -185,7 +214,13 @@ def _sum(values: jax.Array, micro: MicroBatch, inputs: LossInputs) -> jax.Array:
     return jnp.sum(jnp.where(micro.counts, values, 0.0)) / inputs.normalizer
 
 
-def _with_penalty(policy_loss, metrics, divergences, micro: MicroBatch, inputs: LossInputs):
+def _with_penalty(
+    policy_loss: jax.Array,
+    metrics: loss.Metrics,
+    divergences: Iterable[Divergence],
+    micro: MicroBatch,
+    inputs: LossInputs,
+) -> tuple[jax.Array, loss.Metrics]:
     """(policy loss plus weighted penalty, metrics of both)."""
     penalty = jnp.zeros(())
     for name, divergence, beta in divergences:
@@ -205,8 +240,14 @@ def _step_factor(plan: Plan) -> float:
     return float(plan.positions) if plan.config.loss.step_reduction == "sum" else 1.0
 
 
-def _divergences(plan: Plan, new: sde.Transition, log_ratio, micro: MicroBatch, inputs: LossInputs):
-    """(name, divergence [m], beta) for every term of the KL penalty."""
+def _divergences(
+    plan: Plan,
+    new: sde.Transition,
+    log_ratio: jax.Array,
+    micro: MicroBatch,
+    inputs: LossInputs,
+) -> Iterator[Divergence]:
+    """Every term of the KL penalty."""
     region, reduction = plan.config.trust_region, plan.config.loss.log_prob_reduction
     for name, reference, beta in inputs.references:
         mean = jax.lax.stop_gradient(transition(plan, reference, micro, inputs.frozen).mean)

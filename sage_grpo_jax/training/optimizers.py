@@ -68,19 +68,23 @@ def _muon(config: schema.Config) -> optax.GradientTransformation:
     )
 
 
-def muon_dimensions(params: Any) -> Any:
+def muon_dimensions(params: Any, *, kernels_only: bool = False) -> Any:
     """Which axes of each parameter are a matrix: a tree of MuonDimensionNumbers, None for AdamW.
 
     Parameters of stacked blocks have a leading layer axis, and each layer is a matrix of its own.
     Patch kernels [t, h, w, in, out] are one matrix [t·h·w·in, out]. Vectors (biases, norm scales)
     go to AdamW, stacked or not.
+
+    Args:
+      params: nested dicts of arrays.
+      kernels_only: matrices that are no kernels, as embedding tables, go to AdamW too.
     """
 
     def dimensions(path: tuple[str, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         if isinstance(leaf, optax.MaskedNode):  # Muon asks again about the tree without vectors
             return None
         rank, first = len(leaf.shape), int("blocks" in path)
-        if rank - first < 2:
+        if rank - first < 2 or (kernels_only and path[-1] != "kernel"):
             return None
         return optax.contrib.MuonDimensionNumbers(tuple(range(first, rank - 1)), (rank - 1,))
 

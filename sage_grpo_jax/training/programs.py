@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from sage_grpo_jax.config import step_plan
@@ -19,6 +18,7 @@ from sage_grpo_jax.flow import noise, schedules
 from sage_grpo_jax.flow import rollout as rollout_lib
 from sage_grpo_jax.models import frames
 from sage_grpo_jax.parallel import sharding
+from sage_grpo_jax.policy import sampler
 from sage_grpo_jax.training import micro_losses
 from sage_grpo_jax.training import ratio as ratio_lib
 from sage_grpo_jax.training import state as state_lib
@@ -44,21 +44,29 @@ def make_rollout(plan: Plan):
     That of the forward process holds its last state only, [1, B, ...].
     """
     config = plan.config.rollout
+    sample = sampler.make_rollout(
+        plan.transformer,
+        sampler.Sampling(
+            schedule=plan.schedule,
+            latent_shape=plan.latent_shape,
+            kind=config.sde,
+            eta=config.eta,
+            clamp=config.clamp,
+            guidance=micro_losses.guidance_of(plan),
+        ),
+    )
 
     def rollout(params, condition, frozen, keys, starts):
         initial = None
         if config.same_initial_noise:
             first = jnp.repeat(keys[:: config.group_size], config.group_size)
             initial = noise.initial_noise(first, plan.latent_shape)
-        trajectory = rollout_lib.rollout(
-            micro_losses.velocity_fn(plan, params, condition, frozen),
+        trajectory = sample(
+            micro_losses.policy_of(plan, params, frozen),
+            condition,
+            frozen.negative,
             keys,
-            plan.latent_shape,
-            plan.schedule,
-            config.sde,
-            config.eta,
-            step_plan.noisy_steps(plan.steps, starts),
-            clamp=config.clamp,
+            stochastic=step_plan.noisy_steps(plan.steps, starts),
             initial_latents=initial,
         )
         if plan.is_forward:
@@ -71,32 +79,19 @@ def make_rollout(plan: Plan):
 def make_sample(plan: Plan):
     """(params, condition [B], frozen, keys [B]) -> clean latents [B, ...] of the evaluation."""
     config = plan.config
-    schedule = schedules.make_schedule(config.eval.num_steps, config.rollout.shift)
-    deterministic = np.zeros(config.eval.num_steps, bool)
+    sampling = sampler.Sampling(
+        schedule=schedules.make_schedule(config.eval.num_steps, config.rollout.shift),
+        latent_shape=plan.latent_shape,
+        kind="ode",
+        guidance=micro_losses.guidance_of(plan),
+    )
+    rollout = sampler.make_rollout(plan.transformer, sampling)
 
     def sample(params, condition, frozen, keys):
-        velocity = micro_losses.velocity_fn(plan, params, condition, frozen, schedule)
-        return rollout_lib.rollout(
-            velocity, keys, plan.latent_shape, schedule, "ode", 0.0, deterministic
-        ).latents[-1]
+        policy = micro_losses.policy_of(plan, params, frozen)
+        return rollout(policy, condition, frozen.negative, keys).latents[-1]
 
     return sample
-
-
-def make_decode(plan: Plan):
-    """(vae parameters, latents [B], piece int32 []) -> uint8 frames [decode_batch, F, H, W, 3].
-
-    Piece p holds the samples `p + (B/decode_batch)·row`, see `update.split_batch`.
-    """
-    model = plan.config.model
-
-    def decode(vae_params, latents, piece, size):
-        chunk = update_lib.split_batch(latents, size)[piece]
-        return frames.decode_frames(
-            vae_params, chunk, plan.vae, model.vae_tiling, model.matmul_precision
-        )
-
-    return decode
 
 
 def build(
@@ -122,6 +117,7 @@ def build(
     batch = update_lib.UpdateBatch(trajectory.latents, rows, rows, rows, rows, rows)
     old = ratio_lib.abstract_old_means(plan, mesh)
     old_placed = state_lib.shardings_of(old)
+    model = plan.config.model
 
     return Programs(
         plan=plan,
@@ -136,7 +132,7 @@ def build(
             out_shardings=rows,
         ),
         decode=jax.jit(
-            make_decode(plan),
+            sampler.make_decode(plan.vae, model.vae_tiling, model.matmul_precision),
             static_argnames="size",
             out_shardings=rows,
         ),

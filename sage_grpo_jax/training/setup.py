@@ -18,7 +18,7 @@ from sage_grpo_jax.config import schema
 from sage_grpo_jax.data import embedding_cache
 from sage_grpo_jax.data import prompts as prompts_lib
 from sage_grpo_jax.flow import noise
-from sage_grpo_jax.models import hunyuan_video, lora, vae
+from sage_grpo_jax.models import door, frames, lora, registry
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.policy import conditions, starting_adapters
 from sage_grpo_jax.policy.networks import (
@@ -28,7 +28,6 @@ from sage_grpo_jax.policy.networks import (
     read_networks,
     resolve_path,
 )
-from sage_grpo_jax.text_encoders import qwen
 from sage_grpo_jax.training import checkpoint as checkpoint_lib
 from sage_grpo_jax.training import optimizers
 from sage_grpo_jax.training import programs as programs_lib
@@ -45,8 +44,8 @@ CACHE = "cache:"
 
 def abstract_params(network: Any) -> Any:
     """Shapes of a network's parameters, without making any."""
-    module = hunyuan_video if isinstance(network, hunyuan_video.HunyuanVideoConfig) else vae
-    return jax.eval_shape(lambda key: module.init_params(network, key), jax.random.key(0))
+    model = registry.of(network)
+    return jax.eval_shape(lambda key: model.init_params(network, key), jax.random.key(0))
 
 
 def load_vae(networks: Networks, mesh: jax.sharding.Mesh) -> Any:
@@ -64,7 +63,7 @@ def load_transformer(networks: Networks, mesh: jax.sharding.Mesh, dtype: Any = j
 def _abstract_transformer(networks: Networks, mesh: jax.sharding.Mesh, dtype: Any) -> Any:
     """The transformer's parameters as shapes with shardings."""
     shapes = abstract_params(networks.transformer)
-    names = hunyuan_video.partition_names(networks.transformer)
+    names = registry.of(networks.transformer).partition_names(networks.transformer)
     shardings = sharding.parameter_shardings(mesh, names, shapes)
     return jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, dtype, sharding=place), shapes, shardings
@@ -95,10 +94,12 @@ def make_abstract_state(
 ) -> state_lib.LearnerState:
     """The learner's state as shapes with shardings; with LoRA its parameters are the adapters."""
     shapes, adapters = abstract_params(networks.transformer), config.lora.adapters
+    model = registry.of(networks.transformer)
     if adapters is None:
-        names = hunyuan_video.partition_names(networks.transformer)
+        names = model.partition_names(networks.transformer)
     else:
-        shapes, names = lora.abstract_adapters(shapes, adapters), lora.partition_names(adapters)
+        shapes = lora.abstract_adapters(shapes, adapters, model)
+        names = lora.partition_names(adapters, model)
     tx = optimizers.make_optimizer(config)
     return state_lib.abstract_state(tx, shapes, names, mesh, config.averages)
 
@@ -115,11 +116,11 @@ def fresh_state(
             lambda params: state_lib.init_state(tx, params, averages), out_shardings=shardings
         )
         return init(load_transformer(networks, mesh))
-    shapes = abstract_params(networks.transformer)
+    shapes, model = abstract_params(networks.transformer), registry.of(networks.transformer)
     given, ratio = starting_adapters.load(config.lora, networks.transformer, mesh)
 
     def init_adapters(key, given):
-        fresh = lora.init_adapters(shapes, adapters, key)
+        fresh = lora.init_adapters(shapes, adapters, key, model)
         return state_lib.init_state(tx, lora.start_from(fresh, given, ratio), averages)
 
     return jax.jit(init_adapters, out_shardings=shardings)(noise.adapter_key(config.seed), given)
@@ -142,7 +143,7 @@ def load_policy(
       ema: whether the moving average of the run is wanted; not read without a checkpoint.
 
     Returns:
-      (weights, adapters): what `hunyuan_video.velocity` takes; adapters None where there are none.
+      (weights, adapters): what the model's `velocity` takes; adapters None where there are none.
 
     Raises:
       FileNotFoundError: no complete checkpoint there.
@@ -212,7 +213,7 @@ def open_cache(
         cannot say; naming the field.
     """
     source = getattr(config.data, field)
-    dim = networks.transformer.text_embed_dim
+    dim = _needs(networks).text
     if source.startswith(CACHE):
         try:
             cache = embedding_cache.EmbeddingCache(source.removeprefix(CACHE))
@@ -243,20 +244,28 @@ def open_cache(
 def _check_fits(
     cache: embedding_cache.EmbeddingCache, config: schema.Config, networks: Networks
 ) -> None:
-    transformer, ratio = networks.transformer, networks.vae.spatial_compression_ratio
-    height, width = config.video.height // ratio, config.video.width // ratio
-    with_image = "i2v" in config.model.variant or cache.image_shape is not None
-    # The encoder that the model learned to read, where it is known; others may be as wide.
-    encoder = qwen.NAME if config.model.variant else None
+    needs, encoder, wants_frame = _needs(networks), None, False
+    if config.model.variant:
+        # The encoder that the model learned to read is known; others may be as wide.
+        released = registry.released(registry.TRANSFORMER, config.model.variant)
+        of_variant = registry.of(released).embedding_needs(released)
+        encoder, wants_frame = of_variant.encoder, of_variant.first_frame
     if config.data.text_encoder == "words":
-        encoder = word_embeddings.encoder(transformer.text_embed_dim).name
+        encoder = word_embeddings.encoder(needs.text).name
+    video, latent_shape = config.video, None
+    if wants_frame or cache.image_shape is not None:
+        latent_shape = frames.latent_shape(networks.vae, 1, video.height, video.width)[1:]
     cache.check_fits(
         encoder=encoder,
-        text_dim=transformer.text_embed_dim,
-        byt5_dim=transformer.text_embed_2_dim,
-        image_dim=transformer.image_embed_dim,
-        latent_shape=(height, width, networks.vae.latent_channels) if with_image else None,
+        text_dim=needs.text,
+        byt5_dim=needs.byt5,
+        image_dim=needs.image,
+        latent_shape=latent_shape,
     )
+
+
+def _needs(networks: Networks) -> door.EmbeddingNeeds:
+    return registry.of(networks.transformer).embedding_needs(networks.transformer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,5 +369,5 @@ def _static_shapes(
     return {
         "length": length,
         "byt5_length": embedding_cache.text_bucket(quoted, embedding_cache.BYT5_LENGTHS),
-        "byt5_dim": networks.transformer.text_embed_2_dim,
+        "byt5_dim": _needs(networks).byt5,
     }

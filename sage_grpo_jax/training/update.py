@@ -3,6 +3,7 @@
 Functions of arrays, to be jitted by `training/programs.py`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +14,15 @@ import optax
 from sage_grpo_jax.config import step_plan
 from sage_grpo_jax.config.plan import Plan
 from sage_grpo_jax.grpo import averaging, loss, trust_region
-from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.training import micro_losses
 from sage_grpo_jax.training import ratio as ratio_lib
 from sage_grpo_jax.training import state as state_lib
-from sage_grpo_jax.training.micro_losses import Frozen, LossInputs, MicroBatch
+from sage_grpo_jax.training.micro_losses import Frozen, LossInputs, MicroBatch, MicroResult
+
+# (position, piece) of a micro-batch, int32 [] each
+Index = tuple[jax.Array, jax.Array]
+# entry(index, recorded means) -> (gradient, MicroResult) of a micro-batch
+Entry = Callable[[Index, jax.Array | None], tuple[Any, MicroResult]]
 
 
 class UpdateBatch(NamedTuple):
@@ -26,7 +31,7 @@ class UpdateBatch(NamedTuple):
     # float32 [T+1, B, t, h, w, C]: the trajectory; for the forward process its last state alone.
     latents: jax.Array
     keys: jax.Array  # typed keys [B]: the noise is drawn again from them
-    condition: hunyuan_video.Condition  # leaves [B, ...]
+    condition: Any  # leaves [B, ...]
     advantages: jax.Array  # float32 [B]
     valid: jax.Array  # bool [B]: the reward arrived
     starts: jax.Array  # int32 [B]: where the window of trained steps starts
@@ -39,7 +44,7 @@ def split_batch(tree: Any, size: int) -> Any:
     divides, and no data moves between devices.
     """
 
-    def split(x):
+    def split(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(size, x.shape[0] // size, *x.shape[1:]), 0, 1)
 
     return jax.tree.map(split, tree)
@@ -51,13 +56,15 @@ def take_micro_batch(
     """A piece of the samples at the `position`-th of their trained steps."""
     size = plan.config.loss.micro_batch
 
-    def take(x):
+    def take(x: jax.Array) -> jax.Array:
         return split_batch(x, size)[piece]
 
+    # Which samples, at which steps
     valid, starts, keys = take(batch.valid), take(batch.starts), take(batch.keys)
     step = step_plan.trained_step(plan.steps, position, starts, keys)
 
-    def state(after):
+    # Their states
+    def state(after: jax.Array) -> jax.Array:
         """The states after `after` steps, for one step or one of each sample."""
         if plan.is_forward:
             return take(batch.latents[-1])
@@ -66,7 +73,7 @@ def take_micro_batch(
         pieces = split_batch(jnp.moveaxis(batch.latents, 0, 1), size)[piece]  # [m, T + 1, ...]
         return jax.vmap(lambda states, t: states[t])(pieces, after)
 
-    def clean(x):
+    def clean(x: jax.Array) -> jax.Array:
         # The latents of a masked sample may be NaN, and 0 · NaN in the backward pass is NaN.
         return jnp.where(valid.reshape(-1, *[1] * (x.ndim - 1)), x, 0.0)
 
@@ -108,7 +115,13 @@ def _share(plan: Plan, piece: Any, turn: Any) -> jax.Array:
     return piece % plan.config.loss.updates_per_rollout == turn
 
 
-def _where_needed(plan: Plan, entry, index, recorded, old: ratio_lib.OldMeans | None):
+def _where_needed(
+    plan: Plan,
+    entry: Entry,
+    index: Index,
+    recorded: jax.Array | None,
+    old: ratio_lib.OldMeans | None,
+) -> tuple[Any, MicroResult]:
     """`entry(index, recorded)`; nothing of it for the samples that an update has no use for.
 
     The first update of a rollout goes through all of them: it records the means of those that the
@@ -120,7 +133,7 @@ def _where_needed(plan: Plan, entry, index, recorded, old: ratio_lib.OldMeans | 
     if not plan.is_forward:
         needed |= ~old.known
 
-    def nothing(index, recorded):
+    def nothing(index: Index, recorded: jax.Array | None) -> tuple[Any, MicroResult]:
         shapes = jax.eval_shape(entry, index, recorded)
         grads, result = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         none = None if plan.is_forward else ratio_lib.no_mismatch(plan)
@@ -135,26 +148,32 @@ def _gradients(
     batch: UpdateBatch,
     frozen: Frozen,
     old: ratio_lib.OldMeans | None,
-):
+) -> tuple[Any, loss.Metrics, jax.Array, ratio_lib.OldMeans | None]:
     """Gradient of the samples of an update, accumulated over (step, sample) micro-batches.
 
-    Returns (gradient, metrics, weight of the KL, the old means for the next update or None).
+    Returns:
+      Gradient, metrics, weight of the KL, and the old means for the next update or None.
     """
+    # The samples that count
     config = plan.config
     pieces = config.batch_size // config.loss.micro_batch
     turn = None if old is None else old.turn
     valid = split_batch(batch.valid, config.loss.micro_batch)  # [pieces, m]
     mine = valid & _share(plan, jnp.arange(pieces), turn)[:, None]
     inputs = loss_inputs(plan, state, frozen, jnp.sum(mine))
+
+    # One micro-batch
     micro_loss = micro_losses.policy_micro_loss
     if plan.is_forward:
         micro_loss = micro_losses.forward_micro_loss
 
-    def loss_fn(params, micro, recorded):
+    def loss_fn(
+        params: Any, micro: MicroBatch, recorded: jax.Array | None
+    ) -> tuple[jax.Array, MicroResult]:
         known = None if old is None else old.known
         return micro_loss(params, micro, inputs, plan, recorded, known)
 
-    def entry(index, recorded):
+    def entry(index: Index, recorded: jax.Array | None) -> tuple[Any, MicroResult]:
         """(gradient, MicroResult) of a micro-batch."""
         micro = take_micro_batch(plan, batch, *index)
         micro = micro._replace(counts=micro.valid & _share(plan, index[1], turn))
@@ -163,7 +182,8 @@ def _gradients(
         )
         return grads, result
 
-    def body(totals, scanned):
+    # The scan over all of them: gradients and metrics are added up
+    def body(totals: tuple[Any, ...], scanned: tuple[Index, jax.Array | None]):
         index, recorded = scanned
         grads, result = _where_needed(plan, entry, index, recorded, old)
         totals = (
@@ -182,6 +202,7 @@ def _gradients(
         None if plan.is_forward else ratio_lib.no_mismatch(plan),
     )
     (grads, metrics, mismatch), means = jax.lax.scan(body, init, scanned)
+
     if mismatch is not None:
         metrics |= ratio_lib.mismatch_metrics(mismatch)
     recorded = None if old is None else ratio_lib.OldMeans(means, old.turn + 1)
@@ -206,17 +227,20 @@ def _averages(
       is_last: whether it is the last one of its rollout; the policy that samples changes then.
     """
     averages, ema, ramp = {}, plan.config.ema, plan.config.nft
+
     if state.ema is not None:
         decay = averaging.warmed_up(count, ema.decay)
         decay = jnp.where(count % ema.every == 0, decay, 1.0)
         averages["ema"] = averaging.mix(state.ema, params, decay)
+
     if state.sampling is not None:
         decay = averaging.ramp(count, ramp.decay_start, ramp.decay_rate, ramp.decay_limit)
         averages["sampling"] = averaging.mix(state.sampling, params, jnp.where(is_last, decay, 1.0))
+
     return averages
 
 
-def make_update(plan: Plan, tx: optax.GradientTransformationExtraArgs):
+def make_update(plan: Plan, tx: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
     """(state, batch, frozen, tolerances, old) -> (state, metrics, old).
 
     The update is applied only if loss, gradient and new parameters are finite, and the first one of
@@ -227,8 +251,16 @@ def make_update(plan: Plan, tx: optax.GradientTransformationExtraArgs):
     the next, or None with one update a rollout.
     """
 
-    def update(state, batch, frozen, tolerances, old):
+    def update(
+        state: state_lib.LearnerState,
+        batch: UpdateBatch,
+        frozen: Frozen,
+        tolerances: ratio_lib.Tolerances,
+        old: ratio_lib.OldMeans | None,
+    ) -> tuple[state_lib.LearnerState, loss.Metrics, ratio_lib.OldMeans | None]:
         grads, metrics, kl_weight, recorded = _gradients(plan, state, batch, frozen, old)
+
+        # The state after it
         updates, opt_state = tx.update(
             grads, state.opt_state, state.params, **_measured_kl(plan, metrics)
         )
@@ -237,6 +269,8 @@ def make_update(plan: Plan, tx: optax.GradientTransformationExtraArgs):
         count = trust_region.find_state(opt_state).count
         averages = _averages(plan, state, params, count, is_last)
         new = state._replace(params=params, opt_state=opt_state, **averages)
+
+        # Applied only if all is well
         checks = {
             "update/finite_loss": jnp.isfinite(metrics["loss/total"]),
             "update/finite_gradient": all_finite(grads),
@@ -246,6 +280,8 @@ def make_update(plan: Plan, tx: optax.GradientTransformationExtraArgs):
             checks["update/ratio_in_tolerance"] = ratio_lib.in_tolerance(metrics, tolerances, old)
         applied = jnp.all(jnp.stack(list(checks.values())))
         state = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, state)
+
+        # What is reported
         norm = optax.tree.norm(grads)
         size = sum(x.size for x in jax.tree.leaves(grads))
         metrics |= {

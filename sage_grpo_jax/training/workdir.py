@@ -35,6 +35,8 @@ _NAMES = (
     "samples/*",
 )
 
+# Fields of older runs that repeated another one.
+_RETIRED = ("applied_method",)
 _WEIGHTS = "rewards.weights."  # the one field that is a mapping
 
 # Fields that a rerun may change without becoming another run.
@@ -57,7 +59,7 @@ def claim(config: schema.Config, workdir: pathlib.Path) -> None:
 
     A folder of ours in which no step was ever recorded may change its config: a mistake in the
     first one can be corrected without another folder. Fields that are younger than the folder count
-    as their defaults, which leave a run as it was.
+    as their defaults, which leave a run as it was; those of _RETIRED are not looked at.
 
     Raises:
       ValueError: naming the fields that differ; a config.json or metrics.jsonl that cannot be read;
@@ -69,6 +71,7 @@ def claim(config: schema.Config, workdir: pathlib.Path) -> None:
         _check_record(workdir)
         theirs = flatten(read_object(path)) if path.exists() and _has_begun(workdir) else mine
     theirs = _younger_fields(theirs) | theirs
+    theirs = {name: value for name, value in theirs.items() if name not in _RETIRED}
     differing = [
         f"{name} ({theirs.get(name)!r} there, {mine.get(name)!r} here)"
         for name in sorted(mine.keys() | theirs.keys())

@@ -21,7 +21,8 @@ from flax import traverse_util
 
 from sage_grpo_jax.common import checked_json
 from sage_grpo_jax.models import lora as lora_lib
-from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
+from sage_grpo_jax.models import registry
+from sage_grpo_jax.models.door import TransformerConfig
 from sage_grpo_jax.models.lora import LoraConfig
 from sage_grpo_jax.weights import safetensors_io, tables, torch_zip
 from sage_grpo_jax.weights.key_table import Path, Row, Shape
@@ -115,7 +116,7 @@ class Opened(NamedTuple):
     untrained: str
 
 
-def open_file(path: pathlib.Path, config: HunyuanVideoConfig) -> Opened:
+def open_file(path: pathlib.Path, config: TransformerConfig) -> Opened:
     """Adapters of a file, or of the one in a folder; headers only are read here.
 
     Args:
@@ -138,10 +139,10 @@ def open_file(path: pathlib.Path, config: HunyuanVideoConfig) -> Opened:
         raise ValueError(f"{file}: {error}") from error
 
 
-def module_rows(config: HunyuanVideoConfig) -> dict[Path, Row]:
+def module_rows(config: TransformerConfig) -> dict[Path, Row]:
     """The row of the kernel of each layer that can be adapted, in diffusers' layout."""
     rows = {row.ours: row for row in tables.rows(config, "diffusers")}
-    paths = (tuple(layer.split("/")) for layer in lora_lib.LAYERS)
+    paths = (tuple(layer.split("/")) for layer in registry.of(config).ADAPTER_LAYERS)
     return {path: rows[(*path, "kernel")] for path in paths if (*path, "kernel") in rows}
 
 
@@ -150,7 +151,7 @@ def module_name(row: Row) -> str:
     return row.theirs.removesuffix(".weight")
 
 
-def adapter_shapes(config: HunyuanVideoConfig, lora: LoraConfig) -> dict[Path, Shape]:
+def adapter_shapes(config: TransformerConfig, lora: LoraConfig) -> dict[Path, Shape]:
     """The shape of each adapter, by path."""
     shapes = traverse_util.unflatten_dict(
         {
@@ -158,7 +159,7 @@ def adapter_shapes(config: HunyuanVideoConfig, lora: LoraConfig) -> dict[Path, S
             for path, shape in tables.parameter_shapes(config).items()
         }
     )
-    flat = traverse_util.flatten_dict(lora_lib.abstract_adapters(shapes, lora))
+    flat = traverse_util.flatten_dict(lora_lib.abstract_adapters(shapes, lora, registry.of(config)))
     return {path: leaf.shape for path, leaf in flat.items()}
 
 
@@ -224,7 +225,7 @@ def _patterns(values: Mapping[str, Any], field: str, kind: type) -> dict[str, An
 
 
 def _open(
-    tensors: Mapping[str, StoredTensor], settings: _Settings | None, config: HunyuanVideoConfig
+    tensors: Mapping[str, StoredTensor], settings: _Settings | None, config: TransformerConfig
 ) -> Opened:
     layers = _layers(config)
     files, alphas = _sort(tensors, layers)
@@ -245,13 +246,14 @@ def _open(
         layers[name]: _Pair(name, parts["A"], parts["B"], a / r / (alpha / rank))
         for (name, parts), (r, a) in zip(files.items(), found.values(), strict=True)
     }
-    lora = LoraConfig(rank, alpha, lora_lib.targets_of(path for path, _ in pairs))
+    targets = lora_lib.targets_of((path for path, _ in pairs), registry.of(config))
+    lora = LoraConfig(rank, alpha, targets)
     return Opened(
         _AdapterSource(pairs, adapter_shapes(config, lora)), lora, _untrained(pairs, config)
     )
 
 
-def _layers(config: HunyuanVideoConfig) -> dict[str, _Place]:
+def _layers(config: TransformerConfig) -> dict[str, _Place]:
     """From diffusers' names of layers to ours and the number of the block."""
     return {
         module_name(row).format(i=i): (path, None if row.stacked is None else i)
@@ -346,19 +348,20 @@ def _by_pattern(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
     return otherwise
 
 
-def _untrained(pairs: Collection[_Place], config: HunyuanVideoConfig) -> str:
+def _untrained(pairs: Collection[_Place], config: TransformerConfig) -> str:
     """What adapters of attention and MLP would have, and these have not; "": nothing."""
-    every = lora_lib.adapted_paths(LoraConfig(1, 1.0))
+    model = registry.of(config)
+    every = lora_lib.adapted_paths(LoraConfig(1, 1.0), model)
     layers = collections.defaultdict(set)
     for path, layer in pairs:
         layers[path].add(layer)
-    absent = lora_lib.targets_of(path for path in every if path not in layers)
+    absent = lora_lib.targets_of((path for path in every if path not in layers), model)
     by_gap = collections.defaultdict(list)
     for path in every:
         gap = tuple(sorted(set(range(config.num_layers)) - layers[path]))
         if gap and layers[path]:
             by_gap[gap].append(path)
-    some = [f"layers {_ranges(gap)} of {', '.join(lora_lib.targets_of(paths))}"
+    some = [f"layers {_ranges(gap)} of {', '.join(lora_lib.targets_of(paths, model))}"
             for gap, paths in by_gap.items()]  # fmt: skip
     return "; ".join([", ".join(absent)] * bool(absent) + some)
 

@@ -17,7 +17,8 @@ from absl import logging
 from sage_grpo_jax.common import checked_json, folders
 from sage_grpo_jax.common.byte_progress import Progress
 from sage_grpo_jax.models import lora as lora_lib
-from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
+from sage_grpo_jax.models import registry
+from sage_grpo_jax.models.door import TransformerConfig
 from sage_grpo_jax.models.lora import LoraConfig
 from sage_grpo_jax.weights import (
     adapter_files,
@@ -40,7 +41,7 @@ def save_adapters(
     adapters: dict[str, Any],
     path: str | os.PathLike,
     lora: LoraConfig,
-    config: HunyuanVideoConfig,
+    config: TransformerConfig,
     format: str = "peft",
     *,
     overwrite: bool = False,
@@ -64,7 +65,7 @@ def save_adapters(
 
 
 def load_adapters(
-    path: str | os.PathLike, config: HunyuanVideoConfig, shardings: Any = None
+    path: str | os.PathLike, config: TransformerConfig, shardings: Any = None
 ) -> tuple[dict[str, Any], LoraConfig]:
     """Adapters of a folder or file that diffusers, peft or `save_adapters` wrote.
 
@@ -98,7 +99,7 @@ def write(
     path: str | os.PathLike,
     source: Source,
     lora: LoraConfig,
-    config: HunyuanVideoConfig,
+    config: TransformerConfig,
     format: str,
     *,
     dtype: Any = np.float32,
@@ -128,7 +129,7 @@ def write(
         )
 
 
-def open_adapters(path: str | os.PathLike, config: HunyuanVideoConfig) -> Opened:
+def open_adapters(path: str | os.PathLike, config: TransformerConfig) -> Opened:
     """Adapters to be read by slices, and what they are; see `load_adapters`."""
     path = pathlib.Path(path)
     if not orbax_io.is_orbax(path):
@@ -139,7 +140,7 @@ def open_adapters(path: str | os.PathLike, config: HunyuanVideoConfig) -> Opened
     return Opened(source, lora, "")
 
 
-def adapter_rows(config: HunyuanVideoConfig, lora: LoraConfig) -> list[Row]:
+def adapter_rows(config: TransformerConfig, lora: LoraConfig) -> list[Row]:
     """Key table of adapters in diffusers' layout."""
     rows = adapter_files.module_rows(config)
     return [
@@ -149,7 +150,7 @@ def adapter_rows(config: HunyuanVideoConfig, lora: LoraConfig) -> list[Row]:
             "linear",
             rows[path].stacked,
         )
-        for path in lora_lib.adapted_paths(lora)
+        for path in lora_lib.adapted_paths(lora, registry.of(config))
         for part, suffix in _SUFFIXES.items()
     ]
 

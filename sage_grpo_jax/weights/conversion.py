@@ -9,9 +9,9 @@ from typing import TextIO
 
 from sage_grpo_jax.common import files, folders
 from sage_grpo_jax.common.byte_progress import Progress
-from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
+from sage_grpo_jax.models import registry
+from sage_grpo_jax.models.door import TransformerConfig
 from sage_grpo_jax.models.lora import LoraConfig
-from sage_grpo_jax.models.vae import VaeConfig
 from sage_grpo_jax.weights import (
     adapters,
     configs,
@@ -145,7 +145,8 @@ def convert(job: Job, stream: TextIO | None = None) -> str:
             )
     finally:
         progress.close()
-    kind = "VAE" if isinstance(opened.config, VaeConfig) else "transformer"
+    is_vae = registry.kind_of(opened.config) == registry.AUTOENCODER
+    kind = "VAE" if is_vae else "transformer"
     what = kind if opened.lora is None else f"adapters of rank {opened.lora.rank}"
     return f"{what}, {job.dst_format}, {job.dtype}, {total / 1e9:.3g} GB"
 
@@ -191,7 +192,7 @@ def _open_orbax(job: Job) -> _Opened:
     return _Opened(config, store.open_source(job.src, config, "orbax"))
 
 
-def _open_adapters(path: pathlib.Path, config: HunyuanVideoConfig) -> _Opened:
+def _open_adapters(path: pathlib.Path, config: TransformerConfig) -> _Opened:
     opened = adapters.open_adapters(path, config)
     note = adapters.describe_untrained(path, opened) if opened.untrained else ""
     return _Opened(config, opened.source, opened.lora, note=note)
@@ -230,7 +231,7 @@ def _open_state(job: Job) -> orbax_reading.OrbaxSource:
         ) from error
 
 
-def _adapted_config(job: Job) -> HunyuanVideoConfig:
+def _adapted_config(job: Job) -> TransformerConfig:
     """The config of the model that adapters of a file belong to."""
     if job.config_json is None and job.base is None:
         raise ValueError("src_format='peft': --base (or --config_json) must name the model")
@@ -239,8 +240,8 @@ def _adapted_config(job: Job) -> HunyuanVideoConfig:
     return _transformer(_open_base(job, job.base)[0], job.base)
 
 
-def _transformer(config: Config, where: pathlib.Path) -> HunyuanVideoConfig:
-    if not isinstance(config, HunyuanVideoConfig):
+def _transformer(config: Config, where: pathlib.Path) -> TransformerConfig:
+    if registry.kind_of(config) != registry.TRANSFORMER:
         raise ValueError(f"{where}: a {type(config).__name__}; adapters belong to a DiT")
     return config
 

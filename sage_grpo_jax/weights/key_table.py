@@ -57,6 +57,7 @@ class Layout:
 LAYOUTS: Mapping[str, Layout] = {
     "vector": Layout((0,)),  # [n] -> [n]: biases, norm scales
     "embedding": Layout((0, 1)),  # [n, d] -> [n, d]
+    "table": Layout((0, 1, 2)),  # [1, n, d] -> [1, n, d]: rows that are added to modulation
     "linear": Layout((1, 0)),  # [out, in] -> [in, out]
     "conv2d": Layout((2, 3, 1, 0)),  # [out, in, h, w] -> [h, w, in, out]
     "conv3d": Layout((2, 3, 4, 1, 0)),  # [out, in, t, h, w] -> [t, h, w, in, out]

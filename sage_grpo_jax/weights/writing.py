@@ -59,7 +59,7 @@ def write_model(
     dtype = np.dtype(dtype)
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype={dtype}: must be one of {list(DTYPES)}")
-    layout = "tencent" if format == "tencent" else "diffusers"
+    layout = "diffusers" if format == "orbax" else format
     text = configs.to_json(config, layout)
     rows, shapes = tables.key_table(config, layout)
     _check_shapes(rows, shapes, source)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from sage_grpo_jax.config import plan as plan_lib
+from sage_grpo_jax.config import step_plan
 from sage_grpo_jax.training import setup
 
 FLOW = {
@@ -80,6 +81,34 @@ def test_a_window_at_the_start(make_plan):
     n = scales()[:3]
     wanted = np.append(median_over(n, "lower") / n, np.zeros(4))
     np.testing.assert_allclose(made.weights, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "places"),
+    [
+        ("first_k", 1, 1),
+        ("random_k", 1, 5),  # 2 of 6 steps in a row
+        ("random_k", 3, 5),  # which does not read the stride
+        ("progressive", 1, 5),
+        ("progressive", 2, 3),  # after 0, 2 or 4 steps
+        ("dynamic", 3, 2),
+        ("decay", 5, 1),
+    ],
+)
+def test_the_places_of_a_window_are_those_where_it_can_be(make_plan, window, stride, places):
+    overrides = {"rollout.window": window, "rollout.window_size": 2}
+    made = make_plan({**overrides, "rollout.window_motion.stride": stride})
+    assert made.steps.window_places == places
+    assert made.steps.varies == (places > 1)
+    # Every place is one where some rollout has it, and no other.
+    hashes = np.arange(64, dtype=np.uint32)
+    starts = [step_plan.window_starts(made.steps, made.config, n, hashes) for n in range(0, 150, 5)]
+    assert len(np.unique(starts)) == places
+    # Steps are told apart by sample only where they differ.
+    noisy = step_plan.noisy_steps(made.steps, np.int32([0, 0]))
+    assert np.shape(noisy) == ((7,) if places == 1 else (7, 2))
+    first = np.broadcast_to(np.asarray(noisy).reshape(7, -1), (7, 2))
+    np.testing.assert_array_equal(first, np.arange(7)[:, None] < [2, 2])
 
 
 def test_eta_that_matches_another_sampler(make_plan):

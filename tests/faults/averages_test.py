@@ -10,7 +10,7 @@ import pytest
 import small_policy
 
 from sage_grpo_jax.config import methods
-from sage_grpo_jax.policy import loading as policy
+from sage_grpo_jax.sampling import sources
 from sage_grpo_jax.training import checkpoint, evaluation, setup
 from sage_grpo_jax.training import learner as learner_lib
 
@@ -105,10 +105,10 @@ def test_a_stopped_run_ends_with_the_same_bits(runs, seen, tmp_path, monkeypatch
     assert same(checkpoint.restore_params(workdir, abstract, ema=True), state.ema)
     assert same(checkpoint.restore_params(workdir, abstract), state.params)
     for wanted, ema in ((state.ema, True), (state.params, False)):
-        source = policy.Source(checkpoint=str(workdir), ema=ema)
-        loaded = policy.load(networks, policy.adapt_config(config, source), mesh, source)
+        source = sources.Source(checkpoint=str(workdir), ema=ema)
+        loaded = sources.load(networks, sources.adapt_config(config, source), mesh, source)
         assert same(loaded.params, wanted)
-        assert policy.describe(networks, source).get("ema", False) == ema
+        assert sources.describe(networks, source).get("ema", False) == ema
 
 
 def test_a_run_without_an_average_says_so(runs, seen, tmp_path):
@@ -122,4 +122,4 @@ def test_a_run_without_an_average_says_so(runs, seen, tmp_path):
     with pytest.raises(ValueError, match=r"keeps no moving average .* config\.ema\.decay above 0"):
         checkpoint.restore_params(tmp_path / "run", abstract, ema=True)
     with pytest.raises(ValueError, match="--ema: without --checkpoint there is no average"):
-        policy.adapt_config(config, policy.Source(ema=True))
+        sources.adapt_config(config, sources.Source(ema=True))

@@ -154,9 +154,7 @@ def test_last_step_and_kinds_without_noise():
         sde.stochastic_steps("cps", schedule, 0.5, "stochastic"), [1, 1, 1, 1, 0]
     )
     none = sde.stochastic_steps("ode", schedule, 0.5, "stochastic")
-    with pytest.raises(ValueError, match="no step injects noise"):
-        sde.require_stochastic(none, "ode", 0.5)
-    sde.require_stochastic(sde.stochastic_steps("flow", schedule, 0.5), "flow", 0.5)
+    assert not none.any()
 
 
 @pytest.mark.parametrize("kind", sde.KINDS)
@@ -202,7 +200,7 @@ def test_velocity_sensitivity_is_the_derivative_of_the_mean(kind):
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 @hypothesis.given(
-    kind=st.sampled_from(sde.KINDS),
+    kind=st.sampled_from(list(sde.KINDS)),
     num_steps=st.integers(1, 1000),
     shift=st.floats(0.1, 20.0),
     eta=st.floats(0.0, 2.0),
@@ -390,7 +388,7 @@ def test_a_clamp_keeps_steps_away_from_pure_noise(kind, clamp):
             variance = 0.25 * sigma / max(1 - sigma, clamp) * -dt
         else:
             mean, std = textbook_step(kind, v, x, sigma, sigma_next, sigmas[1], 0.5)
-        if kind in sde.CLAMPED:
+        if sde.KINDS[kind].reads_clamp:
             mean, std = x + dt * v - 0.5 * variance * x1 / sigma, np.sqrt(variance)
         found = clamped_transition(kind, v, x, sigma, sigma_next, 0.5, clamp)
         np.testing.assert_allclose(found.mean, mean, rtol=2e-5, atol=2e-5)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sage_grpo_jax.flow import schedules, sde
+from sage_grpo_jax.flow import kinds, schedules, sde
 from sage_grpo_jax.grpo import equalizer
 
 SCHEDULE = schedules.host_schedule(20, 5.0)
@@ -77,7 +77,7 @@ def test_untrained_and_noiseless_steps_are_left_out():
         assert not np.any(equalizer.equalizer_weights(kind, SCHEDULE, eta, ALL))
 
 
-@pytest.mark.parametrize("kind", sde.CLAMPED)
+@pytest.mark.parametrize("kind", kinds.clamped_kinds())
 def test_a_clamp_changes_the_steps_that_it_touches(kind):
     """N = λ/std of the first step, with 1 - σ = 0.02 in place of 0; the others are as before."""
     sigmas = np.asarray(SCHEDULE.sigmas, np.float64)

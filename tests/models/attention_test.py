@@ -62,10 +62,15 @@ def test_moving_valid_keys_to_the_front_changes_nothing():
     )
 
 
-# 130 is no multiple of the block size: the kernel sees padding under the mask.
-@pytest.mark.parametrize("mesh_shape", [None, (1, 2, 2)])
-def test_splash_kernel_matches_exact_softmax_and_xla_gradients(mesh_shape):
-    qkv, mask = make_qkv(2, 130, 2, 128), jnp.asarray(some_mask(2, 130))
+# 130 is no multiple of the block size: the kernel sees padding under the mask. 50 keys are less
+# than a block, 600 more than one; the fewer they are, the larger are the gradients.
+@pytest.mark.parametrize(
+    ("mesh_shape", "keys", "atol"),
+    [(None, 130, 2e-5), ((1, 2, 2), 130, 2e-5), (None, 50, 1e-4), ((1, 2, 2), 600, 2e-5)],
+)
+def test_splash_kernel_matches_exact_softmax_and_xla_gradients(mesh_shape, keys, atol):
+    query, mask = make_qkv(2, 130, 2, 128)[0], jnp.asarray(some_mask(2, keys))
+    qkv = [query, *make_qkv(2, keys, 2, 128)[1:]]
     weights = jnp.cos(jnp.arange(128.0))
 
     def loss(function, *qkv):
@@ -89,7 +94,7 @@ def test_splash_kernel_matches_exact_softmax_and_xla_gradients(mesh_shape):
         return loss(lambda *y: attention.xla_attention(*y, mask), *x)[0]
 
     for got, want in zip(gradients, jax.grad(plain, (0, 1, 2))(*qkv), strict=True):
-        np.testing.assert_allclose(got, want, atol=2e-5)
+        np.testing.assert_allclose(got, want, atol=atol)
 
 
 def test_joint_attention_on_a_mesh_exchanges_tokens_for_heads():
@@ -108,10 +113,49 @@ def test_joint_attention_on_a_mesh_exchanges_tokens_for_heads():
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
+def test_self_attention_on_a_mesh_exchanges_tokens_for_heads():
+    qkv, mask = make_qkv(4, 6, 2, 4), jnp.asarray(some_mask(4, 6))
+    want = exact(*qkv, mask).reshape(4, 6, 8)
+    plain = attention.self_attention(Qkv(*qkv), mask)
+    np.testing.assert_allclose(plain, want, atol=1e-6)
+    with jax.set_mesh(make_mesh(1, 2, 2)):
+        compiled = jax.jit(attention.self_attention).lower(Qkv(*qkv), mask).compile()
+        got = compiled(Qkv(*qkv), mask)
+    assert "all-to-all" in compiled.as_text()
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+# Batch, tokens: both divide over a mesh of (1, 2, 2); one does not; neither does.
+@pytest.mark.parametrize(("batch", "length"), [(4, 6), (3, 6), (4, 5), (3, 5)])
+def test_cross_attention_on_a_mesh_moves_nothing(batch, length):
+    query, _, _ = make_qkv(batch, length, 3, 4)
+    _, key, value = make_qkv(batch, 7, 3, 4, seed=2)
+    want = exact(query, key, value, np.ones((batch, 7))).reshape(batch, length, 12)
+    np.testing.assert_allclose(attention.cross_attention(query, key, value), want, atol=1e-6)
+
+    def pull_back(query, key, value):
+        out, back = jax.vjp(attention.cross_attention, query, key, value)
+        return out, back(jnp.cos(out))
+
+    _, want_gradients = pull_back(query, key, value)
+    with jax.set_mesh(make_mesh(1, 2, 2)):
+        compiled = jax.jit(attention.cross_attention).lower(query, key, value).compile()
+        _, gradients = jax.jit(pull_back)(query, key, value)
+        got = compiled(query, key, value)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    for one, other in zip(gradients, want_gradients, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    assert not [line for line in compiled.as_text().splitlines() if " all-to-all(" in line]
+
+
 def test_heads_must_divide_over_context():
     image = text = Qkv(*make_qkv(2, 4, 3, 4))
-    with jax.set_mesh(make_mesh(1, 1, 2)), pytest.raises(ValueError, match="num_attention_heads=3"):
-        attention.joint_attention(image, text, None)
+    for call in (
+        attention.joint_attention,
+        lambda image, _, mask: attention.self_attention(image, mask),
+    ):
+        with jax.set_mesh(make_mesh(1, 1, 2)), pytest.raises(ValueError, match="_heads=3"):
+            call(image, text, None)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def adapters(params):
-    return random_like(lora.abstract_adapters(params, LORA), 2)
+    return random_like(lora.abstract_adapters(params, LORA, hunyuan_video), 2)
 
 
 def inputs():
@@ -70,7 +70,7 @@ def float64_merge(params, adapters):
 
 
 def test_fresh_adapters_change_nothing_bit_for_bit(params):
-    fresh = lora.init_adapters(params, LORA, jax.random.key(4))
+    fresh = lora.init_adapters(params, LORA, jax.random.key(4), hunyuan_video)
     assert all(np.any(np.asarray(x)) for p, x in traverse_util.flatten_dict(fresh).items()
                if p[-1] == "down")  # fmt: skip
     np.testing.assert_array_equal(velocity(params, fresh), velocity(params))
@@ -86,7 +86,12 @@ def test_fresh_adapters_are_normal_and_independent():
     config = dataclasses.replace(CONFIG, num_attention_heads=8, mlp_ratio=4.0)
     shapes = jax.eval_shape(lambda: hunyuan_video.init_params(config, jax.random.key(0)))
     wide = lora.LoraConfig(rank=16, alpha=1.0)
-    fresh = traverse_util.flatten_dict(lora.init_adapters(shapes, wide, jax.random.key(4)))
+
+    def draw(seed: int):
+        key = jax.random.key(seed)
+        return traverse_util.flatten_dict(lora.init_adapters(shapes, wide, key, hunyuan_video))
+
+    fresh = draw(4)
     downs = {path: np.asarray(x) for path, x in fresh.items() if path[-1] == "down"}
     assert len(downs) == 12
     for path, down in downs.items():
@@ -96,7 +101,7 @@ def test_fresh_adapters_are_normal_and_independent():
         assert abs(down.mean()) < 0.1 * fan_in**-0.5
         assert not np.any(fresh[(*path[:-1], "up")])
     assert len({down.flat[0] for down in downs.values()}) == 12
-    other = traverse_util.flatten_dict(lora.init_adapters(shapes, wide, jax.random.key(5)))
+    other = draw(5)
     assert all(np.any(other[path] != down) for path, down in downs.items())
 
 
@@ -126,7 +131,7 @@ def test_gradients_are_those_of_the_merged_model_by_the_chain_rule(params, adapt
     full = traverse_util.flatten_dict(gradient(float64_merge(params, adapters), merged=True))
     given = traverse_util.flatten_dict(adapters)
     assert len(got) == 2 * 12
-    for path in lora.adapted_paths(LORA):
+    for path in lora.adapted_paths(LORA, hunyuan_video):
         dw = np.asarray(full[(*path, "kernel")], np.float64)
         want = {
             "down": 2.5 * np.einsum("lio,lro->lir", dw, given[(*path, "up")]),
@@ -143,7 +148,7 @@ def test_number_of_adapter_parameters_of_the_full_model():
         lambda: hunyuan_video.init_params(hunyuan_video.HunyuanVideoConfig(), jax.random.key(0))
     )
     for rank, millions in ((8, 31.9), (64, 254.8)):
-        tree = lora.abstract_adapters(shapes, lora.LoraConfig(rank=rank, alpha=1.0))
+        tree = lora.abstract_adapters(shapes, lora.LoraConfig(rank=rank, alpha=1.0), hunyuan_video)
         count = sum(x.size for x in jax.tree.leaves(tree))
         assert count / 1e6 == pytest.approx(millions, abs=0.05)
         assert {x.dtype for x in jax.tree.leaves(tree)} == {jnp.dtype(jnp.float32)}
@@ -151,8 +156,8 @@ def test_number_of_adapter_parameters_of_the_full_model():
 
 def test_partition_names_fit_the_adapters(params):
     config = lora.LoraConfig(rank=2, alpha=2.0, targets=("value", "mlp/out"))
-    names = traverse_util.flatten_dict(lora.partition_names(config))
-    shapes = traverse_util.flatten_dict(lora.abstract_adapters(params, config))
+    names = traverse_util.flatten_dict(lora.partition_names(config, hunyuan_video))
+    shapes = traverse_util.flatten_dict(lora.abstract_adapters(params, config, hunyuan_video))
     assert names.keys() == shapes.keys()
     assert {path[1:-1] for path in names} == {
         (stream, *rest) for stream in ("image", "text") for rest in (("value",), ("mlp", "out"))
@@ -169,8 +174,9 @@ def test_partition_names_fit_the_adapters(params):
         ({"targets": ("query", "mlp")}, "lora.targets"),
         ({"targets": ()}, "lora.targets"),
         ({"targets": ("query", "query")}, "lora.targets"),
+        ({"targets": ("query", "blocks/text/query")}, "lora.targets"),
     ],
 )
 def test_bad_values_are_refused(values, field):
     with pytest.raises(ValueError, match=field):
-        lora.LoraConfig(**{"rank": 2, "alpha": 2.0, **values})
+        lora.adapted_paths(lora.LoraConfig(**{"rank": 2, "alpha": 2.0, **values}), hunyuan_video)

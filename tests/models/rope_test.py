@@ -43,3 +43,17 @@ def test_rotation_gradient_and_padding():
     np.testing.assert_allclose(got, exact_rotation(x, angles), atol=2e-6)
     # A rotation's transpose is its inverse.
     np.testing.assert_allclose(pull_back(jnp.asarray(g))[0], exact_rotation(g, -angles), atol=2e-6)
+
+
+def test_float64_tables_are_rounded_once():
+    grid, axes, theta = (1, 900, 2), (2, 4, 0), 10_000.0
+    cos, sin = rope.float64_rotary_tables(grid, axes, theta, padded_length=1802)
+    position = np.repeat(np.arange(900), 2)
+    angles = np.stack([0 * position, position, position * 0.01], axis=-1)
+    np.testing.assert_allclose(cos[:1800, ::2], np.cos(angles), rtol=0, atol=6e-8)
+    np.testing.assert_array_equal(cos[:, ::2], cos[:, 1::2])
+    np.testing.assert_allclose(sin[:1800, 1::2], np.sin(angles), rtol=0, atol=6e-8)
+    np.testing.assert_array_equal(sin[:, ::2], -sin[:, 1::2])
+    # Padding does not turn.
+    assert np.all(cos[1800:] == 1)
+    assert not np.any(sin[1800:])

@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from sage_grpo_jax.models import vae, vae_layers
 from sage_grpo_jax.models.vae import VaeConfig
-from sage_grpo_jax.weights import vae_keys
+from sage_grpo_jax.weights import hunyuan_vae_keys
 
 # The tests run each program once: compile fast rather than for speed.
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
@@ -92,7 +92,7 @@ def _reference(config: VaeConfig) -> AutoencoderKLHunyuanVideo15:
 
 def _to_ours(config: VaeConfig, tensors: dict[str, torch.Tensor]) -> dict:
     """Tensors by diffusers' names as our tree; checks that each is used exactly once."""
-    rows = vae_keys.diffusers_rows(config)
+    rows = hunyuan_vae_keys.diffusers_rows(config)
     assert sorted(row.theirs for row in rows) == sorted(tensors)
     flat = {row.ours: row.layout.to_ours(tensors[row.theirs].numpy()) for row in rows}
     assert len(flat) == len(rows)
@@ -192,7 +192,7 @@ def test_the_full_model_has_the_published_number_of_parameters():
     sizes = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in params.items()}
     assert sum(sizes.values()) == 1_260_634_115
     assert round(sizes["decoder"] / 1e5) == 8713
-    ours = {row.ours for row in vae_keys.diffusers_rows(config)}
+    ours = {row.ours for row in hunyuan_vae_keys.diffusers_rows(config)}
     assert ours == set(traverse_util.flatten_dict(params))
 
 

@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from sage_grpo_jax.models import vae_tiling
 from sage_grpo_jax.models.vae import VaeConfig
-from sage_grpo_jax.weights import vae_keys
+from sage_grpo_jax.weights import hunyuan_vae_keys
 
 # A latent is 2 pixels wide: tiles of 8 latents are cheap, and 1/8 of them is one latent.
 CONFIG = VaeConfig(
@@ -49,7 +49,7 @@ def model() -> AutoencoderKLHunyuanVideo15:
 def params(model):
     tensors = {name: value.detach().numpy() for name, value in model.named_parameters()}
     flat = {}
-    for row in vae_keys.diffusers_rows(CONFIG):
+    for row in hunyuan_vae_keys.diffusers_rows(CONFIG):
         (flat[row.ours],) = (row.layout.to_ours(tensors[name]) for name in row.names())
     return traverse_util.unflatten_dict(flat)
 

@@ -19,6 +19,7 @@ from sage_grpo_jax.training import setup
 from sage_grpo_jax.worlds.moving_shapes import spec as moving_shapes_spec
 
 DIM, BYT5_DIM, IMAGE_DIM = 8, 6, 5
+MODEL = hunyuan_video.HunyuanVideoConfig()
 QUOTED = frozenset({1, 2})
 
 
@@ -104,9 +105,9 @@ def test_the_other_branch_keeps_the_frame_and_drops_the_text(tmp_path):
     (batch,) = conditions.batches(iter([entries]))
     (negative,) = conditions.batches(iter([embedding_cache.pad_entries([cache.negative], 8)]))
     place = sharding.replicated(mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
-    condition = conditions.to_condition(batch, place, "float32", 2)
-    other = conditions.unconditional(
-        condition, conditions.to_condition(negative, place, "float32", 2)
+    condition = conditions.to_condition(batch, place, MODEL, 2)
+    other = hunyuan_video.unconditional(
+        condition, conditions.to_condition(negative, place, MODEL, 2)
     )
     for row in range(2):
         np.testing.assert_array_equal(other.text[row, :2], cache.negative["text"])
@@ -131,10 +132,10 @@ def test_a_negative_prompt_that_quotes_text_keeps_it(make_config, networks, tmp_
     prompts = setup.open_prompts(config, tmp_path, setup.read_networks(config.model))
     place = sharding.replicated(mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
     condition, negative = (
-        conditions.to_condition(batch, place, "float32", 2)
+        conditions.to_condition(batch, place, MODEL, 2)
         for batch in (next(iter(prompts)), prompts.negative)
     )
-    other = conditions.unconditional(condition, negative)
+    other = hunyuan_video.unconditional(condition, negative)
     entry = embedding_cache.EmbeddingCache(path).negative
     for row in range(2):
         assert not condition.byt5_mask[row].any()

@@ -9,9 +9,8 @@ import pytest
 
 from sage_grpo_jax import weights
 from sage_grpo_jax.models import hunyuan_video, vae
-from sage_grpo_jax.policy import loading as policy
 from sage_grpo_jax.policy import networks
-from sage_grpo_jax.sampling import run
+from sage_grpo_jax.sampling import run, sources
 from sage_grpo_jax.training import input_checks
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -59,7 +58,7 @@ def test_a_single_file_of_a_release_needs_no_config(make_config, tmp_path):
 
 def test_the_flag_of_sample_is_named(make_config, tmp_path):
     shutil.copy(FOLDER / FILE, tmp_path / "model.safetensors")
-    source = policy.Source(weights=str(tmp_path / "model.safetensors"))
-    config = policy.adapt_config(make_config({}), source)
+    source = sources.Source(weights=str(tmp_path / "model.safetensors"))
+    config = sources.adapt_config(make_config({}), source)
     with pytest.raises(ValueError, match=r"--weights: .*model\.safetensors has no config\.json"):
         run._read_networks(config, source)

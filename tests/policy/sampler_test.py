@@ -14,6 +14,7 @@ from sage_grpo_jax.flow import noise
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.policy import sampler as sampler_lib
 from sage_grpo_jax.policy.conditions import PromptBatch
+from sage_grpo_jax.policy.policy import Policy
 from sage_grpo_jax.sampling.settings import Settings
 
 SETTINGS = Settings(
@@ -57,6 +58,7 @@ def _image_extras() -> dict[str, np.ndarray]:
 def _build(reference, settings: Settings, negative: PromptBatch, mesh=None, **numerics):
     """Our sampler on the folders that diffusers wrote."""
     dtype = numerics.pop("dtype", "float32")
+    precision = numerics.pop("matmul_precision", "highest")
     mesh = mesh or mesh_lib.make_mesh(devices=jax.devices()[:1])
     configs = [weights.load_config(reference.path / name) for name in ("transformer", "vae")]
     params = [
@@ -66,12 +68,12 @@ def _build(reference, settings: Settings, negative: PromptBatch, mesh=None, **nu
     configs = [dataclasses.replace(config, dtype=dtype) for config in configs]
     return sampler_lib.Sampler(
         *configs,
-        sampler_lib.Policy(params[0]),
+        Policy(params[0]),
         params[1],
         negative,
-        settings,
+        settings.sampling(configs[1], precision),
         mesh,
-        sampler_lib.Numerics(**numerics),
+        **numerics,
     ), mesh
 
 

@@ -7,7 +7,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from sage_grpo_jax.config import schema
-from sage_grpo_jax.models import lora
+from sage_grpo_jax.models import hunyuan_video, lora
 from sage_grpo_jax.policy import starting_adapters
 from sage_grpo_jax.training import input_checks, setup
 
@@ -59,7 +59,7 @@ def test_the_product_is_that_of_the_file(make_config, one_device, written):
     found = traverse_util.flatten_dict(state_of(config, one_device))
     plain = make_config({"lora.rank": 3, "lora.alpha": 12.0, "lora.targets": TARGETS})
     fresh = traverse_util.flatten_dict(state_of(plain, one_device))
-    for path in lora.adapted_paths(config.lora.adapters):
+    for path in lora.adapted_paths(config.lora.adapters, hunyuan_video):
         down, up = found[(*path, "down")], found[(*path, "up")]
         added = 4.0 * np.asarray(down, np.float64) @ np.asarray(up, np.float64)
         want, given = np.zeros_like(added), np.zeros(down.shape[:-2], bool)

@@ -20,6 +20,7 @@ from sage_grpo_jax.pretraining import run as pretraining
 from sage_grpo_jax.pretraining import settings as pretraining_config
 from sage_grpo_jax.pretraining import vae_stages as pretraining_vae
 from sage_grpo_jax.pretraining.settings import FlowStageConfig, StageConfig
+from sage_grpo_jax.training import optimizers
 from sage_grpo_jax.worlds.moving_shapes import spec, word_embeddings
 from sage_grpo_jax.worlds.moving_shapes import world as moving_shapes
 
@@ -405,10 +406,13 @@ def test_muon_sees_a_matrix_for_each_kernel_and_layer():
     params = {
         "conv_in": {"kernel": jnp.zeros((3, 3, 3, 4, 8)), "bias": jnp.zeros(8)},
         "blocks": {"mlp": {"kernel": jnp.zeros((3, 16, 8)), "bias": jnp.zeros((3, 8))}},
+        "type_embed": jnp.zeros((3, 8)),
     }
-    axes = pretraining_loop.muon_axes(params)
-    assert axes["conv_in"] == {"kernel": ((0, 1, 2, 3), 4), "bias": None}
-    assert axes["blocks"]["mlp"] == {"kernel": ((1,), 2), "bias": None}
+    axes = optimizers.muon_dimensions(params, kernels_only=True)
+    assert axes["conv_in"] == {"kernel": ((0, 1, 2, 3), (4,)), "bias": None}
+    assert axes["blocks"]["mlp"] == {"kernel": ((1,), (2,)), "bias": None}
+    assert axes["type_embed"] is None
+    assert optimizers.muon_dimensions(params)["type_embed"] == ((0,), (1,))
 
 
 def test_muon_updates_are_orthogonal_and_of_the_size_of_adams():

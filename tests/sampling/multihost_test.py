@@ -20,17 +20,17 @@ count, index, port, prompts, out = sys.argv[1:]
 if int(count) > 1:
     jax.distributed.initialize(f"localhost:{port}", int(count), int(index))
 from sage_grpo_jax.data import media
-from sage_grpo_jax.sampling import policy, run
+from sage_grpo_jax.sampling import run, sources
 from sage_grpo_jax.training import config as schema
 recipe = runpy.run_path("configs/moving_shapes.py")["get_config"]()
 recipe.mesh.data, recipe.eval.num_steps = int(count), 2
 written, write = [], media.write_clip
 media.write_clip = lambda path, *rest: (written.append(path.name), write(path, *rest))
 request = run.Request(
-    policy.Source(), prompts, pathlib.Path(out), overrides={"format": "gif"}, batch_size=2
+    sources.Source(), prompts, pathlib.Path(out), overrides={"format": "gif"}, batch_size=2
 )
-made = run.sample(schema.from_config_dict(recipe), request)
-again = run.sample(schema.from_config_dict(recipe), request)
+made = run.sample(builder.from_config_dict(recipe), request)
+again = run.sample(builder.from_config_dict(recipe), request)
 print(json.dumps([made, again, written]))
 """
 

@@ -12,11 +12,10 @@ import pytest
 from sage_grpo_jax import weights
 from sage_grpo_jax.data import embedding_cache, media
 from sage_grpo_jax.data.prompts import Prompt
-from sage_grpo_jax.models import lora
+from sage_grpo_jax.models import hunyuan_video, lora
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.policy import loading as policy
 from sage_grpo_jax.policy import sampler
-from sage_grpo_jax.sampling import run
+from sage_grpo_jax.sampling import run, sources
 from sage_grpo_jax.training import checkpoint, setup
 
 CAPTIONS = ("a red disk", "a blue square moves", "green")
@@ -46,7 +45,7 @@ def clips(monkeypatch) -> dict[str, np.ndarray]:
 
 
 def _request(prompts: str, out: pathlib.Path, **fields) -> run.Request:
-    return run.Request(**({"source": policy.Source(), "prompts": prompts, "out": out} | fields))
+    return run.Request(**({"source": sources.Source(), "prompts": prompts, "out": out} | fields))
 
 
 def _sample(config, request: run.Request) -> int:
@@ -87,7 +86,7 @@ def test_files_record_and_resumption(make_config, prompts, tmp_path, monkeypatch
     again = media.read_clip(request.out / "001_000002_seed5.mp4")
     assert np.abs(again.astype(int) - clip).mean() < 1
 
-    monkeypatch.setattr(policy, "load", None)  # a finished folder needs no weights
+    monkeypatch.setattr(sources, "load", None)  # a finished folder needs no weights
     assert _sample(make_config(), request) == 0
     other = make_config({"eval.num_steps": 3})
     with pytest.raises(ValueError, match="other settings: steps was 2, is 3"):
@@ -142,7 +141,8 @@ def test_a_cache_with_quotes_and_images(make_config, make_reference, tmp_path, c
 
 def _adapters(networks: setup.Networks, config: lora.LoraConfig) -> dict:
     """Random adapters, none of them zero."""
-    shapes = lora.abstract_adapters(setup.abstract_params(networks.transformer), config)
+    params = setup.abstract_params(networks.transformer)
+    shapes = lora.abstract_adapters(params, config, hunyuan_video)
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda s: np.float32(0.3) * rng.standard_normal(s.shape, np.float32), shapes
@@ -173,15 +173,15 @@ def test_runs_and_adapters_equal_merged_weights(make_config, prompts, tmp_path, 
     _write_run(tmp_path / "full", jax.tree.map(np.asarray, merged))
     weights.save_adapters(adapters, tmp_path / "peft", adapted, networks.transformer)
 
-    sources = {
-        "merged": policy.Source(weights=str(tmp_path / "merged")),
-        "run": policy.Source(checkpoint=str(tmp_path / "run")),
-        "full": policy.Source(checkpoint=str(tmp_path / "full")),
-        "peft": policy.Source(adapters=str(tmp_path / "peft")),
-        "plain": policy.Source(),
+    kinds = {
+        "merged": sources.Source(weights=str(tmp_path / "merged")),
+        "run": sources.Source(checkpoint=str(tmp_path / "run")),
+        "full": sources.Source(checkpoint=str(tmp_path / "full")),
+        "peft": sources.Source(adapters=str(tmp_path / "peft")),
+        "plain": sources.Source(),
     }
     made = {}
-    for name, source in sources.items():
+    for name, source in kinds.items():
         clips.clear()
         _sample(config, _request(prompts, tmp_path / name / "out", source=source, batch_size=2))
         made[name] = dict(clips)
@@ -195,9 +195,9 @@ def test_runs_and_adapters_equal_merged_weights(make_config, prompts, tmp_path, 
 
     moved = make_config({"model.transformer": str(tmp_path / "merged")})
     with pytest.raises(ValueError, match=r"--checkpoint: the adapters of .* were trained on"):
-        policy.adapt_config(moved, sources["run"])
-    explicit = dataclasses.replace(sources["run"], weights=base)
-    assert policy.adapt_config(moved, explicit).lora.adapters == adapted
+        sources.adapt_config(moved, kinds["run"])
+    explicit = dataclasses.replace(kinds["run"], weights=base)
+    assert sources.adapt_config(moved, explicit).lora.adapters == adapted
 
 
 def test_damaged_weights_end_in_one_line(make_config, prompts, tmp_path, capfd):
@@ -205,7 +205,7 @@ def test_damaged_weights_end_in_one_line(make_config, prompts, tmp_path, capfd):
     networks = setup.read_networks(config.model)
     params = weights.load(networks.transformer_path, networks.transformer)
     weights.save(params, tmp_path / "orbax", "orbax", config=networks.transformer)
-    source = policy.Source(weights=str(tmp_path / "orbax"))
+    source = sources.Source(weights=str(tmp_path / "orbax"))
     (tmp_path / "orbax/params/state/blocks.text.key.bias/zarr.json").write_text("{")
     capfd.readouterr()
     with pytest.raises(ValueError, match=r"orbax/.*blocks\.text\.key\.bias cannot be read"):
@@ -223,7 +223,7 @@ def test_nan_in_a_run_is_told_before_anything_is_made(make_config, prompts, tmp_
     _write_run(tmp_path / "run", adapters)
     record = {**dataclasses.asdict(adapted), "base": str(networks.transformer_path.absolute())}
     (tmp_path / "run/lora.json").write_text(json.dumps(record))
-    source = policy.Source(checkpoint=str(tmp_path / "run"))
+    source = sources.Source(checkpoint=str(tmp_path / "run"))
     with pytest.raises(ValueError, match=r"--checkpoint: .*run: blocks/image/key/up hold NaN"):
         _sample(config, _request(prompts, tmp_path / "out", source=source))
     for damage in ("[", "{}", '{"rank": 2, "alpha": [1], "targets": ["key"], "base": "x"}'):
@@ -248,9 +248,9 @@ def test_clips_that_are_not_finite_are_told(
         ({"prompts": "missing.txt"}, "--prompts: .*missing.txt"),
         ({"batch_size": 0}, "--batch_size: got 0"),
         ({"overrides": {"frames": 4}}, "--frames: got 4; allowed: 1 \\+ a multiple of 2"),
-        ({"source": policy.Source(weights="nowhere")}, "--weights: got 'nowhere'"),
-        ({"source": policy.Source(checkpoint="nowhere")}, "--checkpoint: nowhere has no folder"),
-        ({"source": policy.Source(checkpoint="a", adapters="b")}, "both given"),
+        ({"source": sources.Source(weights="nowhere")}, "--weights: got 'nowhere'"),
+        ({"source": sources.Source(checkpoint="nowhere")}, "--checkpoint: nowhere has no folder"),
+        ({"source": sources.Source(checkpoint="a", adapters="b")}, "both given"),
     ],
 )
 def test_bad_requests_are_refused(make_config, prompts, tmp_path, fields, message):

@@ -5,9 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sage_grpo_jax.config import schema
+from sage_grpo_jax.config import builder, schema
+from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.models.vae import VaeConfig
 from sage_grpo_jax.sampling import settings as settings_lib
+
+DIT = HunyuanVideoConfig()
 
 
 def _settings(**given) -> settings_lib.Settings:
@@ -15,7 +18,7 @@ def _settings(**given) -> settings_lib.Settings:
     config.eval.num_steps = 7
     config.rollout.update(shift=9.0, guidance=6.0, eta=0.3)
     config.video.update(frames=9, height=352, width=624, fps=24.0)
-    return settings_lib.from_config(schema.from_config_dict(config), **given)
+    return settings_lib.from_config(builder.from_config_dict(config), **given)
 
 
 def test_defaults_are_those_of_the_recipes_evaluation():
@@ -31,7 +34,7 @@ def test_defaults_are_those_of_the_recipes_evaluation():
 def test_the_clamp_of_the_recipe_belongs_to_its_sampler(sampler, clamp):
     recipe = schema.default_config()
     recipe.rollout.clamp = 0.02
-    made = settings_lib.from_config(schema.from_config_dict(recipe), sampler=sampler, steps=20)
+    made = settings_lib.from_config(builder.from_config_dict(recipe), sampler=sampler, steps=20)
     assert made.clamp == clamp
     # The last step is clean; the first ends within 0.02 of pure noise.
     recipe_steps = {"precise": 18, "flow": 19, "ode": 0, None: 0}[sampler]
@@ -83,7 +86,24 @@ def test_bad_values_are_refused(given, message):
 )
 def test_clips_that_the_vae_cannot_make_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        settings_lib.check_clip(_settings(**given), VaeConfig())
+        settings_lib.check_clip(_settings(**given), DIT, VaeConfig())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"frames": 13}, "--frames: got 13; .* 1 \\+ a multiple of 4 that gives a multiple of 3"),
+        ({"height": 336}, "--height: got 336; allowed: a multiple of 32"),
+        ({"width": 656}, "--width: got 656; allowed: a multiple of 32"),
+    ],
+)
+def test_clips_that_make_no_whole_tokens_are_refused(given, message):
+    """A transformer whose tokens are 3 x 2 x 2 latents."""
+    coarse = dataclasses.replace(DIT, patch_size=2, patch_size_t=3)
+    fitting = {"frames": 9, "height": 320, "width": 640}
+    settings_lib.check_clip(_settings(**fitting), coarse, VaeConfig())
+    with pytest.raises(ValueError, match=message):
+        settings_lib.check_clip(_settings(**fitting | given), coarse, VaeConfig())
 
 
 def test_tiles_that_the_vae_cannot_make_are_refused():
@@ -91,9 +111,9 @@ def test_tiles_that_the_vae_cannot_make_are_refused():
         VaeConfig(), spatial_compression_ratio=64, block_out_channels=(128,) * 7
     )
     settings = _settings(tiling="official", height=320, width=640)
-    settings_lib.check_clip(settings, VaeConfig())
+    settings_lib.check_clip(settings, DIT, VaeConfig())
     with pytest.raises(ValueError, match=r"--tiling: got official; overlap=0\.125"):
-        settings_lib.check_clip(settings, coarse)
+        settings_lib.check_clip(settings, DIT, coarse)
 
 
 def test_seeds():

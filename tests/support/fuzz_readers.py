@@ -124,7 +124,7 @@ def _write_torch(folder: pathlib.Path) -> None:
 def _write_adapters(format: str) -> Callable[[pathlib.Path], None]:
     def write(folder: pathlib.Path) -> None:
         shapes = jax.eval_shape(lambda key: hunyuan_video.init_params(DIT, key), jax.random.key(0))
-        adapters = _tree(lora.abstract_adapters(shapes, LORA), 1)
+        adapters = _tree(lora.abstract_adapters(shapes, LORA, hunyuan_video), 1)
         weights.save_adapters(adapters, folder, LORA, DIT, format)
         if format == "peft":  # peft's own form: settings in a file beside, a file of torch.save
             import torch
@@ -153,7 +153,7 @@ def _read_adapters(folder: pathlib.Path) -> None:
 def _write_run(folder: pathlib.Path) -> None:
     """What a training run leaves: a checkpoint of orbax's own, in its database format."""
     shapes = jax.eval_shape(lambda key: hunyuan_video.init_params(DIT, key), jax.random.key(0))
-    adapters = _tree(lora.abstract_adapters(shapes, LORA), 1)
+    adapters = _tree(lora.abstract_adapters(shapes, LORA, hunyuan_video), 1)
     folder.mkdir()
     (folder / "transformer.json").write_text(DIT.to_json())
     described = {**dataclasses.asdict(LORA), "base": "nowhere"}
@@ -175,7 +175,7 @@ def _read_run(folder: pathlib.Path) -> None:
     shapes = jax.eval_shape(lambda key: hunyuan_video.init_params(DIT, key), jax.random.key(0))
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        lora.abstract_adapters(shapes, LORA),
+        lora.abstract_adapters(shapes, LORA, hunyuan_video),
     )
     checkpoint.restore_params(folder, abstract)
 

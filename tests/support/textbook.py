@@ -49,7 +49,9 @@ def variance(kind: str, sigmas: np.ndarray, t: int, eta: float) -> float:
         return eta**2 * sigma / distance * (sigma - after)
     if kind == "dance":
         return eta**2 * (sigma - after)
-    return (after * math.sin(eta * math.pi / 2)) ** 2  # cps
+    if kind == "cps":
+        return (after * math.sin(eta * math.pi / 2)) ** 2
+    raise ValueError(f"kind={kind!r}: the textbook has no formula for it")
 
 
 def mean(kind: str, sigmas: np.ndarray, t: int, eta: float, x: Any, v: Any) -> Any:

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import SiglipImageProcessorPil, SiglipVisionModel
 
-from sage_grpo_jax.data import image_condition
+from sage_grpo_jax.models import hunyuan_video_condition
 from sage_grpo_jax.text_encoders import first_frame
 
 HEIGHT, WIDTH = 32, 48
@@ -113,7 +113,7 @@ def test_latents_and_condition_are_diffusers(pipeline, theirs, images):
     h, w = HEIGHT // tiny_models.VAE_RATIO, WIDTH // tiny_models.VAE_RATIO
     frames = 3
     noisy = torch.zeros(1, tiny_models.LATENT_DIM, frames, h, w)
-    conditions = image_condition.condition_latents(ours, frames)
+    conditions = hunyuan_video_condition.condition_latents(ours, frames)
     assert conditions.shape == (len(images), frames, h, w, tiny_models.LATENT_DIM + 1)
     for path, latents, condition in zip(images, ours, conditions, strict=True):
         with torch.no_grad():
@@ -140,6 +140,6 @@ def test_faults_are_named(pipeline, images, tmp_path):
     with pytest.raises(ValueError, match=r"width=None: must be a positive multiple of 8"):
         first_frame.check_size(pipeline / "vae", 32, None)
     with pytest.raises(ValueError, match="image_latents has shape"):
-        image_condition.condition_latents(np.zeros((1, 2, 4, 4, 3)), 3)
+        hunyuan_video_condition.condition_latents(np.zeros((1, 2, 4, 4, 3)), 3)
     with pytest.raises(ValueError, match="frames is 0"):
-        image_condition.condition_latents(np.zeros((1, 1, 4, 4, 3)), 0)
+        hunyuan_video_condition.condition_latents(np.zeros((1, 1, 4, 4, 3)), 0)

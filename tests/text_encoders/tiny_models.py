@@ -1,5 +1,6 @@
 """Small random encoders in the layout of a diffusers pipeline, and a tokenizer trained here."""
 
+import json
 import pathlib
 
 import numpy as np
@@ -19,6 +20,10 @@ from transformers import (
     SiglipVisionModel,
     T5Config,
     T5EncoderModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+    UMT5ForConditionalGeneration,
 )
 
 TEXT_DIM, BYT5_DIM, IMAGE_DIM, LATENT_DIM, VAE_RATIO = 16, 12, 20, 4, 8
@@ -71,6 +76,45 @@ def save_whole_qwen(folder: pathlib.Path, text_encoder: pathlib.Path) -> None:
     text = Qwen2_5_VLTextModel.from_pretrained(text_encoder)
     model.model.language_model.load_state_dict(text.state_dict())
     model.save_pretrained(folder)
+
+
+def build_wan_pipeline(root: pathlib.Path) -> pathlib.Path:
+    """A folder with Wan's text encoder and its tokenizer."""
+    torch.manual_seed(1)
+    _save_sentence_pieces(root / "tokenizer")
+    _randomise(UMT5EncoderModel(umt5_config())).save_pretrained(root / "text_encoder")
+    return root
+
+
+def umt5_config() -> UMT5Config:
+    """Like Wan's own: an encoder-decoder's, which claims that embeddings are not tied."""
+    return UMT5Config(
+        vocab_size=400, d_model=TEXT_DIM, d_kv=4, d_ff=24, num_layers=3, num_heads=2,
+        relative_attention_num_buckets=8, relative_attention_max_distance=20,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def save_whole_umt5(folder: pathlib.Path, text_encoder: pathlib.Path) -> None:
+    """UMT5 with decoder and head around the encoder of a pipeline."""
+    model = _randomise(UMT5ForConditionalGeneration(umt5_config()))
+    encoder = UMT5EncoderModel.from_pretrained(text_encoder)
+    model.load_state_dict(encoder.state_dict(), strict=False)
+    model.save_pretrained(folder)
+
+
+def _save_sentence_pieces(folder: pathlib.Path) -> None:
+    """T5's tokenizer with pieces of its own."""
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>",
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = T5Tokenizer().backend_tokenizer.pre_tokenizer
+    corpus = [*CORPUS, "größer, café; 猫在草地上走 & <b>", "0123456789"]
+    tokenizer.train_from_iterator(corpus, trainer)
+    pieces = json.loads(tokenizer.to_str())["model"]["vocab"]
+    T5Tokenizer(vocab=[tuple(piece) for piece in pieces], extra_ids=4).save_pretrained(folder)
 
 
 def _save_tokenizer(folder: pathlib.Path) -> None:

@@ -150,7 +150,8 @@ def test_inside_the_model_and_gradients(params, tmp_path):
     model, want = adapted("everything")
     model.save_lora_adapter(tmp_path)
     found, config = weights.load_adapters(tmp_path, official.DIT)
-    assert {"/".join(path) for path in lora.adapted_paths(config)} == set(lora.LAYERS)
+    paths = lora.adapted_paths(config, hunyuan_video)
+    assert {"/".join(path) for path in paths} == set(hunyuan_video.ADAPTER_LAYERS)
     latents, timestep, condition = official._dit_inputs()
 
     @jax.jit
@@ -174,8 +175,8 @@ def test_every_dense_layer_has_a_name():
     )
     dense = {"/".join(path[:-1]) for path, leaf in shapes.items()
              if path[-1] == "kernel" and len(leaf.shape) == 2 + ("blocks" in path)}  # fmt: skip
-    assert dense == set(lora.LAYERS)
-    assert len(set(lora.LAYERS)) == len(lora.LAYERS)
+    assert dense == set(hunyuan_video.ADAPTER_LAYERS)
+    assert len(set(hunyuan_video.ADAPTER_LAYERS)) == len(hunyuan_video.ADAPTER_LAYERS)
 
 
 def test_round_trip_through_our_formats(params, tmp_path):
@@ -195,7 +196,7 @@ def test_round_trip_through_our_formats(params, tmp_path):
 @pytest.mark.parametrize("format", ["peft", "orbax"])
 def test_nan_is_blamed_on_the_adapter(format, params, tmp_path):
     config = lora.LoraConfig(2, 2.0, ("query", "final/proj"))
-    shapes = lora.abstract_adapters(params, config)
+    shapes = lora.abstract_adapters(params, config, hunyuan_video)
     found = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
     found["blocks"]["text"]["query"]["down"][1, 2, 0] = np.nan
     weights.save_adapters(found, tmp_path / "lora", config, official.DIT, format)

@@ -48,7 +48,7 @@ def random_adapters(config, seed=0):
     abstract = jax.eval_shape(
         lambda key: hunyuan_video.init_params(official.DIT, key), jax.random.key(0)
     )
-    shapes = lora.abstract_adapters(abstract, config)
+    shapes = lora.abstract_adapters(abstract, config, hunyuan_video)
     return jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape, np.float32), shapes)
 
 

@@ -13,7 +13,7 @@ from sage_grpo_jax import weights
 from sage_grpo_jax.config import schema
 from sage_grpo_jax.models import lora as lora_lib
 from sage_grpo_jax.parallel import hosts, sharding
-from sage_grpo_jax.policy.sampler import Policy
+from sage_grpo_jax.policy.policy import Policy
 from sage_grpo_jax.training import checkpoint as checkpoint_lib
 from sage_grpo_jax.training import input_checks, setup
 from sage_grpo_jax.weights import adapters as adapters_lib

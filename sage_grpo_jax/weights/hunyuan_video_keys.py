@@ -1,4 +1,4 @@
-"""Key tables of the DiT: diffusers' `HunyuanVideo15Transformer3DModel` and Tencent's own layout.
+"""Weight tables of the DiT: diffusers' `HunyuanVideo15Transformer3DModel` and Tencent's own layout.
 
 Tencent's layout: `hyvideo/models/transformers/hunyuanvideo_1_5_transformer.py`. Beside names it
 differs from diffusers' in two places: the refiner's query, key and value are one tensor, and the
@@ -7,8 +7,21 @@ final modulation has shift before scale.
 
 from __future__ import annotations
 
-from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
-from sage_grpo_jax.weights.key_table import Row, linear, norm, with_bias
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sage_grpo_jax.models.hunyuan_video_config import HunyuanVideoConfig
+from sage_grpo_jax.models.model_config import RUNTIME_FIELDS
+from sage_grpo_jax.weights import hunyuan_configs
+from sage_grpo_jax.weights.counting import count_layers, has_part
+from sage_grpo_jax.weights.key_table import Row, Shape, linear, norm, with_bias
+from sage_grpo_jax.weights.model_tables import Fact, ModelLayout, Read, require_released
+
+SHAPELESS = ("rope_theta", "target_size", "task_type", *RUNTIME_FIELDS)
+# What no tensor shows, and is assumed only where the heads are the released ones.
+_RELEASED_HEAD_DIM, _RELEASED_ROPE = 128, (16, 56, 56)
 
 # Ours -> theirs within one double-stream block, per stream.
 _BLOCK_DIFFUSERS = {
@@ -173,3 +186,77 @@ def _two_layers(
     return linear((*ours, "in"), f"{theirs}.{names[0]}") + linear(
         (*ours, "out"), f"{theirs}.{names[1]}"
     )
+
+
+def _facts(
+    table: Callable[[HunyuanVideoConfig], list[Row]], tensors: Mapping[str, Shape]
+) -> dict[str, Read]:
+    """What tensors show of the config, by field.
+
+    Args:
+      table: the key table of their layout.
+      tensors: the shapes of all tensors of a checkpoint.
+    """
+    rows = table(HunyuanVideoConfig(num_layers=1, num_refiner_layers=1, use_meanflow=True))
+    templates = {row.ours: row.theirs for row in rows}
+
+    def name(*path: str) -> str:
+        return templates[path].format(i=0)
+
+    def below(*path: str) -> list[str]:
+        return [row.theirs for row in rows if row.ours[: len(path)] == path]
+
+    def layers(*path: str) -> Read:
+        tensor = below(*path)[0].format(i="*")
+        return Read(tensor, lambda: count_layers(below(*path), tensors))
+
+    def width(*path: str) -> Read:
+        """Of the input of a part that a model may lack."""
+        scale = name(*path)
+        there = functools.partial(has_part, below(path[0]), tensors)
+        return Read(scale, lambda: tensors[scale][0] if there() else None)
+
+    patch, query = name("patch_embed", "kernel"), name("blocks", "image", "query_norm", "scale")
+    mlp, out = name("blocks", "image", "mlp", "in", "kernel"), name("final", "proj", "kernel")
+    text, meanflow = name("text_refiner", "proj_in", "kernel"), name("time_embed_r", "in", "kernel")
+    return {
+        "in_channels": Read(patch, lambda: tensors[patch][1]),
+        "out_channels": Read(out, lambda: tensors[out][0] // math.prod(tensors[patch][2:5])),
+        "attention_head_dim": Read(query, lambda: tensors[query][0]),
+        "num_attention_heads": Read(patch, lambda: tensors[patch][0] // tensors[query][0]),
+        "mlp_ratio": Read(mlp, lambda: tensors[mlp][0] / tensors[patch][0], _same_width),
+        "patch_size": Read(patch, lambda: tensors[patch][3]),
+        "patch_size_t": Read(patch, lambda: tensors[patch][2]),
+        "text_embed_dim": Read(text, lambda: tensors[text][1]),
+        "use_meanflow": Read(meanflow, lambda: has_part(below("time_embed_r"), tensors)),
+        "text_embed_2_dim": width("byt5_embed", "norm", "scale"),
+        "image_embed_dim": width("image_embed", "norm_in", "scale"),
+        "num_layers": layers("blocks"),
+        "num_refiner_layers": layers("text_refiner", "blocks"),
+    }
+
+
+def _same_width(config: HunyuanVideoConfig, ratio: float) -> bool:
+    """The hidden width of an MLP is rounded down: several ratios may give the same."""
+    return int(config.hidden_size * config.mlp_ratio) == int(config.hidden_size * ratio)
+
+
+LAYOUTS = {
+    "diffusers": ModelLayout(
+        diffusers_rows,
+        mark="x_embedder.proj.weight",
+        facts=functools.partial(_facts, diffusers_rows),
+    ),
+    "tencent": ModelLayout(
+        tencent_rows,
+        mark="img_in.proj.weight",
+        facts=functools.partial(_facts, tencent_rows),
+        config_json=hunyuan_configs.TRANSFORMER,
+    ),
+}
+
+
+def unseen(facts: Mapping[str, Fact]) -> dict[str, Any]:
+    """The axes of the rotary embedding are in no tensor."""
+    require_released("rope_axes_dim", facts.get("attention_head_dim"), _RELEASED_HEAD_DIM)
+    return {"rope_axes_dim": _RELEASED_ROPE}

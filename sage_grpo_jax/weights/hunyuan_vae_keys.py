@@ -1,4 +1,4 @@
-"""Key tables of the VAE: diffusers' `AutoencoderKLHunyuanVideo15` and Tencent's own layout.
+"""Weight tables of the VAE: diffusers' `AutoencoderKLHunyuanVideo15` and Tencent's own layout.
 
 Tencent's layout: `hyvideo/models/autoencoders/hunyuanvideo_15_vae.py`. Only names differ.
 """
@@ -6,9 +6,20 @@ Tencent's layout: `hyvideo/models/autoencoders/hunyuanvideo_15_vae.py`. Only nam
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from sage_grpo_jax.models.vae import VaeConfig
-from sage_grpo_jax.weights.key_table import Row, with_bias
+from sage_grpo_jax.weights import hunyuan_configs
+from sage_grpo_jax.weights.counting import count_layers
+from sage_grpo_jax.weights.key_table import Row, Shape, with_bias
+from sage_grpo_jax.weights.model_tables import Fact, ModelLayout, Read, require_released
+
+SHAPELESS = ("scaling_factor", "dtype")
+_RELEASED_WIDTHS = VaeConfig().block_out_channels
+_RESNET = ("norm1.gamma", "norm2.gamma", "conv1.conv.weight", "conv1.conv.bias",
+           "conv2.conv.weight", "conv2.conv.bias")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,3 +144,96 @@ def _up_block(config: VaeConfig, level: int, names: Names) -> list[Row]:
     if level < config.spatial_steps:
         rows += _conv((*ours, "upsample", "conv"), f"{theirs}.{names.upsample}")
     return rows
+
+
+def _facts(names: Names, tensors: Mapping[str, Shape]) -> dict[str, Read]:
+    """What tensors show of the config, by field.
+
+    Args:
+      names: of the layout.
+      tensors: the shapes of all tensors of a checkpoint.
+    """
+
+    def resnets(place: str, level: str, j: str) -> list[str]:
+        resnet = f"{place.format(l=level)}.{names.resnet.format(j=j)}"
+        return [f"{resnet}.{part}" for part in _RESNET]
+
+    def conv(place: str, level: int) -> str:
+        return f"{place.format(l=level)}.{names.resnet.format(j=0)}.conv1.conv.weight"
+
+    @functools.cache
+    def levels() -> int:
+        return count_layers(resnets(names.down, "{i}", "0"), tensors)
+
+    def widths() -> tuple[int, ...]:
+        return tuple(tensors[conv(names.down, level)][0] for level in range(levels()))
+
+    down, up = (f"{names.down}.{names.downsample}.conv", f"{names.up}.{names.upsample}.conv")
+
+    @functools.cache
+    def steps() -> int:
+        return count_layers(
+            [f"{down.format(l='{i}')}.{part}" for part in ("weight", "bias")], tensors
+        )
+
+    def leaving(part: str, place: str, level: int) -> int:
+        """Width behind the change of resolution of a level."""
+        middle = f"{part}.{names.mid[0]}.conv1.conv.weight"
+        return tensors[conv(place, level + 1) if level + 1 < levels() else middle][1]
+
+    def temporal() -> int:
+        """Steps where 2 x 2 x 2 pixels become channels instead of 2 x 2."""
+        return sum(
+            leaving("encoder", names.down, level) // tensors[f"{down.format(l=level)}.weight"][0]
+            == 8
+            for level in range(steps())
+        )
+
+    def matches(part: str, place: str, given: Callable[[], tuple[int, ...]]) -> bool:
+        """Whether a change of resolution already changes the width."""
+        wide = given()
+        shown = [k for k in range(min(steps(), levels() - 1)) if wide[k] != wide[k + 1]]
+        if not shown:
+            raise ValueError("all neighbours are equally wide: nothing shows it")
+        return all(leaving(part, place, k) == wide[k + 1] for k in shown)
+
+    first, last = "decoder.conv_in.conv.weight", "decoder.conv_out.conv.weight"
+    entry, downs = "encoder.conv_in.conv.weight", f"{down.format(l='*')}.weight"
+    return {
+        "in_channels": Read(entry, lambda: tensors[entry][1]),
+        "out_channels": Read(last, lambda: tensors[last][0]),
+        "latent_channels": Read(first, lambda: tensors[first][1]),
+        "block_out_channels": Read(conv(names.down, 0), widths),
+        "layers_per_block": Read(
+            resnets(names.down, "0", "*")[2],
+            lambda: count_layers(resnets(names.down, "0", "{i}"), tensors),
+        ),
+        "spatial_compression_ratio": Read(downs, lambda: 2 ** steps()),
+        "temporal_compression_ratio": Read(downs, lambda: 2 ** temporal()),
+        "downsample_match_channel": Read(downs, lambda: matches("encoder", names.down, widths)),
+        "upsample_match_channel": Read(
+            f"{up.format(l='*')}.weight",
+            lambda: matches("decoder", names.up, lambda: widths()[::-1]),
+        ),
+    }
+
+
+LAYOUTS = {
+    "diffusers": ModelLayout(
+        diffusers_rows,
+        mark="encoder.down_blocks.0.resnets.0.conv1.conv.weight",
+        facts=functools.partial(_facts, DIFFUSERS),
+    ),
+    "tencent": ModelLayout(
+        tencent_rows,
+        mark="encoder.down.0.block.0.conv1.conv.weight",
+        facts=functools.partial(_facts, TENCENT),
+        config_json=hunyuan_configs.VAE,
+    ),
+}
+
+
+def unseen(facts: Mapping[str, Fact]) -> dict[str, Any]:
+    """The scaling factor is in no tensor; it is assumed where the widths are the released ones."""
+    require_released("scaling_factor", facts.get("block_out_channels"), _RELEASED_WIDTHS)
+    return {}

@@ -1,0 +1,56 @@
+"""Latents to tokens and back: patches that do not overlap, tokens in t-major order."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sage_grpo_jax.models.layers import xavier, zeros
+
+Grid = tuple[int, int, int]  # along time, height, width
+
+
+class PatchEmbed(nn.Module):
+    """A dense layer over patches. The kernel keeps the layout of a 3-D convolution."""
+
+    patch: Grid
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, latents_BxTxHxWxC: jax.Array) -> jax.Array:
+        channels = latents_BxTxHxWxC.shape[-1]
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(_dense_init, (None, None, None, "conv_in", "embed")),
+            (*self.patch, channels, self.features),
+        )
+        bias = self.param("bias", nn.with_logical_partitioning(zeros, (None,)), (self.features,))
+
+        tokens = patchify(latents_BxTxHxWxC, self.patch).astype(self.dtype)
+        kernel = kernel.reshape(-1, self.features).astype(self.dtype)
+        return tokens @ kernel + bias.astype(self.dtype)
+
+
+def patchify(x_BxTxHxWxC: jax.Array, patch: Grid) -> jax.Array:
+    """[B, T, H, W, C] -> [B, tokens, pt * ph * pw * C]."""
+    b, t, h, w, c = x_BxTxHxWxC.shape
+    pt, ph, pw = patch
+    x = x_BxTxHxWxC.reshape(b, t // pt, pt, h // ph, ph, w // pw, pw, c)
+    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, pt * ph * pw * c)
+
+
+def unpatchify(x_BxNxP: jax.Array, grid: Grid, patch: Grid) -> jax.Array:
+    """The inverse of `patchify` on a grid of tokens: [B, tokens, pt * ph * pw * C] -> latents."""
+    (t, h, w), (pt, ph, pw) = grid, patch
+    channels = x_BxNxP.shape[-1] // math.prod(patch)
+    x = x_BxNxP.reshape(-1, t, h, w, pt, ph, pw, channels).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(-1, t * pt, h * ph, w * pw, channels)
+
+
+def _dense_init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """Xavier for a patch kernel, seen as the dense layer that it is."""
+    return xavier(key, (math.prod(shape[:-1]), shape[-1]), dtype).reshape(shape)
