@@ -27,7 +27,7 @@ from sage_grpo_jax.weights import (
 from sage_grpo_jax.weights.sources import FiniteSource, MergedSource, Source
 from sage_grpo_jax.weights.tables import Config
 
-FORMATS = ("diffusers", "tencent", "orbax", "peft")
+FORMATS = (*tables.LAYOUTS, "orbax", "peft")
 DTYPES = ("float32", "bfloat16")
 _RUN_CONFIG = "transformer.json"
 

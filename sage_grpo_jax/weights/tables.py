@@ -15,7 +15,8 @@ from sage_grpo_jax.weights.key_table import Path, Row, Shape, check_parameters
 from sage_grpo_jax.weights.model_tables import ModelLayout, ModelTables
 
 Config = Any  # of one of the models in `models.registry`
-LAYOUTS = ("diffusers", "tencent")
+# Of all models; which of them a model has, its weight tables say.
+LAYOUTS = ("diffusers", "tencent", "original")
 
 
 class Kind(NamedTuple):
