@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from sage_grpo_jax.config import builder
 from sage_grpo_jax.config import plan as plan_lib
-from sage_grpo_jax.config import schema
 from sage_grpo_jax.models import wan, wan_vae
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.policy import conditions
@@ -34,7 +34,7 @@ def count(tree) -> int:
     ("size", "parameters", "shift"), [("1.3b", 1_418_996_800, 3.0), ("14b", 14_288_491_584, 5.0)]
 )
 def test_full_fine_tuning_builds_abstractly(recipe, size, parameters, shift):
-    config = schema.from_config_dict(recipe.get_config(f"size={size}"))
+    config = builder.from_config_dict(recipe.get_config(f"size={size}"))
     video, rollout = config.video, config.rollout
     assert (video.frames, video.height, video.width, video.fps) == (81, 480, 832, 16.0)
     assert (rollout.shift, rollout.guidance) == (shift, 5.0)
@@ -55,7 +55,7 @@ def test_full_fine_tuning_builds_abstractly(recipe, size, parameters, shift):
 
 
 def test_adapters_are_those_of_both_attentions_and_the_mlp(recipe):
-    config = schema.from_config_dict(recipe.get_config("lora=16"))
+    config = builder.from_config_dict(recipe.get_config("lora=16"))
     networks = setup.describe_networks(config.model)
     state = setup.make_abstract_state(networks, config, mesh_lib.make_mesh(2, 2, 2))
     # r (in + out) for four layers of two attentions and two of the MLP, 30 blocks.
@@ -74,7 +74,7 @@ def test_bad_arguments_are_named(recipe, arg, text):
 
 @pytest.mark.parametrize(("arg", "field"), [("clip=488x832", "height"), ("frames=80", "frames")])
 def test_clips_that_make_no_whole_tokens_are_refused(recipe, arg, field):
-    config = schema.from_config_dict(recipe.get_config(arg))
+    config = builder.from_config_dict(recipe.get_config(arg))
     networks = setup.describe_networks(config.model)
     with pytest.raises(ValueError, match=rf"config\.video\.{field}: got "):
         plan_lib.make_plan(config, networks.transformer, networks.vae)
