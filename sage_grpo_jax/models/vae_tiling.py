@@ -4,9 +4,9 @@ Tiles cover all frames and a square of `tile` pixels; each starts (1 - overlap) 
 one before, and the shared strip fades from one to the other. Tiled and whole results differ: the
 mid-block attention sees one tile only. The released weights are usually decoded this way.
 
-Same numbers as `tiled_decode` and `tiled_encode` of diffusers' AutoencoderKLHunyuanVideo15
-(overlap 0.25, the default there) and of the official code (overlap 0.125): a tile is blended with
-the blended tile above it, then with the blended one to its left.
+Same numbers as `tiled_decode` and `tiled_encode` of diffusers' video VAEs (overlap 0.25, the
+default there) and of HunyuanVideo-1.5's own code (overlap 0.125): a tile is blended with the
+blended tile above it, then with the blended one to its left.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def decode_tiled(
         return model.decode_unclipped({"decoder": decoder}, latents, config)
 
     ratio = config.spatial_compression_ratio
-    return decode_blended(decode, params["decoder"], latents_BxTxHxWxC, ratio, tile, overlap)
+    videos = decode_blended(decode, params["decoder"], latents_BxTxHxWxC, ratio, tile, overlap)
+    return model.clip_pixels(videos)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "tile", "overlap"))

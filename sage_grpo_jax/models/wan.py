@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -35,19 +35,31 @@ from sage_grpo_jax.models.model_config import require, require_shape
 from sage_grpo_jax.models.patches import PatchEmbed, unpatchify
 from sage_grpo_jax.models.rope import float64_rotary_tables
 from sage_grpo_jax.models.wan_blocks import Block, ModulationTable, gelu
-from sage_grpo_jax.models.wan_config import ROPE_THETA, TEXT_TOKENS, WanConfig
+from sage_grpo_jax.models.wan_condition import (
+    Condition,
+    embedding_needs,
+    make_condition,
+    unconditional,
+    with_step_end,
+)
+from sage_grpo_jax.models.wan_config import ROPE_THETA, VARIANTS, WanConfig
 
 __all__ = [
-    "ADAPTER_LAYERS",
-    "ADAPTER_TARGETS",
-    "TEXT_TOKENS",
     "Condition",
     "WanConfig",
+    "embedding_needs",
     "init_params",
+    "make_condition",
     "partition_names",
+    "unconditional",
     "velocity",
+    "with_step_end",
 ]
 
+NAME, Config = "Wan 2.1 DiT", WanConfig
+RELEASED = VARIANTS
+# Shapes depend on them, and they tell the released models apart before any weights are read.
+VARIANT_FIELDS = ("num_attention_heads", "num_layers")
 _ATTENTIONS = ("self_attention", "cross_attention")
 # What LoRA adapts for each target: the layer of that name in both attentions, and in the MLP.
 ADAPTER_TARGETS: dict[str, tuple[str, ...]] = {
@@ -65,20 +77,6 @@ ADAPTER_LAYERS: tuple[str, ...] = (
     "time_proj/linear",
     "final/proj",
 )
-
-
-class Condition(NamedTuple):
-    """What the velocity is conditioned on.
-
-    Attributes:
-      text: [B, L, text_dim]. The model attends to all L tokens, empty ones too; the released
-        models were trained with L = TEXT_TOKENS.
-      text_mask: bool [B, L], True at the tokens of the prompt. The others count as zeros, which is
-        how both pipelines fill up prompts; there is no mask in the attention.
-    """
-
-    text: jax.Array
-    text_mask: jax.Array
 
 
 def init_params(config: WanConfig, key: jax.Array) -> dict[str, Any]:

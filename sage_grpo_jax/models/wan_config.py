@@ -125,3 +125,10 @@ class WanConfig:
     def to_json(self) -> str:
         """The text of a diffusers config.json; how to run the model is left out."""
         return model_config.to_json(self, CLASS_NAME)
+
+
+# The released text-to-video models, by the names of the variants.
+VARIANTS = {
+    "wan_21_t2v_1.3B": WanConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30),
+    "wan_21_t2v_14B": WanConfig(),
+}

@@ -24,9 +24,12 @@ from jax import lax
 
 from sage_grpo_jax.models import wan_vae_layers as layers
 from sage_grpo_jax.models.vae_layers import Pointwise, RmsNorm
+from sage_grpo_jax.models.wan_config import VARIANTS
 from sage_grpo_jax.models.wan_vae_config import WanVaeConfig
 
 Params = dict[str, Any]
+NAME, Config = "Wan 2.1 VAE", WanVaeConfig
+RELEASED = dict.fromkeys(VARIANTS, WanVaeConfig())
 # Pixels that are coded at once where the caller does not say: four frames of 480 x 832, or fewer.
 _PIXELS = 1 << 21
 
@@ -170,7 +173,10 @@ def encode(
 
 
 def encode_moments(
-    params: Params, videos_BxFxHxWxC: jax.Array, config: WanVaeConfig, latent_frames: int | None
+    params: Params,
+    videos_BxFxHxWxC: jax.Array,
+    config: WanVaeConfig,
+    latent_frames: int | None = None,
 ) -> jax.Array:
     """Mean and unclipped logvar of `encode`, one after the other on the last axis."""
     chex.assert_rank(videos_BxFxHxWxC, 5)
@@ -211,12 +217,19 @@ def decode(
     Raises:
       ValueError: if the latents are empty or do not have `z_dim` channels, or `latent_frames` < 1.
     """
-    videos = decode_unclipped(params, latents_BxTxHxWxC, config, latent_frames)
+    return clip_pixels(decode_unclipped(params, latents_BxTxHxWxC, config, latent_frames))
+
+
+def clip_pixels(videos: jax.Array) -> jax.Array:
+    """The last step of `decode`."""
     return jnp.clip(videos, -1.0, 1.0)
 
 
 def decode_unclipped(
-    params: Params, latents_BxTxHxWxC: jax.Array, config: WanVaeConfig, latent_frames: int | None
+    params: Params,
+    latents_BxTxHxWxC: jax.Array,
+    config: WanVaeConfig,
+    latent_frames: int | None = None,
 ) -> jax.Array:
     """`decode` without the last step; tiles are blended before it."""
     chex.assert_rank(latents_BxTxHxWxC, 5)

@@ -16,7 +16,7 @@ from sage_grpo_jax.weights.key_table import Path, Row, Shape, check_parameters
 from sage_grpo_jax.weights.sources import Source, cast, pieces
 from sage_grpo_jax.weights.tables import Config
 
-FORMATS = ("diffusers", "tencent", "orbax")
+FORMATS = (*tables.LAYOUTS, "orbax")
 DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -42,8 +42,8 @@ def write_model(
       path: the folder.
       config: of the model.
       source: of its parameters.
-      format: "diffusers" (sharded where larger than `max_shard_size`), "tencent" (one file) or
-        "orbax".
+      format: one of `FORMATS`: "diffusers" (sharded where larger than `max_shard_size`), another
+        layout that the model has (one file), or "orbax".
       dtype: of the written weights; rounding is to nearest, ties to even.
       max_shard_size: in bytes, for diffusers; None: one file.
       overwrite: an existing folder that we wrote is replaced.

@@ -16,7 +16,7 @@ import pytest
 from sage_grpo_jax import weights
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.models.vae import VaeConfig
-from sage_grpo_jax.weights import headers, store, tables
+from sage_grpo_jax.weights import headers, hunyuan_video_keys, store, tables
 from sage_grpo_jax.weights.key_table import check_tensors
 
 DEEP = "[" * 100_000
@@ -224,7 +224,7 @@ def test_indexes(weight_map, message, tmp_path):
 # One missing tensor
 
 
-@pytest.mark.parametrize("layout", tables.LAYOUTS)
+@pytest.mark.parametrize("layout", hunyuan_video_keys.LAYOUTS)
 @pytest.mark.parametrize("config", [official.DIT, official.VAE, HunyuanVideoConfig(), VaeConfig()])
 def test_one_missing_tensor_is_that_and_nothing_else(config, layout):
     rows, shapes = tables.key_table(config, layout)

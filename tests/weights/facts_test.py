@@ -9,7 +9,7 @@ import pytest
 from sage_grpo_jax import weights
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.models.vae import VaeConfig
-from sage_grpo_jax.weights import configs, facts, tables
+from sage_grpo_jax.weights import configs, facts, hunyuan_video_keys, tables
 
 FULL = {
     "base": HunyuanVideoConfig(),
@@ -24,7 +24,7 @@ def shapes(config, layout):
     return {name: row.shape_there(parameters[row.ours]) for row in rows for name in row.names()}
 
 
-@pytest.mark.parametrize("layout", tables.LAYOUTS)
+@pytest.mark.parametrize("layout", hunyuan_video_keys.LAYOUTS)
 @pytest.mark.parametrize("name", FULL)
 def test_released_models_need_no_config(name, layout):
     found = shapes(FULL[name], layout)
@@ -49,7 +49,7 @@ def test_size_of_the_released_dit():
 )
 def test_vae_facts_agree_with_the_config(changes):
     config = VaeConfig(**changes)
-    for layout in tables.LAYOUTS:
+    for layout in hunyuan_video_keys.LAYOUTS:
         facts.check_config(config, layout, shapes(config, layout))
         other = dataclasses.replace(config, temporal_compression_ratio=1)
         with pytest.raises(ValueError, match=r"temporal_compression_ratio=1, the tensors say \d"):
