@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_grpo_jax.config import schema
+from sage_grpo_jax.config import builder
 from sage_grpo_jax.grpo import advantage
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.rewards.backends import moving_shapes
@@ -43,7 +43,7 @@ class Side:
         spec.loader.exec_module(module)
         values = module.get_config()
         values.update_from_flattened_dict(overrides)
-        self.config = schema.from_config_dict(values)
+        self.config = builder.from_config_dict(values)
         networks = setup.read_networks(self.config.model)
         with tempfile.TemporaryDirectory() as folder:
             prompts = setup.open_prompts(self.config, pathlib.Path(folder), networks)

@@ -17,7 +17,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from sage_grpo_jax.config import methods, schema
+from sage_grpo_jax.config import builder, methods
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.pretraining import report as pretraining_report
 from sage_grpo_jax.rewards.backends import moving_shapes as backend
@@ -32,7 +32,7 @@ def clips(run: pathlib.Path) -> tuple[dict[str, np.ndarray], list[str]]:
     """uint8 clips by what made them, and the captions of each set."""
     values = json.loads((run / "config.json").read_text())
     values["method"] = methods.Applied(values["method"])  # the record of a run: its preset
-    config = schema.from_config_dict(ml_collections.ConfigDict(values))
+    config = builder.from_config_dict(ml_collections.ConfigDict(values))
     networks = setup.read_networks(config.model)
     mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     captions = pretraining_report.spread(moving_shapes.split_captions("test"), COUNT)

@@ -14,7 +14,7 @@ import pathlib
 import jax
 import ml_collections
 
-from sage_grpo_jax.config import schema
+from sage_grpo_jax.config import builder, schema
 from sage_grpo_jax.experiments import sweeps
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import setup
@@ -50,7 +50,7 @@ def main() -> None:
     for name, overrides in ROWS.items():
         config: ml_collections.ConfigDict = sweeps.load_module(RECIPE).get_config()
         config.update_from_flattened_dict(overrides)
-        validated = schema.from_config_dict(config)
+        validated = builder.from_config_dict(config)
         sizes = [bytes_per_device(validated, n) / 1e9 for n in DEVICES]
         print(f"| {name} | " + " | ".join(f"{size:.1f}" for size in sizes) + " |")
 

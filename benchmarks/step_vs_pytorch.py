@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from safetensors import torch as safetensors_torch
 
+from sage_grpo_jax.config import builder, schema
 from sage_grpo_jax.config import plan as plan_lib
-from sage_grpo_jax.config import schema
 from sage_grpo_jax.flow import noise, sde
 from sage_grpo_jax.parallel import cpu_devices, sharding
 from sage_grpo_jax.parallel import mesh as mesh_lib
@@ -64,7 +64,7 @@ def make_config(args: argparse.Namespace, overrides: dict[str, Any]) -> schema.C
     )
     values.loss.micro_batch = args.micro_batch
     values.update_from_flattened_dict(overrides)
-    return schema.from_config_dict(values)
+    return builder.from_config_dict(values)
 
 
 class Ours:

@@ -49,7 +49,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # Rollout and update. One sample is in flight on each of 8 devices; fewer take more of it or a
     # smaller micro_batch.
     config.rollout.update(num_steps=20, shift=SHIFTS[variant], eta=0.5, guidance=5.0)
-    config.rollout.update(prompts_per_step=8, group_size=4, decode_batch=1)
+    config.rollout.update(prompts_per_step=16, group_size=4, decode_batch=1)
     config.loss.micro_batch = 8
     config.optimizer.update(learning_rate=1e-5, weight_decay=0.01)
     config.lora.update(rank=_integer("lora", args["lora"]), learning_rate=1e-4)

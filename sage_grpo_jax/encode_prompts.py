@@ -19,9 +19,7 @@ _PROMPTS = flags.DEFINE_string("prompts", None, ".txt, .csv or .jsonl file.", re
 _TEXT_ENCODER = flags.DEFINE_string(
     "text_encoder", None, "Folder of Qwen2.5-VL or UMT5, and its tokenizer.", required=True
 )
-_BYT5 = flags.DEFINE_string(
-    "byt5", None, "Folder of Glyph-ByT5 and its tokenizer, for quoted texts."
-)
+_BYT5 = flags.DEFINE_string("byt5", None, "Folder of Glyph-ByT5 and its tokenizer.")
 _IMAGE_ENCODER = flags.DEFINE_string("image_encoder", None, "Folder of SigLIP; image-to-video.")
 _VAE = flags.DEFINE_string("vae", None, "Folder of the VAE; image-to-video.")
 _HEIGHT = flags.DEFINE_integer("height", None, "Of the clip, in pixels; image-to-video.")

@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sage_grpo_jax.common import command_line, folders
-from sage_grpo_jax.config import devices, schema
+from sage_grpo_jax.config import builder, devices, schema
 from sage_grpo_jax.rewards import types as reward_types
 from sage_grpo_jax.training import (
     checkpoint,
@@ -105,7 +105,7 @@ def _restore(source: str, abstract: Any, ema: bool) -> Any:
 
 def main() -> None:
     """Prints the metrics as JSON."""
-    config = schema.from_config_dict(_CONFIG.value)
+    config = builder.from_config_dict(_CONFIG.value)
     devices.start(config)
     out = pathlib.Path(_OUT.value)
     found = evaluate(config, _CHECKPOINT.value, out, _SPLIT.value, _EMA.value)

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sage_grpo_jax.common import command_line
-from sage_grpo_jax.config import schema
+from sage_grpo_jax.config import builder
 from sage_grpo_jax.flow import kinds
 from sage_grpo_jax.parallel import hosts
 from sage_grpo_jax.sampling import run, sources
@@ -58,7 +58,7 @@ _SETTINGS = {
 
 def main() -> None:
     """Samples, and says how many clips were made."""
-    config = schema.from_config_dict(_CONFIG.value)
+    config = builder.from_config_dict(_CONFIG.value)
     request = run.Request(
         source=sources.Source(_WEIGHTS.value, _CHECKPOINT.value, _ADAPTERS.value, _EMA.value),
         prompts=_PROMPTS.value,

@@ -17,8 +17,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from sage_grpo_jax.common import command_line
+from sage_grpo_jax.config import builder, schema, step_plan
 from sage_grpo_jax.config import plan as plan_lib
-from sage_grpo_jax.config import schema, step_plan
 from sage_grpo_jax.flow import excess, windows
 from sage_grpo_jax.grpo import equalizer
 
@@ -110,7 +110,7 @@ def table(values: dict[str, object]) -> str:
 def main() -> None:
     """Prints the description."""
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with a run
-    values = describe(schema.from_config_dict(_CONFIG.value))
+    values = describe(builder.from_config_dict(_CONFIG.value))
     print(json.dumps(values, indent=2) if _JSON.value else table(values))
 
 

@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from sage_grpo_jax.checks import shadow, shadow_formulas
 from sage_grpo_jax.common import command_line
-from sage_grpo_jax.config import devices, schema
+from sage_grpo_jax.config import builder, devices
 from sage_grpo_jax.rewards import types as reward_types
 from sage_grpo_jax.training import loop, metrics, ratio, scoring
 
@@ -36,7 +36,7 @@ STOPPED = (
 
 def main() -> None:
     """Validates and trains."""
-    config = schema.from_config_dict(_CONFIG.value)
+    config = builder.from_config_dict(_CONFIG.value)
     if config.debug.shadow:
         shadow_formulas.check(config)
     devices.start(config)

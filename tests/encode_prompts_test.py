@@ -135,7 +135,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
         [sys.executable, *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         cwd=pathlib.Path(__file__).parent.parent,
     )
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from sage_grpo_jax.config import schema, step_plan
+from sage_grpo_jax.config import builder, schema, step_plan
 from sage_grpo_jax.flow import excess, injected_noise, schedules, sde
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def plan(**rollout) -> schema.Config:
     kind, eta = rollout.pop("match", ("", 0.0))
     config.rollout.eta_match.update(kind=kind, eta=eta)
     config.rollout.update(rollout)
-    return schema.from_config_dict(config)
+    return builder.from_config_dict(config)
 
 
 def injected_variance(config: schema.Config) -> float:

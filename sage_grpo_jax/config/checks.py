@@ -6,20 +6,18 @@ Every error names the field, the value and what is allowed.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from sage_grpo_jax.config import methods
+from sage_grpo_jax.config.schema import Config, LossConfig, RewardsConfig, RolloutConfig
 from sage_grpo_jax.flow import guidance, kinds, sde, windows
 from sage_grpo_jax.grpo import advantage, equalizer, loss
 from sage_grpo_jax.models import attention, frames, registry
 from sage_grpo_jax.rewards import names
 from sage_grpo_jax.rewards.backends import BACKENDS
 from sage_grpo_jax.worlds.moving_shapes import spec
-
-if TYPE_CHECKING:
-    from sage_grpo_jax.config.schema import Config, LossConfig, RewardsConfig, RolloutConfig
 
 _CHOICES = {
     "model.compute_dtype": ("float32", "bfloat16"),

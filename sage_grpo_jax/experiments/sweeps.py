@@ -21,7 +21,7 @@ from typing import Any
 
 import ml_collections
 
-from sage_grpo_jax.config import methods, schema, step_plan
+from sage_grpo_jax.config import builder, methods, schema, step_plan
 from sage_grpo_jax.training import metrics
 from sage_grpo_jax.training import workdir as workdir_lib
 
@@ -149,7 +149,7 @@ def _make_point(
         if "method" in overrides:
             raise ValueError(methods.name_alone(overrides["method"]))
         copy.update_from_flattened_dict(overrides)
-        validated = schema.from_config_dict(copy)
+        validated = builder.from_config_dict(copy)
         step_plan.plan_steps(validated)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"point {index} of the sweep, {overrides}: {error}") from error

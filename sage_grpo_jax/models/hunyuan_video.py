@@ -30,7 +30,6 @@ from sage_grpo_jax.models.hunyuan_video_config import (
     VARIANTS,
     HunyuanVideoConfig,
     released,
-    require,
 )
 from sage_grpo_jax.models.layers import (
     Modulation,
@@ -44,6 +43,7 @@ from sage_grpo_jax.models.layers import (
     xavier,
     zeros,
 )
+from sage_grpo_jax.models.model_config import require, require_shape
 from sage_grpo_jax.models.rope import rotary_angles, rotary_tables
 from sage_grpo_jax.models.text_refiner import ByT5Mapper, ImageProjection, TextRefiner
 
@@ -328,10 +328,10 @@ def _check_inputs(latents, timestep, condition: Condition, config: HunyuanVideoC
     batch = latents.shape[0]
     for size, patch, axis in zip(latents.shape[1:4], config.patch, "THW", strict=True):
         require(size % patch == 0, f"latents axis {axis}", size, f"a multiple of the patch {patch}")
-    _require_shape("latents", latents, (*latents.shape[:4], config.out_channels))
-    _require_shape("timestep", timestep, (batch,))
-    _require_shape("condition.text", condition.text, (batch, None, config.text_embed_dim))
-    _require_shape("condition.text_mask", condition.text_mask, condition.text.shape[:2])
+    require_shape("latents", latents, (*latents.shape[:4], config.out_channels))
+    require_shape("timestep", timestep, (batch,))
+    require_shape("condition.text", condition.text, (batch, None, config.text_embed_dim))
+    require_shape("condition.text_mask", condition.text_mask, condition.text.shape[:2])
     for name, width in (("byt5", config.text_embed_2_dim), ("image", config.image_embed_dim)):
         value, mask = getattr(condition, name), getattr(condition, f"{name}_mask")
         if value is None:
@@ -340,19 +340,12 @@ def _check_inputs(latents, timestep, condition: Condition, config: HunyuanVideoC
         require(
             width is not None, f"condition.{name}", "given", "None: the model has no part for it"
         )
-        _require_shape(f"condition.{name}", value, (batch, None, width))
+        require_shape(f"condition.{name}", value, (batch, None, width))
         if mask is not None:
-            _require_shape(f"condition.{name}_mask", mask, value.shape[:2])
+            require_shape(f"condition.{name}_mask", mask, value.shape[:2])
     if condition.latents is not None:
         extra = config.in_channels - config.out_channels
-        _require_shape("condition.latents", condition.latents, (*latents.shape[:4], extra))
+        require_shape("condition.latents", condition.latents, (*latents.shape[:4], extra))
     if condition.timestep_r is not None:
         require(config.use_meanflow, "condition.timestep_r", "given", "None without use_meanflow")
-        _require_shape("condition.timestep_r", condition.timestep_r, (batch,))
-
-
-def _require_shape(name: str, value: jax.Array, shape: tuple[int | None, ...]) -> None:
-    fits = len(value.shape) == len(shape) and all(
-        want is None or have == want for have, want in zip(value.shape, shape, strict=True)
-    )
-    require(fits, f"{name}.shape", tuple(value.shape), shape)
+        require_shape("condition.timestep_r", condition.timestep_r, (batch,))

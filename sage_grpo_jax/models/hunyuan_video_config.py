@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from typing import Any
 
 from sage_grpo_jax.common import checked_json
-from sage_grpo_jax.models.attention import IMPLEMENTATIONS
+from sage_grpo_jax.models import model_config
+from sage_grpo_jax.models.model_config import require
 
 CLASS_NAME = "HunyuanVideo15Transformer3DModel"
-RUNTIME_FIELDS = ("dtype", "attention", "remat", "unroll")
-DTYPES = ("float32", "bfloat16")
 TASKS = ("t2v", "i2v")
 # Names of the released checkpoints.
 VARIANTS = tuple(
@@ -101,9 +99,7 @@ class HunyuanVideoConfig:
                  f"such that {self.hidden_size} times it is 1 to {1 << 20}")  # fmt: skip
         require(self.task_type in TASKS, "task_type", self.task_type, f"one of {TASKS}")
         require(self.qk_norm == "rms_norm", "qk_norm", self.qk_norm, "'rms_norm'")
-        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {DTYPES}")
-        require(self.attention in IMPLEMENTATIONS, "attention", self.attention,
-                 f"one of {IMPLEMENTATIONS}")  # fmt: skip
+        model_config.check_runtime(self)
 
     @property
     def hidden_size(self) -> int:
@@ -127,30 +123,11 @@ class HunyuanVideoConfig:
     @classmethod
     def from_values(cls, values: dict[str, Any], **runtime: Any) -> HunyuanVideoConfig:
         """The same, from the JSON object."""
-        class_name = values.get("_class_name", CLASS_NAME)
-        require(class_name == CLASS_NAME, "_class_name", class_name, CLASS_NAME)
-        values = {name: value for name, value in values.items() if not name.startswith("_")}
-        return cls(**checked_json.fields(cls, values, RUNTIME_FIELDS), **runtime)
+        return model_config.from_values(cls, CLASS_NAME, values, runtime)
 
     def to_json(self) -> str:
         """The text of a diffusers config.json; how to run the model is left out."""
-        values = dataclasses.asdict(self)
-        for field in RUNTIME_FIELDS:
-            del values[field]
-        return json.dumps({"_class_name": CLASS_NAME, **values}, indent=2, sort_keys=True) + "\n"
-
-
-def require(condition: bool, field: str, value: Any, allowed: Any) -> None:
-    """Raises a ValueError that says the field, its value and what is allowed."""
-    if not condition:
-        raise ValueError(f"{field}={_short(value)}: must be {allowed}")
-
-
-def _short(value: Any) -> str:
-    """A text as it is, anything else as its `repr`, and neither without end."""
-    if isinstance(value, str) and len(value) <= 120 and value.isprintable():
-        return value
-    return checked_json.shown(value)
+        return model_config.to_json(self, CLASS_NAME)
 
 
 def released(variant: str) -> HunyuanVideoConfig:

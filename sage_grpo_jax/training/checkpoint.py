@@ -26,8 +26,7 @@ from orbax.checkpoint import v1 as ocp
 
 from sage_grpo_jax.common import files
 from sage_grpo_jax.common.files import StorageError
-from sage_grpo_jax.parallel import hosts
-from sage_grpo_jax.training import checksums
+from sage_grpo_jax.parallel import checksums, hosts
 from sage_grpo_jax.weights import orbax_reading, sources, store
 
 FOLDER = "checkpoints"

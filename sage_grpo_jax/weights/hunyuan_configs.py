@@ -11,7 +11,8 @@ import typing
 from typing import Any
 
 from sage_grpo_jax.common import checked_json
-from sage_grpo_jax.models.hunyuan_video_config import TASKS, HunyuanVideoConfig, require
+from sage_grpo_jax.models.hunyuan_video_config import TASKS, HunyuanVideoConfig
+from sage_grpo_jax.models.model_config import require
 from sage_grpo_jax.models.vae import VaeConfig
 from sage_grpo_jax.weights.model_tables import ConfigJson
 

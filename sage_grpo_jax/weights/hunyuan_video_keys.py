@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sage_grpo_jax.models.hunyuan_video_config import RUNTIME_FIELDS, HunyuanVideoConfig
+from sage_grpo_jax.models.hunyuan_video_config import HunyuanVideoConfig
+from sage_grpo_jax.models.model_config import RUNTIME_FIELDS
 from sage_grpo_jax.weights import hunyuan_configs
 from sage_grpo_jax.weights.counting import count_layers, has_part
 from sage_grpo_jax.weights.key_table import Row, Shape, linear, norm, with_bias

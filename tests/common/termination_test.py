@@ -101,7 +101,7 @@ def run(program: str, folder: pathlib.Path) -> subprocess.CompletedProcess:
         [sys.executable, "-c", HEARD + START + textwrap.dedent(program), str(folder / "out")],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
 

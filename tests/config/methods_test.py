@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sage_grpo_jax.config import methods, schema, step_plan
+from sage_grpo_jax.config import builder, methods, schema, step_plan
 from sage_grpo_jax.experiments import sweeps
 from sage_grpo_jax.grpo import trust_region
 
@@ -21,7 +21,7 @@ MATCHED = {"flow_grpo_matched": "flow", "dance_grpo_matched": "dance", "cps_matc
 def make(method: str, file: str = "moving_shapes.py", **overrides) -> schema.Config:
     plan = sweeps.load_module(ROOT / "configs" / file).get_config(f"method={method}")
     plan.update_from_flattened_dict(overrides)
-    return schema.from_config_dict(plan)
+    return builder.from_config_dict(plan)
 
 
 def get(config, path):
@@ -281,7 +281,7 @@ def test_rows_of_table_2_differ_in_what_they_name():
     for row in rows:
         config = base.copy_and_resolve_references()
         config.update_from_flattened_dict(row)
-        made = schema.from_config_dict(config)
+        made = builder.from_config_dict(config)
         by_row.setdefault((made.rollout.sde, made.trust_region.kind), []).append(made)
     assert set(by_row) == {
         ("dance", "none"), ("dance", "fixed"), ("flow", "none"), ("flow", "fixed"),

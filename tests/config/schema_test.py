@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from sage_grpo_jax.config import methods, schema, step_plan
+from sage_grpo_jax.config import builder, methods, schema, step_plan
 from sage_grpo_jax.training import workdir
 
 RECIPE = pathlib.Path(__file__).parents[2] / "configs" / "moving_shapes.py"
@@ -34,7 +34,7 @@ def plan():
     ],
 )
 def test_presets_set_sampler_loss_and_trust_region(plan, method, expected):
-    config = schema.from_config_dict(plan.get_config(f"method={method}"))
+    config = builder.from_config_dict(plan.get_config(f"method={method}"))
     found = (
         config.rollout.sde,
         config.loss.equalizer,
@@ -47,7 +47,7 @@ def test_presets_set_sampler_loss_and_trust_region(plan, method, expected):
 def test_overrides_win_over_the_preset(plan):
     config = plan.get_config("method=flow_grpo")
     config.rollout.sde = "precise"
-    assert schema.from_config_dict(config).rollout.sde == "precise"
+    assert builder.from_config_dict(config).rollout.sde == "precise"
 
 
 @pytest.mark.parametrize("arg", ["method=ppo", "methd=sage", "sage"])
@@ -67,7 +67,7 @@ def test_the_name_of_a_method_by_itself_is_refused(plan, method, allowed):
         config.method = method
     values = ml_collections.ConfigDict(config.to_dict() | {"method": method})
     with pytest.raises(ValueError, match=f"^config.method: got '{method}'.* allowed: .*{allowed}"):
-        schema.from_config_dict(values)
+        builder.from_config_dict(values)
 
 
 def test_the_method_is_no_flag():
@@ -144,7 +144,7 @@ def test_a_bad_value_is_refused_with_its_field(plan, path, value, allowed):
     config = plan.get_config()
     config.update_from_flattened_dict({path: value})
     with pytest.raises(ValueError, match=allowed) as error:
-        schema.from_config_dict(config)
+        builder.from_config_dict(config)
     assert path.split(".")[-1] in str(error.value)
     assert str(value) in str(error.value)
 
@@ -186,7 +186,7 @@ def test_fields_that_do_not_go_together(plan, method, overrides, message):
     config = plan.get_config(f"method={method}")
     config.update_from_flattened_dict(overrides)
     with pytest.raises(ValueError, match=r"^config\.") as error:
-        schema.from_config_dict(config)
+        builder.from_config_dict(config)
     assert re.search(message, str(error.value))
     assert "allowed: " in str(error.value)
 
@@ -197,7 +197,7 @@ def test_a_share_of_less_than_a_step_is_refused(plan):
     with pytest.raises(
         ValueError, match=r"got 0.6, which is less than one of 1 steps; allowed: at"
     ):
-        step_plan.plan_steps(schema.from_config_dict(config))
+        step_plan.plan_steps(builder.from_config_dict(config))
 
 
 def test_the_forward_process_takes_any_sampler_and_reference(plan):
@@ -209,47 +209,47 @@ def test_the_forward_process_takes_any_sampler_and_reference(plan):
     ):
         config = plan.get_config("method=diffusion_nft")
         config.update_from_flattened_dict(overrides)
-        assert schema.from_config_dict(config).averages == ("ema", "sampling")
+        assert builder.from_config_dict(config).averages == ("ema", "sampling")
 
 
 def test_a_fixed_anchor_has_its_own_weight(plan):
     config = plan.get_config()
     config.trust_region.update(kind="fixed", fixed_weight=0.3)
-    region = schema.from_config_dict(config).trust_region
+    region = builder.from_config_dict(config).trust_region
     assert (region.initial_weight, region.final_weight, region.feedback) == (0.3, 0.3, "none")
     config.trust_region.kind = "dual"
-    assert schema.from_config_dict(config).trust_region.final_weight == 0.1
+    assert builder.from_config_dict(config).trust_region.final_weight == 0.1
 
 
 def test_a_tenth_of_the_clip_range_is_allowed(plan):
     config = plan.get_config()
     config.loss.update(ratio_tolerance=1e-6, clip_range=1e-5)
-    assert schema.from_config_dict(config).loss.ratio_tolerance == 1e-6
+    assert builder.from_config_dict(config).loss.ratio_tolerance == 1e-6
 
 
 def test_wrong_type_and_unknown_fields_are_refused():
     values = schema.default_config().to_dict()
     values["rollout"]["group_size"] = True
     with pytest.raises(ValueError, match=r"config.rollout.group_size: got True \(bool\)"):
-        schema._build(schema.Config, values, "config")
+        builder._build(schema.Config, values, "config")
     values = schema.default_config().to_dict()
     values["rollout"]["beta"] = 1
     with pytest.raises(ValueError, match=r"config.rollout.beta: unknown field"):
-        schema._build(schema.Config, values, "config")
+        builder._build(schema.Config, values, "config")
 
 
 def test_cps_takes_eta_up_to_one_only(plan):
     config = plan.get_config("method=cps")
     config.rollout.eta = 1.5
     with pytest.raises(ValueError, match="0 to 1"):
-        schema.from_config_dict(config)
+        builder.from_config_dict(config)
 
 
 def test_manifold_distance_needs_clips_of_the_world(plan):
     config = plan.get_config()
     config.video.frames = 21
     with pytest.raises(ValueError, match=r"got True with clips of \(21, 32, 32\)"):
-        schema.from_config_dict(config)
+        builder.from_config_dict(config)
 
 
 def test_methods_change_only_fields_that_exist():
@@ -269,21 +269,21 @@ def recipe_with(plan, weights):
 def test_a_recipe_may_name_any_rewards(plan):
     """A weight of 0 stays: it is monitored."""
     config = recipe_with(plan, {"hps_v2": 2, "aesthetic": 0.5, "TA": 0.0, "VQ": 1.0})
-    made = schema.from_config_dict(config)
+    made = builder.from_config_dict(config)
     assert made.rewards.weights == {"hps_v2": 2.0, "aesthetic": 0.5, "TA": 0.0, "VQ": 1.0}
     assert isinstance(made.rewards.weights["hps_v2"], float)
     assert made.rewards.optimised == {"hps_v2": 2.0, "aesthetic": 0.5, "VQ": 1.0}
     # ConfigDicts sort their names; sums of floats keep the order of old, whatever is added.
     assert list(made.rewards.weights) == ["VQ", "TA", "aesthetic", "hps_v2"]
     again = recipe_with(plan, {"VQ": 1.0, "TA": 0.0, "aesthetic": 0.5, "hps_v2": 2.0})
-    assert hash(schema.from_config_dict(again)) == hash(made)
-    assert schema.from_config_dict(again) == made
+    assert hash(builder.from_config_dict(again)) == hash(made)
+    assert builder.from_config_dict(again) == made
     config.rewards.weights.aesthetic = 0.25  # as a flag does it
-    assert schema.from_config_dict(config) != made
+    assert builder.from_config_dict(config) != made
 
 
 def test_rewards_of_the_quick_start_keep_their_order(plan):
-    weights = schema.from_config_dict(plan.get_config()).rewards.weights
+    weights = builder.from_config_dict(plan.get_config()).rewards.weights
     assert list(weights.items()) == [("VQ", 1.0), ("MQ", 1.0), ("TA", 1.0)]
 
 
@@ -301,14 +301,14 @@ def test_rewards_of_the_quick_start_keep_their_order(plan):
 )
 def test_weights_that_are_no_weights_are_refused(plan, weights, said):
     with pytest.raises(ValueError, match=f"^config.{said}"):
-        schema.from_config_dict(recipe_with(plan, weights))
+        builder.from_config_dict(recipe_with(plan, weights))
 
 
 def test_weights_that_are_no_mapping_are_refused():
     config = schema.default_config().to_dict()
     config["rewards"]["weights"] = 1.0
     with pytest.raises(ValueError, match=r"config.rewards.weights: got 1.0; allowed: values by"):
-        schema.from_config_dict(ml_collections.ConfigDict(config))
+        builder.from_config_dict(ml_collections.ConfigDict(config))
 
 
 def test_a_preset_leaves_the_rewards_of_a_recipe_alone(plan):
@@ -324,4 +324,4 @@ def test_weights_that_are_all_zero_have_nothing_to_optimise(plan):
     config = plan.get_config()
     config.rewards.weights.update(VQ=0.0, MQ=0.0, TA=0.0)
     with pytest.raises(ValueError, match=r"config.rewards.weights: got \(0.0, 0.0, 0.0\)"):
-        schema.from_config_dict(config)
+        builder.from_config_dict(config)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sage_grpo_jax.config import schema
+from sage_grpo_jax.config import builder, schema
 from sage_grpo_jax.experiments import run_report, sweep_report, sweeps
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -123,7 +123,7 @@ def test_transformer_passes_are_counted():
     config.rollout.update(window="first_k", window_size=4)
     config.loss.micro_batch = config.rollout.decode_batch = 8
     config.trust_region.kind = "dual"
-    passes = sweeps.forward_passes(schema.from_config_dict(config))
+    passes = sweeps.forward_passes(builder.from_config_dict(config))
     # 8 samples, 2 branches; forward and backward (3) and two references on 4 steps.
     assert passes == (8 * 10 * 2, 8 * 4 * 2 * 5)
 
@@ -158,7 +158,7 @@ def test_what_the_baselines_cost(changes, entries):
     config.rollout.decode_batch = 8
     config.loss.micro_batch = 4
     config.update_from_flattened_dict(changes)
-    _, update = sweeps.forward_passes(schema.from_config_dict(config))
+    _, update = sweeps.forward_passes(builder.from_config_dict(config))
     assert update == 8 * entries
 
 

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_service import Script, scripted
 
-from sage_grpo_jax.config import schema
+from sage_grpo_jax.config import builder, schema
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import input_checks
 
@@ -280,7 +280,7 @@ def test_any_config_is_taken_or_refused_with_field_and_value(changes):
             group = group[part]
         group[name] = value
     try:
-        config = schema.from_config_dict(ml_collections.ConfigDict(values))
+        config = builder.from_config_dict(ml_collections.ConfigDict(values))
     except ValueError as error:
         text = str(error)
         assert text.startswith("config."), text

@@ -16,7 +16,7 @@ CONFIG = f"--config={ROOT}/configs/moving_shapes.py"
 def _run(*flags: str) -> subprocess.CompletedProcess:
     """The command, to its end."""
     line = [sys.executable, "-m", "sage_grpo_jax.train", *flags]
-    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
+    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT, timeout=600)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 
 from sage_grpo_jax import schedule as schedule_entry
 from sage_grpo_jax.checks import shadow_formulas
+from sage_grpo_jax.config import builder, schema, step_plan
 from sage_grpo_jax.config import plan as plan_lib
-from sage_grpo_jax.config import schema, step_plan
 from sage_grpo_jax.flow import excess, injected_noise, kinds, noise, rollout, schedules, sde
 from sage_grpo_jax.grpo import equalizer
 from sage_grpo_jax.sampling import settings as settings_lib
@@ -59,7 +59,7 @@ def make_config(**values) -> schema.Config:
     config = schema.default_config()
     config.rollout.update(num_steps=8, shift=3.0, sde="exchange", eta=0.6)
     config.update_from_flattened_dict(values)
-    return schema.from_config_dict(config)
+    return builder.from_config_dict(config)
 
 
 def test_one_entry_is_a_transition(exchange):

@@ -11,7 +11,7 @@ import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 from flax import traverse_util
 
-from sage_grpo_jax.models import hunyuan_video, hunyuan_video_config
+from sage_grpo_jax.models import hunyuan_video, model_config
 from sage_grpo_jax.models.hunyuan_video import Condition, HunyuanVideoConfig
 from sage_grpo_jax.weights import hunyuan_video_keys
 
@@ -100,7 +100,7 @@ def make_config(case: Case) -> HunyuanVideoConfig:
 def make_oracle(config: HunyuanVideoConfig) -> HunyuanVideo15Transformer3DModel:
     """diffusers' model with every parameter random; it always has ByT5 and vision parts."""
     fields = dataclasses.asdict(config)
-    for name in hunyuan_video_config.RUNTIME_FIELDS:
+    for name in model_config.RUNTIME_FIELDS:
         del fields[name]
     fields["text_embed_2_dim"] = fields["text_embed_2_dim"] or 6
     fields["image_embed_dim"] = fields["image_embed_dim"] or 5

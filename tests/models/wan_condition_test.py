@@ -43,7 +43,7 @@ def test_the_model_sees_what_the_pipeline_gives_it():
     want = oracle_output(model, latents, timestep, whole)
     ours = wan.make_condition(condition._asdict(), TINY, 1)
     params = ours_from_theirs(TINY, parameters(model))
-    got = wan.velocity(params, latents, timestep, ours, TINY)
+    got = jax.jit(wan.velocity, static_argnums=4)(params, latents, timestep, ours, TINY)
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
     assert np.abs(oracle_output(model, latents, timestep, condition) - want).max() > 1e-2
 

@@ -38,7 +38,7 @@ def _request(seed=0, prompt="a red disk", **changes):
     )
 
 
-def _score(stub, request, timeout=10.0):
+def _score(stub, request, timeout=60.0):
     return stub.Score(request, timeout=timeout)
 
 
@@ -244,7 +244,7 @@ def test_repeated_requests_are_answered_from_the_cache():
 def test_clips_are_scored_at_the_same_time():
     backend = fake_backends.Slow(10.0)
     with _serving(backend, max_workers=3) as (_, stub, _):
-        calls = [stub.Score.future(_request(seed), timeout=10.0) for seed in range(3)]
+        calls = [stub.Score.future(_request(seed), timeout=60.0) for seed in range(3)]
         _wait_until(lambda: backend.running == 3)
         backend.release.set()
         assert all(call.result().status.code == 0 for call in calls)
@@ -253,7 +253,7 @@ def test_clips_are_scored_at_the_same_time():
 def test_a_full_queue_turns_away_with_a_hint_and_stays_responsive():
     backend = fake_backends.Slow(10.0)
     with _serving(backend, max_workers=1, max_queue=2) as (server, stub, channel):
-        accepted = [stub.Score.future(_request(seed), timeout=10.0) for seed in range(3)]
+        accepted = [stub.Score.future(_request(seed), timeout=60.0) for seed in range(3)]
         _wait_until(lambda: server._service._slots._value == 0)
         with pytest.raises(grpc.RpcError) as error:
             _score(stub, _request(3))
@@ -269,9 +269,9 @@ def test_a_full_queue_turns_away_with_a_hint_and_stays_responsive():
 def test_queued_work_without_a_waiting_client_is_dropped():
     backend = fake_backends.Slow(10.0)
     with _serving(backend, max_workers=1) as (server, stub, _):
-        first = stub.Score.future(_request(0), timeout=10.0)
+        first = stub.Score.future(_request(0), timeout=60.0)
         _wait_until(lambda: backend.running == 1)
-        cancelled = stub.Score.future(_request(1), timeout=10.0)
+        cancelled = stub.Score.future(_request(1), timeout=60.0)
         expired = stub.Score.future(_request(2), timeout=0.2)
         _wait_until(lambda: server._service._workers._work_queue.qsize() == 2)
         cancelled.cancel()
@@ -317,7 +317,7 @@ def test_a_second_server_cannot_share_the_port():
 def test_stopping_finishes_accepted_calls_and_refuses_new_ones():
     backend = fake_backends.Slow(10.0)
     with _serving(backend) as (server, stub, _):
-        accepted = stub.Score.future(_request(0), timeout=10.0)
+        accepted = stub.Score.future(_request(0), timeout=60.0)
         _wait_until(lambda: backend.running == 1)
         drained = []
         stopping = threading.Thread(target=lambda: drained.append(server.stop(grace=10.0)))
@@ -337,7 +337,7 @@ def test_stopping_finishes_accepted_calls_and_refuses_new_ones():
 def test_stopping_gives_up_on_a_call_that_hangs():
     backend = fake_backends.Slow(10.0)
     with _serving(backend) as (server, stub, _):
-        hanging = stub.Score.future(_request(0), timeout=10.0)
+        hanging = stub.Score.future(_request(0), timeout=60.0)
         _wait_until(lambda: backend.running == 1)
         started = time.monotonic()
         assert server.stop(grace=0.2) is False

@@ -29,8 +29,8 @@ media.write_clip = lambda path, *rest: (written.append(path.name), write(path, *
 request = run.Request(
     sources.Source(), prompts, pathlib.Path(out), overrides={"format": "gif"}, batch_size=2
 )
-made = run.sample(schema.from_config_dict(recipe), request)
-again = run.sample(schema.from_config_dict(recipe), request)
+made = run.sample(builder.from_config_dict(recipe), request)
+again = run.sample(builder.from_config_dict(recipe), request)
 print(json.dumps([made, again, written]))
 """
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sage_grpo_jax.config import schema
+from sage_grpo_jax.config import builder, schema
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.models.vae import VaeConfig
 from sage_grpo_jax.sampling import settings as settings_lib
@@ -18,7 +18,7 @@ def _settings(**given) -> settings_lib.Settings:
     config.eval.num_steps = 7
     config.rollout.update(shift=9.0, guidance=6.0, eta=0.3)
     config.video.update(frames=9, height=352, width=624, fps=24.0)
-    return settings_lib.from_config(schema.from_config_dict(config), **given)
+    return settings_lib.from_config(builder.from_config_dict(config), **given)
 
 
 def test_defaults_are_those_of_the_recipes_evaluation():
@@ -34,7 +34,7 @@ def test_defaults_are_those_of_the_recipes_evaluation():
 def test_the_clamp_of_the_recipe_belongs_to_its_sampler(sampler, clamp):
     recipe = schema.default_config()
     recipe.rollout.clamp = 0.02
-    made = settings_lib.from_config(schema.from_config_dict(recipe), sampler=sampler, steps=20)
+    made = settings_lib.from_config(builder.from_config_dict(recipe), sampler=sampler, steps=20)
     assert made.clamp == clamp
     # The last step is clean; the first ends within 0.02 of pure noise.
     recipe_steps = {"precise": 18, "flow": 19, "ode": 0, None: 0}[sampler]

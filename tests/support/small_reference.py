@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
 
-from sage_grpo_jax.config import schema
-from sage_grpo_jax.models import hunyuan_video_config
+from sage_grpo_jax.config import builder, schema
+from sage_grpo_jax.models import model_config
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.models.vae import VaeConfig
 
@@ -76,7 +76,7 @@ def make_reference(tmp_path_factory):
         torch.manual_seed(0)
         config = dataclasses.replace(TRANSFORMER, **fields)
         transformer = HunyuanVideo15Transformer3DModel(
-            **_without(config, *hunyuan_video_config.RUNTIME_FIELDS)
+            **_without(config, *model_config.RUNTIME_FIELDS)
         )
         vae = AutoencoderKLHunyuanVideo15(**_without(VAE, "dtype"))
         _randomise(transformer)
@@ -115,6 +115,6 @@ def make_config(reference):
             "mesh.fsdp": 1,
         }
         config.update_from_flattened_dict({**values, **(overrides or {})})
-        return schema.from_config_dict(config)
+        return builder.from_config_dict(config)
 
     return make

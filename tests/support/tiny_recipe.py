@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sage_grpo_jax import weights
-from sage_grpo_jax.config import schema
+from sage_grpo_jax.config import builder, schema
 from sage_grpo_jax.models import hunyuan_video, vae
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.rewards import types
@@ -103,7 +103,7 @@ def make_config(tiny_overrides):
     def make(overrides: dict[str, object] | None = None) -> schema.Config:
         config = schema.default_config()
         config.update_from_flattened_dict({**tiny_overrides, **(overrides or {})})
-        return schema.from_config_dict(config)
+        return builder.from_config_dict(config)
 
     return make
 

@@ -30,14 +30,14 @@ def measure(overrides: dict[str, object]) -> dict[str, float]:
 
 
 def _config(overrides: dict[str, object]):
-    from sage_grpo_jax.config import schema
+    from sage_grpo_jax.config import builder
 
     spec = importlib.util.spec_from_file_location("quick_start", ROOT / "configs/moving_shapes.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     values = module.get_config()
     values.update_from_flattened_dict(overrides)
-    return schema.from_config_dict(values)
+    return builder.from_config_dict(values)
 
 
 def _main() -> None:

@@ -15,8 +15,8 @@ import optax
 import pytest
 from tiny_recipe import TRANSFORMER, VAE
 
+from sage_grpo_jax.config import builder, schema
 from sage_grpo_jax.config import plan as plan_lib
-from sage_grpo_jax.config import schema
 from sage_grpo_jax.flow import noise, windows
 from sage_grpo_jax.grpo import trust_region
 from sage_grpo_jax.models import hunyuan_video
@@ -65,7 +65,7 @@ class Case:
         self.rate = rate
         config = schema.default_config()
         config.update_from_flattened_dict({**OVERRIDES, **overrides})
-        self.config = schema.from_config_dict(config)
+        self.config = builder.from_config_dict(config)
         self.plan = plan_lib.make_plan(self.config, TRANSFORMER, VAE)
         self.steps = self.plan.steps
         rng = np.random.default_rng(0)

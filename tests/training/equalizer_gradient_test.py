@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from sage_grpo_jax.config import schema
+from sage_grpo_jax.config import builder
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import micro_losses, setup
@@ -31,7 +31,7 @@ def make_learner(overrides, workdir, mesh):
     spec.loader.exec_module(module)
     values = module.get_config()
     values.update_from_flattened_dict({"trust_region.kind": "none", **overrides})
-    config = schema.from_config_dict(values)
+    config = builder.from_config_dict(values)
     networks = setup.read_networks(config.model)
     prompts = setup.open_prompts(config, workdir, networks)
     programs = setup.build_programs(networks, config, mesh)

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from sage_grpo_jax.config import builder, schema
 from sage_grpo_jax.config import plan as plan_lib
-from sage_grpo_jax.config import schema
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import setup
 
@@ -30,7 +30,7 @@ def plan():
 
 
 def make(plan, arg: str | None) -> schema.Config:
-    return schema.from_config_dict(plan.get_config(arg))
+    return builder.from_config_dict(plan.get_config(arg))
 
 
 def count(tree) -> int:

@@ -34,7 +34,7 @@ def test_killed_and_resumed_run_has_the_same_bits(tiny_overrides, tmp_path):
     process = start(broken, tiny_overrides)
     wait_for(lambda: len(rows(broken)) >= 4, process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=600) == 0
     assert not (broken / "summary.json").exists()
     finish(start(broken, tiny_overrides), broken)
 
@@ -81,7 +81,7 @@ def test_a_dead_sidecar_costs_no_rollout_and_leaves_no_orphan(tiny_overrides, tm
 def test_bad_input_ends_with_one_line(tiny_overrides, tmp_path):
     workdir = tmp_path / "run"
     process = start(workdir, {**tiny_overrides, "video.frames": 6})
-    assert process.wait(timeout=120) == 2
+    assert process.wait(timeout=600) == 2
     lines = workdir.with_suffix(".log").read_text().strip().splitlines()
     assert lines[-1] == "error: config.video.frames: got 6; allowed: 1 + a multiple of 4"
     assert not workdir.exists()

@@ -5,7 +5,7 @@ import optax
 import pytest
 from flax import traverse_util
 
-from sage_grpo_jax.config import schema
+from sage_grpo_jax.config import builder, schema
 from sage_grpo_jax.models import hunyuan_video, lora
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import optimizers, setup
@@ -15,7 +15,7 @@ def make_config(**overrides) -> schema.Config:
     config = schema.default_config()
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
     config.rewards.update(spawn=True)
-    return schema.from_config_dict(config)
+    return builder.from_config_dict(config)
 
 
 def rates(config, steps: int) -> list[float]:
@@ -118,7 +118,7 @@ def test_muon_makes_every_layer_orthogonal_by_itself():
 def test_muon_state_is_sharded_like_its_parameters(tiny_overrides):
     config = schema.default_config()
     config.update_from_flattened_dict({**tiny_overrides, "optimizer.name": "muon"})
-    config = schema.from_config_dict(config)
+    config = builder.from_config_dict(config)
     networks = setup.read_networks(config.model)
     state = setup.make_abstract_state(networks, config, mesh_lib.make_mesh(2, 2, 2))
     by_path = {

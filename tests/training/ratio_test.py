@@ -9,8 +9,8 @@ import learners
 import numpy as np
 import pytest
 
+from sage_grpo_jax.config import builder, schema
 from sage_grpo_jax.config import plan as plan_lib
-from sage_grpo_jax.config import schema
 from sage_grpo_jax.flow import noise
 from sage_grpo_jax.training import ratio, setup, workdir
 from sage_grpo_jax.training import update as update_lib
@@ -283,4 +283,4 @@ def test_an_old_workdir_goes_on_or_is_refused_in_one_line(make_config, tmp_path)
     again = schema.default_config()
     again.update_from_flattened_dict({"loss.ratio_action": "replay"})
     with pytest.raises(ValueError, match="ratio_action: got 'replay'; allowed: stop, log"):
-        schema.from_config_dict(again)
+        builder.from_config_dict(again)

@@ -18,7 +18,7 @@ from sage_grpo_jax.training import config as schema
 topology = topologies.get_topology_desc(topology_name="v6e:2x4", platform="tpu")
 config = schema.default_config()
 config.update_from_flattened_dict(eval(sys.argv[1]))
-config = schema.from_config_dict(config)
+config = builder.from_config_dict(config)
 mesh = mesh_lib.make_mesh(2, 2, 2, devices=topology.devices)
 for name, lowered in compile_checks.lower_programs(config, mesh).items():
     # A mesh that does not reach the model would silently drop its constraints.

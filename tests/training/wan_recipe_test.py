@@ -12,8 +12,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
+from sage_grpo_jax.config import builder, schema
 from sage_grpo_jax.config import plan as plan_lib
-from sage_grpo_jax.config import schema
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import setup
 
@@ -41,7 +41,7 @@ def mesh():
 
 
 def make(recipe, arg: str | None) -> schema.Config:
-    return schema.from_config_dict(recipe.get_config(arg))
+    return builder.from_config_dict(recipe.get_config(arg))
 
 
 def count(tree) -> int:
@@ -103,6 +103,14 @@ def test_sizes_and_methods_are_valid_recipes(recipe):
     built = plan_lib.make_plan(config, networks.transformer, networks.vae)
     assert built.latent_shape == (31, 90, 160, 16)
     assert (config.rollout.sde, config.lora.rank, config.rollout.shift) == ("cps", 8, 5.0)
+
+
+@pytest.mark.parametrize(("arg", "field"), [("size=488x832", "height"), ("frames=80", "frames")])
+def test_clips_that_make_no_whole_tokens_are_refused(recipe, arg, field):
+    config = make(recipe, arg)
+    networks = setup.describe_networks(config.model)
+    with pytest.raises(ValueError, match=rf"config\.video\.{field}: got "):
+        plan_lib.make_plan(config, networks.transformer, networks.vae)
 
 
 @pytest.mark.parametrize(

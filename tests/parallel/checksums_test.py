@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sage_grpo_jax.training import checksums
+from sage_grpo_jax.parallel import checksums
 
 
 def _oracle(words: np.ndarray) -> int:
