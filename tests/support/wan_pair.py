@@ -3,7 +3,6 @@
 import pathlib
 from typing import NamedTuple
 
-import torch
 import wan_oracle
 import wan_vae_oracle
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -34,8 +33,6 @@ class Pair(NamedTuple):
 def make_pair(folder: pathlib.Path, vae: WanVaeConfig = VAE, **saving: str) -> Pair:
     """Saves both; `saving` goes to `save_pretrained`."""
     pair = Pair(folder, wan_oracle.make_oracle(TRANSFORMER), wan_vae_oracle.reference(vae))
-    with torch.no_grad():
-        pair.vae.decoder.conv_out.bias.zero_()
     pair.transformer.save_pretrained(folder / "transformer", **saving)
     pair.vae.save_pretrained(folder / "vae", **saving)
     return pair

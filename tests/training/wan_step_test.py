@@ -14,7 +14,7 @@ from sage_grpo_jax.models.wan_vae import WanVaeConfig
 
 # As much coarser than its clips as the released one: the small world's clips are 32 pixels wide.
 VAE = dataclasses.replace(
-    wan_pair.VAE, dim_mult=(1, 1, 1, 1), temperal_downsample=(False, True, True)
+    wan_pair.VAE, base_dim=4, dim_mult=(1, 1, 1, 1), temperal_downsample=(False, True, True)
 )
 
 
