@@ -60,7 +60,7 @@ def assert_same_model(folder, want):
     found, state = model.state_dict(), want.state_dict()
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], state[name]) for name in state)
-    fields, ours = (json.loads(json.dumps(dict(m.config))) for m in (want, model))
+    fields, ours = (json.loads(m.to_json_string()) for m in (want, model))
     for name, value in fields.items():
         if not name.startswith(("_", "scale_factor")):
             assert ours[name] == value, name
