@@ -117,7 +117,7 @@ def test_matches_without_a_stochastic_step_are_refused():
 def test_a_random_window_is_printed_as_the_mean_over_its_places():
     flags = ("--config=configs/moving_shapes.py", "--config.rollout.num_steps=20")
     flags += ("--config.rollout.shift=5", "--config.rollout.window=random_k")
-    flags += ("--config.rollout.window_size=3",)
+    flags += ("--config.rollout.window_size=3", "--config.rollout.eta=0.5")
     found = json.loads(run(*flags, "--json").stdout)
     # Every place by itself: 3 of the 19 steps with noise.
     schedule = schedules.host_schedule(20, 5.0)
@@ -141,6 +141,7 @@ def test_a_moving_window_is_printed_as_the_mean_over_the_rollouts():
     flags = ("--config=configs/moving_shapes.py", "--config.rollout.window=decay")
     flags += ("--config.rollout.window_size=4", "--config.rollout.window_motion.stay=6")
     flags += ("--config.rollout.window_motion.stride=2", "--config.rollout.clamp=0.02")
+    flags += ("--config.rollout.eta=0.5",)
     found = json.loads(run(*flags, "--json").stdout)
     # 9 steps inject noise; the window is at 0, 2 and 4 for 6, floor(6·7/9 + 2/9) and
     # floor(6·5/9 + 4/9) rollouts.

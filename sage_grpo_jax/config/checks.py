@@ -328,7 +328,7 @@ def validate_matched_eta(rollout: RolloutConfig, eta: float) -> None:
         match = rollout.eta_match
         raise ValueError(
             f"config.rollout.eta_match: kind={match.kind!r} with eta={match.eta} needs "
-            f"rollout.eta = {eta:.4g} with sde={rollout.sde!r}; allowed: an eta of at most {high}"
+            f"rollout.eta = {eta:.4g} with sde={rollout.sde!r}; allowed: an eta of at most {high:g}"
         )
 
 

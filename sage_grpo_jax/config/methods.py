@@ -121,6 +121,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "rollout.sde": "flow",
         "rollout.eta": 0.7,
         "rollout.last_step": "stochastic",  # noisy and decoded, but not trained
+        "rollout.same_initial_noise": False,
         "rollout.trained_fraction": 0.99,
         "rollout.trained_choice": "first",
         "loss.log_prob": "gaussian",
@@ -155,6 +156,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "ema.every": 8,
         "rollout.sde": "cps",
         "rollout.eta": 0.9,
+        "rollout.same_initial_noise": False,
         "loss.log_prob": "squared",
         "advantage.std": "global",
         "advantage.epsilon": 1e-4,
@@ -166,6 +168,7 @@ METHODS: dict[str, dict[str, Any]] = {
         **_EMA,
         "ema.every": 1,
         "rollout.sde": "ode",
+        "rollout.same_initial_noise": False,  # all that tells the samples of a group apart
         "rollout.guidance": 1.0,
         "rollout.trained_fraction": 0.99,
         "rollout.trained_choice": "random",

@@ -50,9 +50,12 @@ def group_advantages(
     if std not in STDS:
         raise ValueError(f"std={std!r}: must be one of {', '.join(STDS)}")
     _check_clip(clip)
+
     rewards = jnp.asarray(rewards, jnp.float32)
     valid = jnp.asarray(valid, bool) & jnp.isfinite(rewards)
     deviation, count_Px1 = _deviation(rewards, valid, axis=1)
+
+    # The variance, of the group or of all samples
     degrees = count_Px1 - 1 if std == "group_unbiased" else count_Px1
     if std == "global":
         deviation_of_all, degrees = _deviation(rewards, valid, axis=None)
@@ -60,6 +63,8 @@ def group_advantages(
     else:
         squares = (deviation**2).sum(axis=1, keepdims=True)
     variance = squares / jnp.maximum(degrees, 1)
+
+    # What cannot be standardized gets 0
     usable = (count_Px1 >= 2) & (variance > 0)
     scale = jnp.maximum(jnp.sqrt(jnp.where(usable, variance, 1.0)), std_floor)
     advantages = deviation / (scale + epsilon)

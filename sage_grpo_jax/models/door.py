@@ -88,7 +88,7 @@ class VideoModel(Protocol):
     RELEASED: Mapping[str, Any]
     # Fields in which weights must agree with the variant of the recipe.
     VARIANT_FIELDS: tuple[str, ...]
-    # For each of `lora.TARGETS`, the dense layers that it stands for, as blocks/mlp/in.
+    # For each of `lora.TARGETS`, the dense layers that it stands for, as blocks/mlp/in; or none.
     ADAPTER_TARGETS: Mapping[str, tuple[str, ...]]
     # Every dense layer that can be adapted, those above included; a config may lack some.
     ADAPTER_LAYERS: tuple[str, ...]

@@ -63,11 +63,11 @@ def adapted_paths(lora: LoraConfig, model: VideoModel) -> list[tuple[str, ...]]:
     """Paths of the adapted layers in the parameters of a model: ("blocks", "image", "mlp", "in").
 
     Raises:
-      ValueError: targets that the model does not know, or a layer twice.
+      ValueError: targets that the model does not know, a layer twice, or none at all.
     """
     unknown = {*lora.targets}.difference(model.ADAPTER_TARGETS, model.ADAPTER_LAYERS)
     paths = [path for target in lora.targets for path in _expand(target, model)]
-    if unknown or len(set(paths)) < len(paths):
+    if unknown or not paths or len(set(paths)) < len(paths):
         raise ValueError(
             f"lora.targets: got {lora.targets}; allowed: some of "
             f"{', '.join(model.ADAPTER_TARGETS)}, or single layers as {model.ADAPTER_LAYERS[0]} "
@@ -79,7 +79,9 @@ def adapted_paths(lora: LoraConfig, model: VideoModel) -> list[tuple[str, ...]]:
 def targets_of(paths: Iterable[tuple[str, ...]], model: VideoModel) -> tuple[str, ...]:
     """The targets that stand for these layers, as short as they get."""
     left = {"/".join(path) for path in paths}
-    whole = [target for target in TARGETS if left.issuperset(_expand(target, model))]
+    # A model may have nothing that a target stands for.
+    some = [target for target in TARGETS if _expand(target, model)]
+    whole = [target for target in some if left.issuperset(_expand(target, model))]
     left -= {path for target in whole for path in _expand(target, model)}
     return (*whole, *(path for path in model.ADAPTER_LAYERS if path in left))
 

@@ -213,7 +213,7 @@ LAYOUTS = {
         mark="condition_embedder.time_proj.weight",
         facts=functools.partial(_facts, diffusers_rows),
     ),
-    "wan": ModelLayout(
+    "original": ModelLayout(
         original_rows,
         mark="time_projection.1.weight",
         facts=functools.partial(_facts, original_rows),

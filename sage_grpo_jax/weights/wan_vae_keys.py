@@ -241,7 +241,7 @@ LAYOUTS = {
         mark="post_quant_conv.weight",
         facts=functools.partial(facts, DIFFUSERS),
     ),
-    "wan": ModelLayout(
+    "original": ModelLayout(
         original_rows,
         mark="decoder.head.0.gamma",
         facts=functools.partial(facts, ORIGINAL),

@@ -100,6 +100,7 @@ CPS = {  # IamCreateAI/FlowCPS: config/grpo.py:pickscore_flux, sd3_sde_with_logp
 }
 NFT = {  # NVlabs/DiffusionNFT: config/base.py, config/nft.py:sd3_pickscore, train_nft_sd3.py
     "sample.deterministic": ("ode", "rollout.sde"),
+    "deterministic, yet samples differ": (False, "rollout.same_initial_noise"),
     "sample.guidance_scale": (1.0, "rollout.guidance"),
     "train.timestep_fraction": (0.99, "rollout.trained_fraction"),
     "perms_time": ("random", "rollout.trained_choice"),

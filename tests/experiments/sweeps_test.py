@@ -74,7 +74,7 @@ def recipe(folder: pathlib.Path, name: str, body: str) -> pathlib.Path:
     file = folder / name
     file.write_text(
         "import numpy as np\n"
-        "from sage_grpo_jax.training import sweeps\n"
+        "from sage_grpo_jax.experiments import sweeps\n"
         f"base = sweeps.load_module({str(ROOT / 'configs' / 'moving_shapes.py')!r})\n"
         "get_config = base.get_config\n" + body
     )
@@ -279,7 +279,7 @@ def test_report_and_plan_from_the_command_line(swept):
 def test_a_sweep_runs_and_resumes(tiny_overrides, tmp_path, monkeypatch):
     file = tmp_path / "tiny.py"
     file.write_text(
-        "from sage_grpo_jax.training import sweeps\n"
+        "from sage_grpo_jax.experiments import sweeps\n"
         f"base = sweeps.load_module({str(ROOT / 'configs' / 'moving_shapes.py')!r})\n"
         "get_config = base.get_config\n"
         "def sweep(add):\n"

@@ -14,7 +14,8 @@ def make_run(make_config):
     """make_run(address, weights) -> the tiny recipe with these rewards of a running service."""
 
     def make(address, weights):
-        config = make_config({"rewards.spawn": False, "rewards.address": address})
+        service = {"rewards.spawn": False, "rewards.address": address}
+        config = make_config({**service, "mesh.fsdp": -1})  # all the devices of these tests
         rewards = dataclasses.replace(config.rewards, weights=FrozenDict(weights))
         return dataclasses.replace(config, rewards=rewards)
 

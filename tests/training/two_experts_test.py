@@ -122,6 +122,11 @@ def test_adapters_of_both_experts(make_expert_config, local_scorer, one_device, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), merged, want)
 
 
+def test_targets_that_the_model_has_nothing_for_are_refused():
+    with pytest.raises(ValueError, match=r"lora.targets: got \('query', 'key'\)"):
+        lora.adapted_paths(lora.LoraConfig(1, 1.0, ("query", "key")), two_experts)
+
+
 def test_a_layout_that_the_model_does_not_have(make_expert_config, tmp_path):
     make_expert_config()
     with pytest.raises(ValueError, match=r"layout='tencent': must be one of \['diffusers'\] for a"):

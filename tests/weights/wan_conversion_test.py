@@ -5,6 +5,7 @@ import functools
 import json
 import signal
 
+import jax
 import numpy as np
 import peft
 import pytest
@@ -16,10 +17,12 @@ from wan_oracle import make_inputs, oracle_output
 
 from sage_grpo_jax import convert, weights
 from sage_grpo_jax.common import command_line
+from sage_grpo_jax.models import lora, wan
 from sage_grpo_jax.models.wan import WanConfig
 from sage_grpo_jax.models.wan_vae import WanVaeConfig
 from sage_grpo_jax.weights import configs, facts, tables, tensor_files
 
+INPUTS = make_inputs(wan_pair.TRANSFORMER, (2, 4, 2), (3, 7))
 MODELS = {"transformer": WanTransformer3DModel, "vae": AutoencoderKLWan}
 CONFIGS = {
     "1.3B": WanConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30),
@@ -81,12 +84,12 @@ def test_from_diffusers_and_back_bit_for_bit(pair, name, tmp_path):
 def test_the_vae_through_the_layout_of_its_authors(pair, tmp_path, capsys):
     """A file of torch.save without config.json, as theirs is."""
     flags = {"src": pair.path / "vae", "src_format": "diffusers"}
-    assert run(**flags, dst=tmp_path / "wan", dst_format="wan") == 0
-    tensors = tensor_files.open_tensors(tmp_path / "wan", None)
+    assert run(**flags, dst=tmp_path / "theirs", dst_format="original") == 0
+    tensors = tensor_files.open_tensors(tmp_path / "theirs", None)
     assert "decoder.head.0.gamma" in tensors
     file = tmp_path / "vae.pth"
     torch.save({name: torch.tensor(tensor.read()) for name, tensor in tensors.items()}, file)
-    flags = {"src": file, "src_format": "wan", "dst": tmp_path / "back"}
+    flags = {"src": file, "src_format": "original", "dst": tmp_path / "back"}
     assert run(**flags, dst_format="diffusers") == 2
     assert "latents_mean is not in the tensors" in capsys.readouterr().err
     flags["config_json"] = pair.path / "vae" / "config.json"
@@ -97,7 +100,7 @@ def test_the_vae_through_the_layout_of_its_authors(pair, tmp_path, capsys):
 def test_layouts_of_other_models_are_refused(pair, tmp_path, capsys):
     flags = {"src": pair.path / "transformer", "src_format": "diffusers", "dst": tmp_path / "out"}
     assert run(**flags, dst_format="tencent") == 2
-    assert "must be one of ['diffusers', 'wan'] for a Wan 2.1 DiT" in capsys.readouterr().err
+    assert "must be one of ['diffusers', 'original'] for a Wan 2.1 DiT" in capsys.readouterr().err
     flags["config_json"] = pair.path / "vae" / "config.json"
     assert run(**flags, dst_format="orbax") == 2
     assert "the weights of a Wan 2.1 DiT" in capsys.readouterr().err
@@ -124,7 +127,7 @@ def adapted(pair, tmp_path_factory):
 
 
 def output(model):
-    return oracle_output(model, *make_inputs(wan_pair.TRANSFORMER, (2, 4, 2), (3, 7)))
+    return oracle_output(model, *INPUTS)
 
 
 def test_merged_adapters_compute_what_diffusers_computes(pair, adapted, tmp_path):
@@ -148,6 +151,29 @@ def test_adapters_through_our_format_are_those_of_diffusers(pair, adapted, tmp_p
     np.testing.assert_allclose(output(model.eval()), want, rtol=0, atol=3e-5)
 
 
+def test_what_we_train_diffusers_computes(pair, tmp_path):
+    """Adapters that were made here: ours, in diffusers, and back with the same bits."""
+    params = weights.load(pair.path / "transformer", wan_pair.TRANSFORMER)
+    chosen = lora.LoraConfig(2, 3.0, ("query", "mlp/in", "time_embed/out"))
+    rng = np.random.default_rng(1)
+    adapters = jax.tree.map(
+        lambda s: (0.3 * rng.standard_normal(s.shape)).astype(np.float32),
+        lora.abstract_adapters(params, chosen, wan),
+    )
+    weights.save_adapters(adapters, tmp_path / "ours", chosen, wan_pair.TRANSFORMER)
+    model = WanTransformer3DModel.from_pretrained(pair.path / "transformer")
+    model.load_lora_adapter(tmp_path / "ours", prefix="transformer", use_safetensors=True)
+    velocity = jax.jit(wan.velocity, static_argnums=4)
+    got = velocity(params, *INPUTS, wan_pair.TRANSFORMER, adapters, chosen.scale)
+    np.testing.assert_allclose(got, output(model.eval()), rtol=0, atol=3e-5)
+    assert np.abs(got - output(pair.transformer)).max() > 1e-2
+
+    model.save_lora_adapter(tmp_path / "theirs")
+    back, found = weights.load_adapters(tmp_path / "theirs", wan_pair.TRANSFORMER)
+    assert (found.scale, set(found.targets)) == (1.5, set(chosen.targets))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, back), adapters)
+
+
 # Configs
 
 
@@ -157,13 +183,13 @@ def shapes(config, layout):
     return {name: row.shape_there(parameters[row.ours]) for row in rows for name in row.names()}
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "wan"])
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
 @pytest.mark.parametrize("name", ["1.3B", "14B", "vae"])
 def test_released_models_need_no_config(name, layout):
     assert facts.infer_config(layout, shapes(CONFIGS[name], layout)) == CONFIGS[name]
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "wan"])
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_field_is_compared_with_the_tensors(name, layout):
     config = CONFIGS[name]
@@ -192,12 +218,12 @@ def test_each_field_is_compared_with_the_tensors(name, layout):
 
 def test_what_cannot_be_inferred():
     with pytest.raises(ValueError, match=r"num_attention_heads .* \[1536, 5120\], not for 24 \("):
-        facts.infer_config("wan", shapes(wan_pair.TRANSFORMER, "wan"))
+        facts.infer_config("original", shapes(wan_pair.TRANSFORMER, "original"))
     with pytest.raises(ValueError, match=r"latents_mean is not in the tensors"):
         facts.infer_config("diffusers", shapes(wan_pair.VAE, "diffusers"))
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "wan"])
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
 @pytest.mark.parametrize("config", [CONFIGS["1.3B"], wan_pair.TRANSFORMER, wan_pair.VAE])
 def test_one_missing_tensor_is_that_and_nothing_else(config, layout):
     whole = shapes(config, layout)
@@ -212,7 +238,7 @@ def test_config_json_of_the_authors(tmp_path):
     (tmp_path / "config.json").write_text(OFFICIAL)
     config = weights.load_config(tmp_path)
     assert config == CONFIGS["1.3B"]
-    back, want = json.loads(configs.to_json(config, "wan")), json.loads(OFFICIAL)
+    back, want = json.loads(configs.to_json(config, "original")), json.loads(OFFICIAL)
     assert back == {name: value for name, value in want.items() if name != "_diffusers_version"}
 
 
@@ -234,4 +260,4 @@ def test_other_models_of_the_authors(change, message, tmp_path):
 
 def test_what_their_config_json_cannot_say():
     with pytest.raises(ValueError, match="text_dim=10: must be 4096 in the official layout"):
-        configs.to_json(wan_pair.TRANSFORMER, "wan")
+        configs.to_json(wan_pair.TRANSFORMER, "original")
