@@ -26,8 +26,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.test_prompts = "moving_shapes:test"
 
     config.rollout.update(num_steps=10, shift=3.0, eta=0.8, prompts_per_step=8, group_size=8)
-    # What tells the clips of a group apart is then the noise that the policy is trained on alone.
-    config.rollout.same_initial_noise = True
     config.rollout.decode_batch = 4  # small pieces stay in the caches of a CPU
     config.loss.micro_batch = 64
     config.mesh.update(data=-1, fsdp=1)  # so small a network fits on every device
@@ -40,5 +38,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.eval.update(num_prompts=32, num_test_prompts=64, samples_per_prompt=2)
     config.checkpoint.update(every=20, keep=2)
 
-    methods.apply(config, methods.parse_arg(arg, method="sage")["method"])
+    method = methods.parse_arg(arg, method="sage")["method"]
+    methods.apply(config, method)
+    if method == "sage" or method.endswith("_matched"):
+        # What tells the clips of a group apart is then the noise that is trained on alone.
+        config.rollout.same_initial_noise = True
     return config

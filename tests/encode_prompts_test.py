@@ -93,7 +93,7 @@ def write_and_die(*args):
         os._exit(9)
 work.WorkFolder.write = write_and_die
 from sage_grpo_jax import encode_prompts
-from sage_grpo_jax.training import command_line
+from sage_grpo_jax.common import command_line
 command_line.run(encode_prompts.main)
 """
 

@@ -177,7 +177,7 @@ def test_a_recipe_is_code(tmp_path):
         "import no_such_thing": "--config: ModuleNotFoundError: No module named 'no_such_thing'",
         "get_config = (": "--config: SyntaxError: ",
         "open('gone.txt')": "--config: No such file or directory: 'gone.txt'",
-        "from sage_grpo_jax.training import config as c\n"
+        "from sage_grpo_jax.config import schema as c\n"
         "def get_config():\n  x = c.default_config()\n  x.etta = 1\n  return x": (
             "unknown config field: 'etta'$"
         ),

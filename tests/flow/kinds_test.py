@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from entry_modules import import_entry
 
-from sage_grpo_jax import schedule as schedule_entry
 from sage_grpo_jax.checks import shadow_formulas
 from sage_grpo_jax.config import builder, schema, step_plan
 from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.flow import excess, injected_noise, kinds, noise, rollout, schedules, sde
 from sage_grpo_jax.grpo import equalizer
 from sage_grpo_jax.sampling import settings as settings_lib
+
+schedule_entry = import_entry("schedule")
 
 SCHEDULE = schedules.host_schedule(8, 3.0)
 SIGMAS = np.asarray(SCHEDULE.sigmas, np.float64)

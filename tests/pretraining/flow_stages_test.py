@@ -27,6 +27,7 @@ def data():
         caption=jnp.asarray([2, 0, 1, 3, 3, 1], jnp.int32),
         text=jnp.asarray(rng.standard_normal((CAPTIONS + 1, 2, 5)), jnp.float32),
         mask=jnp.asarray(rng.random((CAPTIONS + 1, 2)) < 0.7),
+        rivals=jnp.tile(jnp.arange(CAPTIONS + 1)[:, None], 2),
     )
 
 

@@ -21,7 +21,7 @@ if int(count) > 1:
     jax.distributed.initialize(f"localhost:{port}", int(count), int(index))
 from sage_grpo_jax.data import media
 from sage_grpo_jax.sampling import run, sources
-from sage_grpo_jax.training import config as schema
+from sage_grpo_jax.config import builder
 recipe = runpy.run_path("configs/moving_shapes.py")["get_config"]()
 recipe.mesh.data, recipe.eval.num_steps = int(count), 2
 written, write = [], media.write_clip

@@ -12,8 +12,8 @@ SCRIPT = """
 import sys, jax, numpy as np
 from jax.experimental import topologies
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.training import compile_checks, setup
-from sage_grpo_jax.training import config as schema
+from sage_grpo_jax.checks import compile_checks
+from sage_grpo_jax.config import builder, schema
 
 topology = topologies.get_topology_desc(topology_name="v6e:2x4", platform="tpu")
 config = schema.default_config()
@@ -50,7 +50,7 @@ def test_rollout_decode_and_update_compile_for_v6e_8(tiny_overrides):
         env=env,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
