@@ -162,7 +162,8 @@ def test_what_we_train_diffusers_computes(pair, tmp_path):
     )
     weights.save_adapters(adapters, tmp_path / "ours", chosen, wan_pair.TRANSFORMER)
     model = WanTransformer3DModel.from_pretrained(pair.path / "transformer")
-    model.load_lora_adapter(tmp_path / "ours", prefix="transformer", use_safetensors=True)
+    named = {"prefix": "transformer", "adapter_name": "default"}
+    model.load_lora_adapter(tmp_path / "ours", use_safetensors=True, **named)
     velocity = jax.jit(wan.velocity, static_argnums=4)
     got = velocity(params, *INPUTS, wan_pair.TRANSFORMER, adapters, chosen.scale)
     np.testing.assert_allclose(got, output(model.eval()), rtol=0, atol=3e-5)
