@@ -1,6 +1,7 @@
-"""Prints docs/scaling.md's table: gigabytes of training state on each device, by slice size.
+"""Prints docs/scaling.md's tables: gigabytes of training state on each device, by slice size.
 
     python benchmarks/scaling.py
+    python benchmarks/scaling.py --recipe=configs/wan_21.py:variant=1.3B --devices=1,4,8,16
 
 Shapes and shardings are those of the programs (`training.setup`); nothing is allocated.
 Activations, gathered layers and the buffers of the compiler come on top.
@@ -8,6 +9,7 @@ Activations, gathered layers and the buffers of the compiler come on top.
 
 from __future__ import annotations
 
+import argparse
 import math
 import pathlib
 
@@ -20,7 +22,7 @@ from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.training import setup
 
 RECIPE = pathlib.Path(__file__).parents[1] / "configs" / "hunyuan_video_15.py"
-DEVICES = (4, 8, 16, 32, 64, 128)
+DEVICES = "4,8,16,32,64,128"
 ROWS = {
     "full, AdamW, dual": {},
     "full, AdamW, fixed or moving": {"trust_region.kind": "moving"},
@@ -45,13 +47,21 @@ def bytes_per_device(config: schema.Config, devices: int) -> int:
 
 
 def main() -> None:
-    print("| state | " + " | ".join(f"{n} devices" for n in DEVICES) + " |")
-    print("|---" * (len(DEVICES) + 1) + "|")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default=str(RECIPE))
+    parser.add_argument("--devices", default=DEVICES)
+    flags = parser.parse_args()
+    file, _, arg = flags.recipe.partition(":")
+    devices = [int(count) for count in flags.devices.split(",")]
+
+    print("| state | " + " | ".join(f"{n} devices" for n in devices) + " |")
+    print("|---" * (len(devices) + 1) + "|")
+    recipe = sweeps.load_module(pathlib.Path(file))
     for name, overrides in ROWS.items():
-        config: ml_collections.ConfigDict = sweeps.load_module(RECIPE).get_config()
+        config: ml_collections.ConfigDict = recipe.get_config(arg or None)
         config.update_from_flattened_dict(overrides)
         validated = builder.from_config_dict(config)
-        sizes = [bytes_per_device(validated, n) / 1e9 for n in DEVICES]
+        sizes = [bytes_per_device(validated, n) / 1e9 for n in devices]
         print(f"| {name} | " + " | ".join(f"{size:.1f}" for size in sizes) + " |")
 
 

@@ -1,4 +1,4 @@
-"""Converts weights between diffusers, Tencent's layout, orbax checkpoints and adapters (peft).
+"""Converts weights between diffusers, other codebases, orbax checkpoints and adapters (peft).
 
     python -m sage_grpo_jax.convert --src=ckpts/transformer/480p_t2v --src_format=tencent \\
         --dst=weights/480p_t2v --dst_format=orbax

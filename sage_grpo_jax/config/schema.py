@@ -20,7 +20,7 @@ from sage_grpo_jax.models import lora as lora_lib
 class ModelConfig:
     """Which networks, and in which numerics."""
 
-    # Folder in diffusers, Tencent or our orbax layout; "asset:NAME" for shipped weights.
+    # Folder in diffusers', the authors' or our orbax layout; "asset:NAME" for shipped weights.
     transformer: str = ""
     vae: str = ""
     variant: str = ""  # of a released model, as 480p_t2v; "": another model

@@ -86,7 +86,7 @@ class VideoModel(Protocol):
     Config: type  # a `TransformerConfig`
     # Released variants: all fields of their configs, with how they are run at the defaults.
     RELEASED: Mapping[str, Any]
-    # Fields that no shape depends on, in which weights must agree with the variant of the recipe.
+    # Fields in which weights must agree with the variant of the recipe.
     VARIANT_FIELDS: tuple[str, ...]
     # For each of `lora.TARGETS`, the dense layers that it stands for, as blocks/mlp/in; or none.
     ADAPTER_TARGETS: Mapping[str, tuple[str, ...]]
@@ -246,6 +246,10 @@ class VideoAutoencoder(Protocol):
 
     def decode_unclipped(self, params: Any, latents: jax.Array, config: Any) -> jax.Array:
         """`decode` before anything that clips the pixels: tiles are blended there."""
+        ...
+
+    def clip_pixels(self, videos: jax.Array) -> jax.Array:
+        """What `decode` does after `decode_unclipped`: `decode` is one after the other."""
         ...
 
     def encode_moments(self, params: Any, videos: jax.Array, config: Any) -> jax.Array:

@@ -38,7 +38,7 @@ ENTRIES: dict[str, Entry] = {
         AUTOENCODER, f"{_MODELS}.vae", f"{_WEIGHTS}.hunyuan_vae_keys"
     ),
     "WanTransformer3DModel": Entry(TRANSFORMER, f"{_MODELS}.wan", f"{_WEIGHTS}.wan_keys"),
-    "AutoencoderKLWan": Entry(AUTOENCODER, f"{_MODELS}.wan_vae", f"{_WEIGHTS}.wan_vae_tables"),
+    "AutoencoderKLWan": Entry(AUTOENCODER, f"{_MODELS}.wan_vae", f"{_WEIGHTS}.wan_vae_keys"),
 }
 
 

@@ -351,6 +351,11 @@ def decode(params: Params, latents_BxTxHxWxC: jax.Array, config: VaeConfig) -> j
 decode_unclipped = decode
 
 
+def clip_pixels(videos: jax.Array) -> jax.Array:
+    """The videos as they are."""
+    return videos
+
+
 def to_model_latents(latents: jax.Array, config: VaeConfig) -> jax.Array:
     """Latents of the VAE in the units of the diffusion model."""
     return latents * config.scaling_factor

@@ -4,9 +4,9 @@ Tiles cover all frames and a square of `tile` pixels; each starts (1 - overlap) 
 one before, and the shared strip fades from one to the other. Tiled and whole results differ: the
 mid-block attention sees one tile only. The released weights are usually decoded this way.
 
-Same numbers as `tiled_decode` and `tiled_encode` of diffusers' AutoencoderKLHunyuanVideo15
-(overlap 0.25, the default there) and of the official code (overlap 0.125): a tile is blended with
-the blended tile above it, then with the blended one to its left.
+Same numbers as `tiled_decode` and `tiled_encode` of diffusers' video VAEs (overlap 0.25, the
+default there) and of HunyuanVideo-1.5's own code (overlap 0.125): a tile is blended with the
+blended tile above it, then with the blended one to its left.
 """
 
 from __future__ import annotations
@@ -77,13 +77,17 @@ def decode_tiled(
       ValueError: tile and overlap that do not come out as whole latents, wrong channels.
     """
     chex.assert_rank(latents_BxTxHxWxC, 5)
-    model = registry.of(config)
+    model, ratio = registry.of(config), config.spatial_compression_ratio
+    window, stride = _window_and_stride(ratio, tile, overlap)
+    grids = [_Grid(n, window, stride, lambda x: x * ratio) for n in latents_BxTxHxWxC.shape[2:4]]
 
-    def decode(decoder: Params, latents: jax.Array) -> jax.Array:
+    # The barrier ties the weights to the tile: else XLA casts them once ahead of each loop, and
+    # keeps the copies of all loops at the same time.
+    def decode(latents: jax.Array) -> jax.Array:
+        decoder, latents = lax.optimization_barrier((params["decoder"], latents))
         return model.decode_unclipped({"decoder": decoder}, latents, config)
 
-    ratio = config.spatial_compression_ratio
-    return decode_blended(decode, params["decoder"], latents_BxTxHxWxC, ratio, tile, overlap)
+    return model.clip_pixels(_tiled(decode, latents_BxTxHxWxC, grids))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "tile", "overlap"))
@@ -111,65 +115,16 @@ def encode_tiled(
       ValueError: see `encode` and `decode_tiled`.
     """
     # The sizes are checked by tracing the plain encoder, which computes nothing.
-    model = registry.of(config)
+    model, ratio = registry.of(config), config.spatial_compression_ratio
     jax.eval_shape(lambda p, v: model.encode(p, v, config), params, videos_BxFxHxWxC)
-
-    def encode(encoder: Params, videos: jax.Array) -> jax.Array:
-        return model.encode_moments({"encoder": encoder}, videos, config)
-
-    ratio = config.spatial_compression_ratio
-    moments = encode_blended(encode, params["encoder"], videos_BxFxHxWxC, ratio, tile, overlap)
-    return model.split_moments(moments)
-
-
-def decode_blended(
-    decode: Callable[[Params, jax.Array], jax.Array],
-    params: Params,
-    latents_BxTxHxWxC: jax.Array,
-    ratio: int,
-    tile: int,
-    overlap: float,
-) -> jax.Array:
-    """`decode(params, latents)` tile by tile, for any VAE.
-
-    Args:
-      decode: from latents to pixels, `ratio` times as high and wide.
-      params: what `decode` needs.
-      latents_BxTxHxWxC: of whole clips.
-      ratio: pixels that a latent is high and wide.
-      tile: side of a tile in pixels.
-      overlap: part of a tile that it shares with the next.
-
-    Raises:
-      ValueError: tile and overlap that do not come out as whole latents.
-    """
-    window, stride = _window_and_stride(ratio, tile, overlap)
-    grids = [_Grid(n, window, stride, lambda x: x * ratio) for n in latents_BxTxHxWxC.shape[2:4]]
-    return _tiled(_tied(decode, params), latents_BxTxHxWxC, grids)
-
-
-def encode_blended(
-    encode: Callable[[Params, jax.Array], jax.Array],
-    params: Params,
-    videos_BxFxHxWxC: jax.Array,
-    ratio: int,
-    tile: int,
-    overlap: float,
-) -> jax.Array:
-    """`encode(params, videos)`, which gives moments, tile by tile; see `decode_blended`."""
     window, stride = (ratio * n for n in _window_and_stride(ratio, tile, overlap))
     grids = [_Grid(n, window, stride, lambda x: x // ratio) for n in videos_BxFxHxWxC.shape[2:4]]
-    return _tiled(_tied(encode, params), videos_BxFxHxWxC, grids)
 
+    def encode(videos: jax.Array) -> jax.Array:
+        encoder, videos = lax.optimization_barrier((params["encoder"], videos))
+        return model.encode_moments({"encoder": encoder}, videos, config)
 
-def _tied(
-    function: Callable[[Params, jax.Array], jax.Array], params: Params
-) -> Callable[[jax.Array], jax.Array]:
-    """The function with its weights tied to the tile by a barrier.
-
-    Else XLA casts them once ahead of each loop, and keeps the copies of all loops at the same time.
-    """
-    return lambda x: function(*lax.optimization_barrier((params, x)))
+    return model.split_moments(_tiled(encode, videos_BxFxHxWxC, grids))
 
 
 def check_tile(config: AutoencoderConfig, tile: int, overlap: float) -> None:

@@ -10,17 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sage_grpo_jax.models import layer_stack, lora
-from sage_grpo_jax.models.door import EmbeddingNeeds
 from sage_grpo_jax.models.layers import (
     Mlp,
     Modulation,
@@ -38,12 +35,16 @@ from sage_grpo_jax.models.model_config import require, require_shape
 from sage_grpo_jax.models.patches import PatchEmbed, unpatchify
 from sage_grpo_jax.models.rope import float64_rotary_tables
 from sage_grpo_jax.models.wan_blocks import Block, ModulationTable, gelu
-from sage_grpo_jax.models.wan_config import ROPE_THETA, TEXT_TOKENS, VARIANTS, WanConfig
+from sage_grpo_jax.models.wan_condition import (
+    Condition,
+    embedding_needs,
+    make_condition,
+    unconditional,
+    with_step_end,
+)
+from sage_grpo_jax.models.wan_config import ROPE_THETA, VARIANTS, WanConfig
 
 __all__ = [
-    "ADAPTER_LAYERS",
-    "ADAPTER_TARGETS",
-    "TEXT_TOKENS",
     "Condition",
     "WanConfig",
     "embedding_needs",
@@ -56,11 +57,9 @@ __all__ = [
 ]
 
 NAME, Config = "Wan 2.1 DiT", WanConfig
-RELEASED = {variant: WanConfig(**fields) for variant, fields in VARIANTS.items()}
-VARIANT_FIELDS = ()
-# The text encoder of the released weights, by its name in embedding caches.
-_ENCODER = "umt5"
-
+RELEASED = VARIANTS
+# Shapes depend on them, and they tell the released models apart before any weights are read.
+VARIANT_FIELDS = ("num_attention_heads", "num_layers")
 _ATTENTIONS = ("self_attention", "cross_attention")
 # What LoRA adapts for each target: the layer of that name in both attentions, and in the MLP.
 ADAPTER_TARGETS: dict[str, tuple[str, ...]] = {
@@ -78,55 +77,6 @@ ADAPTER_LAYERS: tuple[str, ...] = (
     "time_proj/linear",
     "final/proj",
 )
-
-
-class Condition(NamedTuple):
-    """What the velocity is conditioned on.
-
-    Attributes:
-      text: [B, L, text_dim]. The model attends to all L tokens, empty ones too; the released
-        models were trained with L = TEXT_TOKENS.
-      text_mask: bool [B, L], True at the tokens of the prompt. The others count as zeros, which is
-        how both pipelines fill up prompts; there is no mask in the attention.
-    """
-
-    text: jax.Array
-    text_mask: jax.Array
-
-
-def make_condition(arrays: Mapping[str, Any], config: WanConfig, latent_frames: int) -> Condition:
-    """The condition of P samples from the arrays of an embedding cache, see `door.VideoModel`.
-
-    Texts are filled up to TEXT_TOKENS.
-
-    Raises:
-      ValueError: longer texts.
-    """
-    del latent_frames
-    text = arrays["text"].astype(jnp.dtype(config.dtype))
-    mask = arrays["text_mask"].astype(bool)
-    missing = TEXT_TOKENS - text.shape[1]
-    require(missing >= 0, "text tokens", text.shape[1], f"at most {TEXT_TOKENS}")
-    pad = np.pad if isinstance(text, np.ndarray) else jnp.pad
-    return Condition(pad(text, ((0, 0), (0, missing), (0, 0))), pad(mask, ((0, 0), (0, missing))))
-
-
-def unconditional(condition: Condition, negative: Condition) -> Condition:
-    """The other branch of guidance: the negative prompt, leaves [1, ...], for every sample."""
-    return jax.tree.map(lambda x, other: jnp.broadcast_to(other, x.shape), condition, negative)
-
-
-def with_step_end(
-    condition: Condition, timestep_end: Callable[[], jax.Array], config: WanConfig
-) -> Condition:
-    """The condition as it is: no released model is told where its step ends."""
-    del timestep_end, config
-    return condition
-
-
-def embedding_needs(config: WanConfig) -> EmbeddingNeeds:
-    """What embeddings the model takes."""
-    return EmbeddingNeeds(text=config.text_dim, encoder=_ENCODER, text_tokens=TEXT_TOKENS)
 
 
 def init_params(config: WanConfig, key: jax.Array) -> dict[str, Any]:

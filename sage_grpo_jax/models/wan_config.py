@@ -14,11 +14,6 @@ CLASS_NAME = "WanTransformer3DModel"
 # number is part of the trained model, although no config.json has it.
 TEXT_TOKENS = 512
 ROPE_THETA = 10_000.0  # fixed in every released model
-# Released checkpoints, and the fields in which they differ from the defaults.
-VARIANTS = {
-    "wan_21_t2v_1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
-    "wan_21_t2v_14b": {},
-}
 _IMAGE_FIELDS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
 # Far beyond every released model; what is larger comes from a damaged file.
 _BOUNDS = {
@@ -130,3 +125,10 @@ class WanConfig:
     def to_json(self) -> str:
         """The text of a diffusers config.json; how to run the model is left out."""
         return model_config.to_json(self, CLASS_NAME)
+
+
+# The released text-to-video models, by the names of the variants.
+VARIANTS = {
+    "wan_21_t2v_1.3B": WanConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30),
+    "wan_21_t2v_14B": WanConfig(),
+}

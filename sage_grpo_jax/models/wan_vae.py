@@ -217,7 +217,11 @@ def decode(
     Raises:
       ValueError: if the latents are empty or do not have `z_dim` channels, or `latent_frames` < 1.
     """
-    videos = decode_unclipped(params, latents_BxTxHxWxC, config, latent_frames)
+    return clip_pixels(decode_unclipped(params, latents_BxTxHxWxC, config, latent_frames))
+
+
+def clip_pixels(videos: jax.Array) -> jax.Array:
+    """The last step of `decode`."""
     return jnp.clip(videos, -1.0, 1.0)
 
 

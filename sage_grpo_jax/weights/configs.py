@@ -47,7 +47,7 @@ def _from_values(values: dict[str, Any]) -> Config:
 
 
 def to_json(config: Config, layout: str) -> str:
-    """The text of config.json in one of the layouts of the model.
+    """The text of config.json in a layout of the model, such as "diffusers".
 
     Raises:
       ValueError: a layout that the model does not have, or that cannot express it.

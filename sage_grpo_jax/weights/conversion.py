@@ -27,7 +27,7 @@ from sage_grpo_jax.weights import (
 from sage_grpo_jax.weights.sources import FiniteSource, MergedSource, Source
 from sage_grpo_jax.weights.tables import Config
 
-FORMATS = (*tables.LAYOUTS, "orbax", "peft")
+FORMATS = (*writing.FORMATS, "peft")
 DTYPES = ("float32", "bfloat16")
 _RUN_CONFIG = "transformer.json"
 
@@ -171,7 +171,7 @@ def _open_tensors(
     src_key: str | None = None,
     config_json: pathlib.Path | None = None,
 ) -> tuple[Config, Source]:
-    """A model in diffusers' or Tencent's layout (None: either), with its config."""
+    """A model in one of its layouts (None: recognised), with its config."""
     file = config_json or (path if path.is_dir() else path.parent) / configs.CONFIG_FILE
     if file.is_file() or config_json is not None:
         config = configs.load_config(file)
@@ -179,7 +179,8 @@ def _open_tensors(
         tensors = tensor_files.open_tensors(path, src_key)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         try:
-            config = facts.infer_config(layout or "tencent", shapes)
+            kind = tables.recognise(shapes)
+            config = facts.infer_config(layout or (kind.layout if kind else "diffusers"), shapes)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return config, store.open_source(path, config, layout, src_key, str(file))

@@ -8,6 +8,7 @@ field is in the weight tables of each model.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 
 from sage_grpo_jax.models import registry
@@ -60,9 +61,11 @@ def infer_config(layout: str, tensors: Mapping[str, Shape]) -> Config:
     model_tables = registry.tables_of(kind.class_name)
     found = _facts(model_tables.LAYOUTS[layout], tensors)
     facts = {field: fact for field, (fact, _) in found.items()}
-    values = {field: fact.value for field, fact in facts.items()}
+    config = registry.named(kind.class_name).Config
+    names = {field.name for field in dataclasses.fields(config)}
+    values = {field: fact.value for field, fact in facts.items() if field in names}
     # A field whose tensor is missing is that of the released model: the key table names the tensor.
-    return registry.named(kind.class_name).Config(**values, **model_tables.unseen(facts))
+    return config(**values, **model_tables.unseen(facts))
 
 
 def _facts(layout: ModelLayout, tensors: Mapping[str, Shape]) -> dict[str, tuple[Fact, Read]]:

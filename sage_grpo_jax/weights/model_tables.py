@@ -59,7 +59,7 @@ class ModelLayout(NamedTuple):
     Attributes:
       rows: config -> one row for each parameter.
       mark: a tensor that all its files of this model have, and no others.
-      facts: what tensors of these names and shapes show of the config, by field.
+      facts: what tensors of these names and shapes show of the config, by field or property.
       config_json: None where it is diffusers'.
     """
 

@@ -30,7 +30,7 @@ def load(
     shardings: Any = None,
     dtype: jnp.dtype = jnp.float32,
 ) -> dict[str, Any]:
-    """Parameters from a folder or file in diffusers', Tencent's or our orbax format.
+    """Parameters from a folder or file in one of the model's layouts or our orbax format.
 
     Args:
       path: a folder, or one file of tensors; the format is recognised.

@@ -15,8 +15,6 @@ from sage_grpo_jax.weights.key_table import Path, Row, Shape, check_parameters
 from sage_grpo_jax.weights.model_tables import ModelLayout, ModelTables
 
 Config = Any  # of one of the models in `models.registry`
-# Of all models; which of them a model has, its weight tables say.
-LAYOUTS = ("diffusers", "tencent", "original")
 
 
 class Kind(NamedTuple):
@@ -95,3 +93,7 @@ def recognise(tensors: Mapping[str, Shape]) -> Kind | None:
     """What tensors of these names belong to, or None."""
     found = [kind for kind, layout in all_layouts() if layout.mark in tensors]
     return found[0] if len(found) == 1 else None
+
+
+# The names of all layouts that some model has.
+LAYOUTS = tuple(dict.fromkeys(kind.layout for kind, _ in all_layouts()))

@@ -1,4 +1,4 @@
-"""Key tables of the Wan DiT: diffusers' `WanTransformer3DModel` and the official layout.
+"""Weight tables of the Wan DiT: diffusers' `WanTransformer3DModel` and the official layout.
 
 The official layout: `wan/modules/model.py`. Only names differ; its norm2 and norm3 are diffusers'
 norm3 and norm2.
@@ -6,13 +6,16 @@ norm3 and norm2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from sage_grpo_jax.models.model_config import RUNTIME_FIELDS
-from sage_grpo_jax.models.wan_config import WanConfig
-from sage_grpo_jax.weights.key_table import Row, linear, norm, with_bias
-from sage_grpo_jax.weights.model_tables import Fact, ModelLayout
+from sage_grpo_jax.common import checked_json
+from sage_grpo_jax.models.model_config import RUNTIME_FIELDS, require
+from sage_grpo_jax.models.wan_config import TEXT_TOKENS, VARIANTS, WanConfig
+from sage_grpo_jax.weights.counting import count_layers, has_part
+from sage_grpo_jax.weights.key_table import Row, Shape, linear, norm, with_bias
+from sage_grpo_jax.weights.model_tables import ConfigJson, Fact, ModelLayout, Read
 
 SHAPELESS = ("eps", "rope_max_seq_len", *RUNTIME_FIELDS)
 
@@ -98,12 +101,122 @@ def _rows(
     return rows
 
 
-LAYOUTS = {
-    "diffusers": ModelLayout(diffusers_rows, mark="condition_embedder.time_proj.weight"),
-    "original": ModelLayout(original_rows, mark="time_projection.1.weight"),
-}
+# The config
+
+
+def _facts(
+    table: Callable[[WanConfig], list[Row]], tensors: Mapping[str, Shape]
+) -> dict[str, Read]:
+    """What tensors show of the config, by field or property.
+
+    Norms cover all heads together: the tensors show the width, and not what a head has of it.
+
+    Args:
+      table: the key table of their layout.
+      tensors: the shapes of all tensors of a checkpoint.
+    """
+    rows = table(WanConfig(num_layers=1))
+    templates = {row.ours: row.theirs for row in rows}
+
+    def name(*path: str) -> str:
+        return templates[path].format(i=0)
+
+    def shape(*path: str) -> Callable[[int], Callable[[], int]]:
+        return lambda axis: lambda: tensors[name(*path)][axis]
+
+    blocks = [row.theirs for row in rows if row.ours[0] == "blocks"]
+    cross_norm = [row.theirs for row in rows if row.ours[:2] == ("blocks", "cross_norm")]
+    patch, out = ("patch_embed", "kernel"), ("final", "proj", "kernel")
+    text, time = ("text_embed", "in", "kernel"), ("time_embed", "in", "kernel")
+    mlp = ("blocks", "mlp", "in", "kernel")
+
+    def size() -> tuple[int, int, int]:
+        t, h, w = tensors[name(*patch)][2:]
+        return t, h, w
+
+    def out_channels() -> int:
+        t, h, w = size()
+        return tensors[name(*out)][0] // (t * h * w)
+
+    return {
+        "hidden_size": Read(name(*patch), shape(*patch)(0)),
+        "in_channels": Read(name(*patch), shape(*patch)(1)),
+        "patch_size": Read(name(*patch), size),
+        "out_channels": Read(name(*out), out_channels),
+        "text_dim": Read(name(*text), shape(*text)(1)),
+        "freq_dim": Read(name(*time), shape(*time)(1)),
+        "ffn_dim": Read(name(*mlp), shape(*mlp)(0)),
+        "num_layers": Read(blocks[0].format(i="*"), lambda: count_layers(blocks, tensors)),
+        "cross_attn_norm": Read(cross_norm[0].format(i=0), lambda: has_part(cross_norm, tensors)),
+    }
 
 
 def unseen(facts: Mapping[str, Fact]) -> dict[str, Any]:
-    """Nothing is read off the tensors: a checkpoint needs its config.json."""
-    raise ValueError("no config.json: a Wan 2.1 DiT is not told by its tensors; give --config_json")
+    """Heads are in no tensor; they are known for the released widths."""
+    heads = {config.hidden_size: config.num_attention_heads for config in VARIANTS.values()}
+    fact = facts.get("hidden_size")
+    if fact is None:
+        return {}
+    if fact.value not in heads:
+        raise ValueError(
+            "no config.json: num_attention_heads is not in the tensors, and known only for the "
+            f"released widths {sorted(heads)}, not for {fact.value} ({fact.tensor}); give "
+            "--config_json"
+        )
+    return {"num_attention_heads": heads[fact.value]}
+
+
+# Ours -> the constructor's in the official code.
+_ORIGINAL_FIELDS = {
+    "hidden_size": "dim",
+    "ffn_dim": "ffn_dim",
+    "freq_dim": "freq_dim",
+    "in_channels": "in_dim",
+    "out_channels": "out_dim",
+    "num_attention_heads": "num_heads",
+    "num_layers": "num_layers",
+    "eps": "eps",
+}
+# What the official config.json has beside them.
+_ORIGINAL_FIXED = {"model_type": "t2v", "text_len": TEXT_TOKENS}
+# What it leaves out: the official code has one value for each.
+_ORIGINAL_SILENT = ("patch_size", "text_dim", "cross_attn_norm", "rope_max_seq_len")
+
+
+def _read_original(values: dict[str, Any]) -> WanConfig:
+    for field, value in _ORIGINAL_FIXED.items():
+        require(values.get(field, value) == value, field, values.get(field), value)
+    known = {*_ORIGINAL_FIXED, *_ORIGINAL_FIELDS.values()}
+    unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
+    require(not unknown, "fields", unknown, f"only {sorted(known)}")
+    given = {
+        ours: checked_json.member(values, theirs, float if ours == "eps" else int)
+        for ours, theirs in _ORIGINAL_FIELDS.items()
+    }
+    width, heads = given.pop("hidden_size"), given["num_attention_heads"]
+    require(heads >= 1, "num_heads", heads, "at least 1")
+    require(width % heads == 0, "dim", width, f"a multiple of num_heads={heads}")
+    return WanConfig(attention_head_dim=width // heads, **given)
+
+
+def _write_original(config: WanConfig) -> dict[str, Any]:
+    for field in _ORIGINAL_SILENT:
+        value, only = getattr(config, field), getattr(WanConfig(), field)
+        require(value == only, field, value, f"{only} in the official layout")
+    fields = {theirs: getattr(config, ours) for ours, theirs in _ORIGINAL_FIELDS.items()}
+    return {**_ORIGINAL_FIXED, **fields}
+
+
+LAYOUTS = {
+    "diffusers": ModelLayout(
+        diffusers_rows,
+        mark="condition_embedder.time_proj.weight",
+        facts=functools.partial(_facts, diffusers_rows),
+    ),
+    "original": ModelLayout(
+        original_rows,
+        mark="time_projection.1.weight",
+        facts=functools.partial(_facts, original_rows),
+        config_json=ConfigJson("WanModel", _read_original, _write_original),
+    ),
+}

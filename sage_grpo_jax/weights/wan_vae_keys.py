@@ -1,14 +1,23 @@
-"""Key tables of the Wan 2.1 VAE: diffusers' `AutoencoderKLWan` and the original `Wan2.1_VAE.pth`.
+"""Weight tables of the Wan 2.1 VAE: diffusers' `AutoencoderKLWan` and the original layout.
 
-The original layout: `wan/modules/vae.py` of Wan's own code. Only names differ.
+The original layout: `wan/modules/vae.py` of Wan's own code, in `Wan2.1_VAE.pth`. Only names differ.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
 
 from sage_grpo_jax.models.wan_vae_config import WanVaeConfig
-from sage_grpo_jax.weights.key_table import Path, Row, with_bias
+from sage_grpo_jax.weights.key_table import Path, Row, Shape, with_bias
+from sage_grpo_jax.weights.model_tables import Fact, ModelLayout, Read, require_released
+
+SHAPELESS = ("dropout", "dtype")
+_STEP = "resample.1.weight"  # of a change of resolution, which resnets do not have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,3 +158,100 @@ def _resample(ours: Path, theirs: str, temporal: bool) -> list[Row]:
     if temporal:
         rows += with_bias((*ours, "time_conv"), f"{theirs}.time_conv", "conv3d")
     return rows
+
+
+def facts(names: Names, tensors: Mapping[str, Shape]) -> dict[str, Read]:
+    """What tensors show of the config, by field.
+
+    Args:
+      names: of the layout.
+      tensors: the shapes of all tensors of a checkpoint in this layout.
+    """
+    entry, last = f"encoder.{names.conv_in}.weight", f"decoder.{names.conv_out}.weight"
+    first = f"decoder.{names.conv_in}.weight"
+    conv, step = (f"{names.down.format(n='*')}.{tensor}" for tensor in (_conv(names), _STEP))
+
+    @functools.cache
+    def levels() -> list[list[Mapping[str, Shape]]]:
+        return _levels(names, tensors)
+
+    def multiples() -> tuple[int, ...]:
+        return tuple(level[0][_conv(names)][0] // tensors[entry][0] for level in levels())
+
+    def resnets() -> int:
+        *others, deepest = levels()
+        (count,) = {len(level) - 1 for level in others} | {len(deepest)}
+        return count
+
+    def decoder_base() -> int | None:
+        base = tensors[first][0] // multiples()[-1]
+        return None if base == tensors[entry][0] else base
+
+    return {
+        "base_dim": Read(entry, lambda: tensors[entry][0]),
+        "decoder_base_dim": Read(first, decoder_base, _same_decoder_base),
+        "z_dim": Read(first, lambda: tensors[first][1]),
+        "dim_mult": Read(conv, multiples),
+        "num_res_blocks": Read(conv, resnets),
+        "temperal_downsample": Read(
+            step, lambda: tuple(_looks_back(level[-1]) for level in levels()[:-1])
+        ),
+        "in_channels": Read(entry, lambda: tensors[entry][1]),
+        "out_channels": Read(last, lambda: tensors[last][0]),
+    }
+
+
+def _same_decoder_base(config: WanVaeConfig, base: int | None) -> bool:
+    """None says the same as the width of the encoder."""
+    return (config.decoder_base_dim or config.base_dim) == (base or config.base_dim)
+
+
+def _conv(names: Names) -> str:
+    return f"{names.resnet[2]}.weight"
+
+
+def _levels(names: Names, tensors: Mapping[str, Shape]) -> list[list[Mapping[str, Shape]]]:
+    """The tensors of each module of each encoder level.
+
+    Raises:
+      ValueError: modules are missing between others.
+    """
+    before, after = map(re.escape, names.down.split("{n}"))
+    pattern, modules = re.compile(rf"{before}(\d{{1,6}}){after}\.(.*)"), defaultdict(dict)
+    for name, shape in tensors.items():
+        if match := pattern.fullmatch(name):
+            modules[int(match[1])][match[2]] = shape
+    if set(modules) != set(range(len(modules))):
+        raise ValueError("modules are missing between others")
+    levels = [[]]
+    for n in range(len(modules)):
+        levels[-1].append(modules[n])
+        if any(tensor.startswith("resample.") for tensor in modules[n]):
+            levels.append([])
+    return levels
+
+
+def _looks_back(module: Mapping[str, Shape]) -> bool:
+    return any(tensor.startswith("time_conv.") for tensor in module)
+
+
+LAYOUTS = {
+    "diffusers": ModelLayout(
+        diffusers_rows,
+        mark="post_quant_conv.weight",
+        facts=functools.partial(facts, DIFFUSERS),
+    ),
+    "original": ModelLayout(
+        original_rows,
+        mark="decoder.head.0.gamma",
+        facts=functools.partial(facts, ORIGINAL),
+    ),
+}
+
+
+def unseen(facts: Mapping[str, Fact]) -> dict[str, Any]:
+    """The units of the latents are in no tensor; they are assumed for the released widths."""
+    released = WanVaeConfig()
+    for field in ("base_dim", "z_dim"):
+        require_released("latents_mean", facts.get(field), getattr(released, field))
+    return {}

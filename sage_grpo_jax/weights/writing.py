@@ -42,8 +42,8 @@ def write_model(
       path: the folder.
       config: of the model.
       source: of its parameters.
-      format: "diffusers" (sharded where larger than `max_shard_size`), another of
-        `tables.LAYOUTS` (one file) or "orbax".
+      format: one of `FORMATS`: "diffusers" (sharded where larger than `max_shard_size`), another
+        layout that the model has (one file), or "orbax".
       dtype: of the written weights; rounding is to nearest, ties to even.
       max_shard_size: in bytes, for diffusers; None: one file.
       overwrite: an existing folder that we wrote is replaced.

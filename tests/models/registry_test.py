@@ -120,19 +120,20 @@ def test_what_is_not_registered_is_refused_in_one_line():
 
 def test_no_other_module_names_a_family():
     """A model's own files, its weight tables and the registry do; and whoever encodes its texts."""
-    families = re.compile("hunyuan", re.IGNORECASE)
+    families = re.compile(r"[Hh]unyuan|\b(wan|Wan)(?![a-z])")
     for file in sorted(PACKAGE.rglob("*.py")):
         inside = file.relative_to(PACKAGE).as_posix()
-        if inside.startswith(("models/", "text_encoders/")) or "hunyuan" in inside:
+        if inside.startswith(("models/", "text_encoders/")) or file.name.startswith(FAMILIES):
             continue
         assert not families.search(file.read_text()), inside
     for room in ("models", "text_encoders"):
         for file in (PACKAGE / room).glob("*.py"):
-            if "hunyuan" not in file.name and file.name != "registry.py":
+            if not file.name.startswith(FAMILIES) and file.name != "registry.py":
                 source = file.read_text()
                 imported = re.findall(r"^from sage_grpo_jax\S* import .*", source, re.MULTILINE)
                 assert file.name in OWN or not any(map(families.search, imported)), file.name
 
 
+FAMILIES = ("hunyuan", "wan")
 # Files of the first family that carry no name of it.
 OWN = ("double_stream.py", "text_refiner.py", "vae.py", "vae_layers.py")

@@ -9,7 +9,7 @@ import torch
 import wan_vae_oracle as oracle
 from wan_vae_oracle import channels_first, channels_last, draw
 
-from sage_grpo_jax.models import wan_vae_tiling
+from sage_grpo_jax.models import vae_tiling, wan_vae
 from sage_grpo_jax.models.wan_vae import WanVaeConfig
 
 # A latent is 2 pixels wide: tiles of 8 latents are cheap, and a quarter of them is two latents.
@@ -42,7 +42,9 @@ def _tiled(function, params, x, **options):
     return jax.jit(tiled, compiler_options=FAST_COMPILE)(params, x)
 
 
-def test_tiles_equal_diffusers(model, params):
+def test_tiles_equal_diffusers(model, params, monkeypatch):
+    # Each tile is coded in pieces of time, as large ones are.
+    monkeypatch.setattr(wan_vae, "_PIXELS", 1)
     latents, video = 2 * draw((1, 3, 4, 12, 2), 0), draw((2, 5, 24, 8, 3), 1)
     with torch.no_grad():
         whole = model.decode(channels_first(latents)).sample
@@ -50,9 +52,9 @@ def test_tiles_equal_diffusers(model, params):
         want = model.decode(channels_first(latents)).sample
         posterior = model.encode(channels_first(video)).latent_dist
 
-    got = _tiled(wan_vae_tiling.decode_tiled, params, latents)
+    got = _tiled(vae_tiling.decode_tiled, params, latents)
     np.testing.assert_allclose(got, channels_last(want), rtol=0, atol=2e-5)
-    mean, logvar = _tiled(wan_vae_tiling.encode_tiled, params, video, latent_frames=1)
+    mean, logvar = _tiled(vae_tiling.encode_tiled, params, video)
     np.testing.assert_allclose(mean, channels_last(posterior.mean), rtol=0, atol=2e-5)
     np.testing.assert_allclose(logvar, channels_last(posterior.logvar), rtol=0, atol=2e-5)
     assert np.abs(got - channels_last(whole)).max() > 1e-2  # tiling is not a no-op
@@ -64,12 +66,12 @@ def test_tiles_equal_diffusers(model, params):
 )
 def test_tiles_that_do_not_come_out_whole_are_refused(params, tile, overlap, message):
     with pytest.raises(ValueError, match=message):
-        wan_vae_tiling.decode_tiled(params, draw((1, 1, 9, 9, 2), 0), CONFIG, tile=tile,
+        vae_tiling.decode_tiled(params, draw((1, 1, 9, 9, 2), 0), CONFIG, tile=tile,
                                     overlap=overlap)  # fmt: skip
 
 
 def test_bad_clips_and_latents_are_refused(params):
     with pytest.raises(ValueError, match="height=17"):
-        wan_vae_tiling.encode_tiled(params, draw((1, 3, 17, 40, 3), 0), CONFIG, tile=TILE)
+        vae_tiling.encode_tiled(params, draw((1, 3, 17, 40, 3), 0), CONFIG, tile=TILE)
     with pytest.raises(ValueError, match="channels=3: must be z_dim=2"):
-        wan_vae_tiling.decode_tiled(params, draw((1, 1, 9, 9, 3), 0), CONFIG, tile=TILE)
+        vae_tiling.decode_tiled(params, draw((1, 1, 9, 9, 3), 0), CONFIG, tile=TILE)

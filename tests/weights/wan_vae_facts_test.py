@@ -4,7 +4,7 @@ import pytest
 import wan_vae_oracle as oracle
 
 from sage_grpo_jax.models.wan_vae import WanVaeConfig
-from sage_grpo_jax.weights import wan_vae_facts, wan_vae_keys
+from sage_grpo_jax.weights import wan_vae_keys
 
 UNREADABLE = (KeyError, IndexError, ValueError, ZeroDivisionError)
 UNITS = {"z_dim": 2, "latents_mean": (0.0, 0.0), "latents_std": (1.0, 1.0)}
@@ -37,7 +37,7 @@ def _tensors(config, names):
 
 def _read(names, tensors):
     facts = {}
-    for field, (_, read) in wan_vae_facts.readers(names, tensors).items():
+    for field, (_, read, _) in wan_vae_keys.facts(names, tensors).items():
         try:
             facts[field] = read()
         except UNREADABLE:
@@ -60,7 +60,7 @@ def test_a_missing_or_scalar_tensor_never_looks_like_another_model(names):
     for name in tensors:
         for changed in ({k: v for k, v in tensors.items() if k != name}, tensors | {name: ()}):
             facts = _read(names, changed)
-            unread += len(facts) < len(wan_vae_facts.readers(names, changed))
+            unread += len(facts) < len(wan_vae_keys.facts(names, changed))
             assert facts == {field: getattr(config, field) for field in facts}, name
     assert unread > 0
 
@@ -68,6 +68,6 @@ def test_a_missing_or_scalar_tensor_never_looks_like_another_model(names):
 def test_the_tensors_that_show_fields_are_those_of_the_layout():
     for names in ROWS:
         tensors = _tensors(CONFIGS["time_first"], names)
-        for shown, _ in wan_vae_facts.readers(names, tensors).values():
+        for shown, *_ in wan_vae_keys.facts(names, tensors).values():
             before, _, after = shown.partition("*")
             assert any(name.startswith(before) and name.endswith(after) for name in tensors)
