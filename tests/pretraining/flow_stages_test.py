@@ -58,7 +58,7 @@ def test_the_loss_is_the_squared_distance_from_the_velocity(stage, data, monkeyp
 
     monkeypatch.setattr(hunyuan_video, "velocity", velocity)
     key = jax.random.key(5)
-    loss_fn = pretraining_flow.flow_loss_fn(None, stage)
+    loss_fn = pretraining_flow.flow_loss_fn(hunyuan_video.HunyuanVideoConfig(), stage)
     loss, parts = loss_fn(jnp.float32(0.5), key, jnp.int32(0), *data)
     batch = jax.tree.map(np.asarray, pretraining_flow.noisy_batch(key, data, stage))
     text, mask = np.asarray(data.text)[batch.row], np.asarray(data.mask)[batch.row]
