@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 from sage_grpo_jax.common import files
 from sage_grpo_jax.common.files import StorageError
 from sage_grpo_jax.parallel import checksums, hosts
-from sage_grpo_jax.weights import orbax_reading, sources, store
+from sage_grpo_jax.weights import orbax_io, orbax_reading, sources, store
 
 FOLDER = "checkpoints"
 EMA = "ema"  # name of the moving average in the state
@@ -312,7 +312,9 @@ _QUIET = _Quiet()
 
 
 def _quieten_orbax() -> None:
-    logging.get_absl_logger().addFilter(_QUIET)  # adding it again changes nothing
+    """Leaves of what orbax says the errors that it raises; doing it again changes nothing."""
+    logging.get_absl_logger().addFilter(_QUIET)
+    orbax_io.drop_closed_loops()
 
 
 def _one_line(error: Exception, length: int = 300) -> str:
@@ -338,6 +340,7 @@ def restore_params(path: str | pathlib.Path, abstract_params: Any, ema: bool = F
     if not folder.is_dir():
         raise FileNotFoundError(f"{path}: no such folder; allowed: the workdir of a run")
     folder = files.real_path(folder)
+    _quieten_orbax()
     with ocp.training.Checkpointer(folder) as checkpointer:
         latest = checkpointer.latest
     if latest is None:

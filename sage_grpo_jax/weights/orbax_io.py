@@ -18,7 +18,7 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -142,6 +142,28 @@ def _correct_records(folder: pathlib.Path, layouts: Mapping[Path, _Layout]) -> N
         file.write_text(json.dumps(records))
 
 
+class _WithoutClosedLoops:
+    """A `sys.unraisablehook` without what reads and writes say that orbax no longer waits for."""
+
+    def __init__(self, hook: Callable[[Any], None]):
+        self._hook = hook
+
+    def __call__(self, raised: Any) -> None:
+        text = str(raised.exc_value)
+        if not (raised.exc_type is RuntimeError and "Event loop is closed" in text):
+            self._hook(raised)
+
+
+def drop_closed_loops() -> None:
+    """From here on nothing is printed for a read or write that ends after orbax has given up.
+
+    It leaves at the first one that fails; each of the others complains, whenever it ends, that the
+    event loop it was to report to is closed. The failure itself is an error of orbax's caller.
+    """
+    if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
+        sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
+
+
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
     """Drops what orbax says beside the result, or the one error, of the block.
@@ -160,15 +182,9 @@ def _quiet_orbax() -> Iterator[None]:
     def keep_later(record: logging.LogRecord) -> bool:
         return "_SignalingThread.run() raised" not in record.getMessage()
 
-    def keep_others(raised: Any) -> None:
-        if not (
-            raised.exc_type is RuntimeError and "Event loop is closed" in str(raised.exc_value)
-        ):
-            hook(raised)
-
     logger.addFilter(keep)
     logger.addFilter(keep_later)
-    sys.unraisablehook = keep_others
+    drop_closed_loops()
     try:
         yield
         sys.unraisablehook = hook

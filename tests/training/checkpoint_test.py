@@ -6,6 +6,7 @@ import pathlib
 import resource
 import subprocess
 import sys
+import types
 
 import cluster
 import grain
@@ -321,3 +322,20 @@ def test_a_failed_save_is_one_line_and_leaves_no_rest(tmp_path, caplog):
     assert "Traceback" not in caplog.text
     _save(tmp_path, 2)
     assert _restore(tmp_path) == (2.0, 2)
+
+
+def test_reads_that_end_after_a_failure_say_nothing_and_other_errors_do(tmp_path, monkeypatch):
+    """Orbax leaves at the first read that fails; the others find its event loop closed."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    (tmp_path / checkpoint.FOLDER).mkdir()
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError):
+            checkpoint.restore_params(tmp_path, _ABSTRACT["params"])
+    late, other = (
+        types.SimpleNamespace(exc_type=type(error), exc_value=error)
+        for error in (RuntimeError("Event loop is closed"), ValueError("Event loop is closed"))
+    )
+    sys.unraisablehook(late)
+    sys.unraisablehook(other)
+    assert told == [other]
