@@ -37,6 +37,7 @@ from sage_grpo_jax.models.layers import (
     constrain,
     float32_dense,
     layer_norm,
+    logical_names,
     mesh_axis_size,
     normal,
     sinusoid,
@@ -98,11 +99,7 @@ def init_params(config: HunyuanVideoConfig, key: jax.Array) -> dict[str, Any]:
 def partition_names(config: HunyuanVideoConfig) -> dict[str, Any]:
     """The tree of `init_params` with a tuple of logical axis names (or None) at each leaf."""
     boxed = jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0))
-    return jax.tree.map(
-        lambda box: tuple(box.names),
-        boxed,
-        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
-    )
+    return logical_names(boxed)
 
 
 def velocity(

@@ -8,6 +8,7 @@ and the time embedding compute in float32 whatever the compute dtype is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -184,3 +185,12 @@ def sinusoid(timestep_B: jax.Array, channels: int = 256, max_period: float = 1e4
     frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
     angles = timestep_B.astype(jnp.float32)[:, None] * frequency
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def logical_names(boxed: Any) -> Any:
+    """Of a tree of Flax's boxes, the tuple of logical axis names (or None) at each leaf."""
+    return jax.tree.map(
+        lambda box: tuple(box.names),
+        boxed,
+        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
+    )

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from sage_grpo_jax.common import checked_json
 from sage_grpo_jax.models import vae_layers as layers
 from sage_grpo_jax.models.hunyuan_video_config import VARIANTS
+from sage_grpo_jax.models.layers import logical_names
 
 Params = dict[str, Any]
 # Far beyond the released model; what is larger comes from a damaged file.
@@ -279,11 +280,7 @@ def init_params(config: VaeConfig, key: jax.Array) -> Params:
 def partition_names(config: VaeConfig) -> Params:
     """Tree like the parameters; each leaf the tuple of logical axis names of that parameter."""
     boxed = jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0))
-    return jax.tree.map(
-        lambda box: tuple(box.names),
-        boxed,
-        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
-    )
+    return logical_names(boxed)
 
 
 def encode(

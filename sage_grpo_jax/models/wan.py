@@ -25,6 +25,7 @@ from sage_grpo_jax.models.layers import (
     constrain,
     float32_dense,
     layer_norm,
+    logical_names,
     mesh_axis_size,
     normal,
     sinusoid,
@@ -90,11 +91,7 @@ def init_params(config: WanConfig, key: jax.Array) -> dict[str, Any]:
 def partition_names(config: WanConfig) -> dict[str, Any]:
     """The tree of `init_params` with a tuple of logical axis names (or None) at each leaf."""
     boxed = jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0))
-    return jax.tree.map(
-        lambda box: tuple(box.names),
-        boxed,
-        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
-    )
+    return logical_names(boxed)
 
 
 def velocity(

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sage_grpo_jax.models import wan_vae_layers as layers
+from sage_grpo_jax.models.layers import logical_names
 from sage_grpo_jax.models.vae_layers import Pointwise, RmsNorm
 from sage_grpo_jax.models.wan_config import VARIANTS
 from sage_grpo_jax.models.wan_vae_config import WanVaeConfig
@@ -129,11 +130,7 @@ def init_params(config: WanVaeConfig, key: jax.Array) -> Params:
 def partition_names(config: WanVaeConfig) -> Params:
     """Tree like the parameters; each leaf the tuple of logical axis names of that parameter."""
     boxed = jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0))
-    return jax.tree.map(
-        lambda box: tuple(box.names),
-        boxed,
-        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
-    )
+    return logical_names(boxed)
 
 
 def to_model_latents(means_BxTxHxWxC: jax.Array, config: WanVaeConfig) -> jax.Array:
