@@ -8,11 +8,11 @@ so that a run that is resumed, or another mesh, finds the same place.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import numpy as np
 
+from sage_grpo_jax.common import fields
 from sage_grpo_jax.flow import sde
 
 MOVING = ("progressive", "decay", "dynamic")
@@ -38,22 +38,18 @@ class Motion:
     restarts as the strategy of that name in Tencent's own trainers.
     """
 
-    stay: int = 25
-    stride: int = 1
-    least_stay: int = 1
-    threshold: int = 12
-    rate: float = 0.5
+    stay: int = fields.bounded(25, least=1)
+    stride: int = fields.bounded(1, least=1)
+    least_stay: int = fields.bounded(1, least=1)
+    threshold: int = fields.bounded(12, least=0)
+    rate: float = fields.bounded(0.5, least=0)
     restart: bool = True
 
     def __post_init__(self) -> None:
         """Raises ValueError for the first field that is out of range."""
-        for name, lowest in (("stay", 1), ("stride", 1), ("least_stay", 1), ("threshold", 0)):
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be at least {lowest}")
-        if self.least_stay > self.stay:
-            raise ValueError(f"least_stay={self.least_stay}: must be at most stay={self.stay}")
-        if not (math.isfinite(self.rate) and self.rate >= 0):
-            raise ValueError(f"rate={self.rate!r}: must be a finite number >= 0")
+        fields.check(self)
+        fits = self.least_stay <= self.stay
+        fields.require(fits, self, "least_stay", f"at most stay={self.stay}")
 
 
 class Places(NamedTuple):
