@@ -1,8 +1,8 @@
-"""Converts weights between diffusers, other codebases, orbax checkpoints and adapters (peft).
+r"""Converts weights between diffusers, other codebases, orbax checkpoints and adapters (peft).
 
-    python -m sage_grpo_jax.convert --src=ckpts/transformer/480p_t2v --src_format=tencent \\
+    python -m sage_grpo_jax.convert --src=ckpts/transformer/480p_t2v --src_format=tencent \
         --dst=weights/480p_t2v --dst_format=orbax
-    python -m sage_grpo_jax.convert --src=runs/a --src_format=orbax \\
+    python -m sage_grpo_jax.convert --src=runs/a --src_format=orbax \
         --dst=tuned --dst_format=diffusers
 
 --src may be a model folder, a file, or (orbax) the workdir of a training run. Runs on the CPU, in

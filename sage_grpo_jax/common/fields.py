@@ -30,17 +30,16 @@ _MAX_INTEGER = 1 << 63  # of numpy and JAX
 
 
 class FieldError(ValueError):
-    """One field that holds what it may not; as text "config.seed: got -1; allowed: at least 0"."""
+    """One field that holds what it may not; as text "config.seed: got -1; allowed: at least 0".
+
+    Args:
+      prefix: what stands before the name of the field: "config.rollout.", "--", "Motion.".
+      field: name of the field.
+      value: what it holds.
+      allowed: what it may hold.
+    """
 
     def __init__(self, prefix: str, field: str, value: Any, allowed: str) -> None:
-        """Takes what `str` puts together.
-
-        Args:
-          prefix: what stands before the name of the field: "config.rollout.", "--", "Motion.".
-          field: name of the field.
-          value: what it holds.
-          allowed: what it may hold.
-        """
         super().__init__(prefix, field, value, allowed)
         self.prefix, self.field, self.value, self.allowed = prefix, field, value, allowed
 

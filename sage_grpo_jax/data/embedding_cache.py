@@ -98,7 +98,7 @@ class EmbeddingCache:
         have as many records as the manifest says; for a record, when it is read.
     """
 
-    def __init__(self, path: str | pathlib.Path):
+    def __init__(self, path: str | pathlib.Path) -> None:
         self.path = pathlib.Path(path)
         self.manifest = _read_manifest(self.path)
         records = self.path / RECORDS
@@ -135,7 +135,8 @@ class EmbeddingCache:
         return self._entry(self.manifest["negative"])
 
     def _entry(self, index: int) -> Entry:
-        """
+        """The entry of a prompt, checked.
+
         Raises:
           ValueError: naming file and record: damaged, or not as the manifest says.
         """

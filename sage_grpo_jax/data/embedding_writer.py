@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,7 +104,7 @@ class EmbeddingCacheWriter:
         encoder: Encoder,
         dtype: str = "bfloat16",
         details: Mapping[str, Any] | None = None,
-    ):
+    ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
         self._path = pathlib.Path(path)
@@ -127,7 +128,12 @@ class EmbeddingCacheWriter:
     def __enter__(self) -> "EmbeddingCacheWriter":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
         with self._stack:
             try:
                 if kind is not None:

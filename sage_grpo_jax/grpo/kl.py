@@ -18,9 +18,9 @@ def gaussian_kl(
     deterministic step is not constrained.
 
     Args:
-        mean, mean_ref: [B, ...].
-        std: scalar, [B] or [B, 1, ..., 1], the same for both.
-        reduction: over the elements of a sample, `mean` or `sum`.
+      mean, mean_ref: [B, ...].
+      std: scalar, [B] or [B, 1, ..., 1], the same for both.
+      reduction: over the elements of a sample, `mean` or `sum`.
     """
     delta = sde.standardized_difference(mean, mean_ref, std)
     return sde.reduce_elements(0.5 * delta**2, reduction)

@@ -41,34 +41,34 @@ class TrustRegionConfig:
     """Settings of `trust_region`. The defaults are calibrated, docs/methods.md.
 
     Attributes:
-        kind: none; fixed (anchor = initial parameters); stepwise (previous parameters); moving
-            (anchor renewed every `anchor_every` updates); dual (moving + stepwise);
-            fixed_stepwise.
-        anchor_every: N, in applied updates.
-        anchor_weight, previous_weight: beta of each reference within the KL.
-        fixed_weight: the weight that `with_fixed_weight` gives the kinds with a fixed anchor.
-        initial_weight, final_weight, warmup_steps: linear warm-up of the weight, in updates (a
-            fraction of one is possible).
-        min_weight, max_weight: the range that feedback keeps the weight in.
-        target_shift: d, the shift of the means that feedback aims at, in standard deviations of
-            the transition (root mean square over elements): a KL of D = d²/2.
-        feedback: after the warm-up. `tighten`: high KL raises the weight; `paper`: lowers it, as
-            Eq. 42 is printed and the official code does; `none`: the weight stays.
-        history: H, feedback acts on the mean of the last H KLs.
-        high, low: feedback acts above high·D and below low·D ...
-        up, down: ... and multiplies the weight by up or down.
-        previous_estimator: of KL(π ‖ π_previous). `closed_form`, against the parameters before the
-            last update: one more forward pass; `log_ratio`: the mean of log π_old - log π over the
-            rollout's samples (Eq. 15 and the official code), which needs no parameters and has a
-            gradient of mean zero with one update per rollout.
-        kl_time_weight: of each step in the KLs of the references. `uniform`: the mean over
-            the steps, which the last steps dominate (KL_t = N_t²·Δv²/2 for a change Δv of the
-            velocity); `equalized`: times S_t², so that the same change of velocity costs the same
-            at every step, as much as at the median step; `step_length`: times σ - σ', which turns
-            the std of an Euler-Maruyama step in the denominator into the diffusion coefficient
-            (Flow-GRPO).
-        step_bound: an update is scaled down so that KL(π_new ‖ π) is expected to stay below this,
-            from the measured KL of the last update and the lengths of both; 0: no bound.
+      kind: none; fixed (anchor = initial parameters); stepwise (previous parameters); moving
+        (anchor renewed every `anchor_every` updates); dual (moving + stepwise);
+        fixed_stepwise.
+      anchor_every: N, in applied updates.
+      anchor_weight, previous_weight: beta of each reference within the KL.
+      fixed_weight: the weight that `with_fixed_weight` gives the kinds with a fixed anchor.
+      initial_weight, final_weight, warmup_steps: linear warm-up of the weight, in updates (a
+        fraction of one is possible).
+      min_weight, max_weight: the range that feedback keeps the weight in.
+      target_shift: d, the shift of the means that feedback aims at, in standard deviations of
+        the transition (root mean square over elements): a KL of D = d²/2.
+      feedback: after the warm-up. `tighten`: high KL raises the weight; `paper`: lowers it, as
+        Eq. 42 is printed and the official code does; `none`: the weight stays.
+      history: H, feedback acts on the mean of the last H KLs.
+      high, low: feedback acts above high·D and below low·D ...
+      up, down: ... and multiplies the weight by up or down.
+      previous_estimator: of KL(π ‖ π_previous). `closed_form`, against the parameters before the
+        last update: one more forward pass; `log_ratio`: the mean of log π_old - log π over the
+        rollout's samples (Eq. 15 and the official code), which needs no parameters and has a
+        gradient of mean zero with one update per rollout.
+      kl_time_weight: of each step in the KLs of the references. `uniform`: the mean over
+        the steps, which the last steps dominate (KL_t = N_t²·Δv²/2 for a change Δv of the
+        velocity); `equalized`: times S_t², so that the same change of velocity costs the same
+        at every step, as much as at the median step; `step_length`: times σ - σ', which turns
+        the std of an Euler-Maruyama step in the denominator into the diffusion coefficient
+        (Flow-GRPO).
+      step_bound: an update is scaled down so that KL(π_new ‖ π) is expected to stay below this,
+        from the measured KL of the last update and the lengths of both; 0: no bound.
     """
 
     kind: str = fields.choice("dual", KINDS)
@@ -229,7 +229,7 @@ def find_state(optimizer_state: Any) -> TrustRegionState:
     """Returns the TrustRegionState within the state of a chain.
 
     Raises:
-        ValueError: there is none, or more than one.
+      ValueError: there is none, or more than one.
     """
 
     def is_trust_region(node: Any) -> bool:

@@ -102,7 +102,18 @@ def make_decode(
 
 
 class Sampler:
-    """Samples batches of any fixed size; call it under `jax.set_mesh(mesh)`."""
+    """Samples batches of any fixed size; call it under `jax.set_mesh(mesh)`.
+
+    Args:
+      transformer: config of the transformer.
+      vae_config: config of the VAE.
+      policy: on the mesh.
+      vae_params: on the mesh.
+      negative: the one unconditional prompt of guidance.
+      sampling: see there.
+      mesh: the device mesh.
+      decode_batch: clips that are decoded at a time; divides every batch.
+    """
 
     def __init__(
         self,
@@ -115,17 +126,6 @@ class Sampler:
         mesh: jax.sharding.Mesh,
         decode_batch: int = 1,
     ) -> None:
-        """
-        Args:
-          transformer: config of the transformer.
-          vae_config: config of the VAE.
-          policy: on the mesh.
-          vae_params: on the mesh.
-          negative: the one unconditional prompt of guidance.
-          sampling: see there.
-          mesh: the device mesh.
-          decode_batch: clips that are decoded at a time; divides every batch.
-        """
         self._policy, self._vae_params = policy, vae_params
         self._transformer, self._decode_batch = transformer, decode_batch
         self._rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
@@ -133,7 +133,13 @@ class Sampler:
         self._negative = self._condition(negative, whole)
         rollout = make_rollout(transformer, sampling)
 
-        def chain(policy, condition, negative, key_data, initial_latents):
+        def chain(
+            policy: Policy,
+            condition: Any,
+            negative: Any,
+            key_data: jax.Array,
+            initial_latents: jax.Array | None,
+        ) -> jax.Array:
             keys = jax.random.wrap_key_data(key_data, impl="threefry2x32")
             path = rollout(policy, condition, negative, keys, initial_latents=initial_latents)
             return path.latents[-1]

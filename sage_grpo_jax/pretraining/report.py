@@ -39,8 +39,9 @@ def judge(
 ) -> dict[str, float]:
     """Measures real clips, reconstructions and validation samples; writes contact sheets.
 
-    Returns: reconstruction error, manifold distances, mean normalised rewards and how often the
-    captioned shape is seen, by name.
+    Returns:
+      Reconstruction error, manifold distances, mean normalised rewards and how often the captioned
+      shape is seen, by name.
     """
     captions = spread(moving_shapes.split_captions("validation"), config.num_samples)
     real = moving_shapes.render(moving_shapes.parameters_from_captions(captions, key))
@@ -105,7 +106,8 @@ def sample(
 ) -> jax.Array:
     """Clips for captions by the ODE sampler, without guidance.
 
-    Returns: f32[N, F, H, W, 3], 0 to 1 but not clipped.
+    Returns:
+      f32[N, F, H, W, 3], 0 to 1 but not clipped.
     """
     transformer = pipeline.transformer
     model, shape = registry.of(transformer), latent_shape(pipeline.vae)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from sage_grpo_jax.models import registry
 from sage_grpo_jax.models.door import AutoencoderConfig
 from sage_grpo_jax.pretraining.loop import (
+    Loss,
     LossFn,
     Params,
     Phase,
@@ -113,7 +114,7 @@ def vae_loss_fn(
     """
     vae = registry.of(model)
 
-    def loss_fn(params: Params, key: jax.Array, step: jax.Array):
+    def loss_fn(params: Params, key: jax.Array, step: jax.Array) -> Loss:
         params = {**frozen, **params}
         clip_key, noise_key = jax.random.split(key)
         videos = random_clips(clip_key, clips, frames)
@@ -149,7 +150,7 @@ def sharpen_loss_fn(
     text, mask = (jnp.asarray(array) for array in encoded)
     choices = tuple(len(words) for words in moving_shapes.spec.CHOICES)
 
-    def loss_fn(params: Params, key: jax.Array, step: jax.Array):
+    def loss_fn(params: Params, key: jax.Array, step: jax.Array) -> Loss:
         del step
         keys, count = jax.random.split(key, 3), stage.batch_size
         clips = moving_shapes.sample_parameters(keys[0], count, "all")

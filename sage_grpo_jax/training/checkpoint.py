@@ -54,15 +54,15 @@ def storage_error(
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest kept."""
+    """The checkpoints of one run, newest kept.
+
+    Args:
+      workdir: the run's folder.
+      every: save each time the step is a multiple of it.
+      keep: how many checkpoints stay.
+    """
 
     def __init__(self, workdir: pathlib.Path, every: int, keep: int) -> None:
-        """
-        Args:
-          workdir: the run's folder.
-          every: save each time the step is a multiple of it.
-          keep: how many checkpoints stay.
-        """
         self._every = every
         self._folder = files.real_path(workdir / FOLDER)
         self._failed = False

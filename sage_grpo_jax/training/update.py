@@ -183,7 +183,9 @@ def _gradients(
         return grads, result
 
     # The scan over all of them: gradients and metrics are added up
-    def body(totals: tuple[Any, ...], scanned: tuple[Index, jax.Array | None]):
+    def body(
+        totals: tuple[Any, ...], scanned: tuple[Index, jax.Array | None]
+    ) -> tuple[tuple[Any, ...], jax.Array | None]:
         index, recorded = scanned
         grads, result = _where_needed(plan, entry, index, recorded, old)
         totals = (
