@@ -71,11 +71,14 @@ def guided_velocity(
       gradient: of which branches of guidance, see `flow.guidance.guided`.
     """
     model = registry.of(transformer)
+    # Made once, outside of the loop over the steps: it is the same at each of them.
     unconditional = None if negative is None else model.unconditional(condition, negative)
 
     def velocity(latents: jax.Array, timestep: jax.Array, branch: Any) -> jax.Array:
+        # A function: for models that do not ask where the step ends, nothing of it is traced.
         end = functools.partial(schedules.next_timestep, schedule, timestep)
         branch = model.with_step_end(branch, end, transformer)
+        # Float32 products, which TPUs would round to bfloat16. What is bfloat16 already stays so.
         with jax.default_matmul_precision(guidance.precision):
             return model.velocity(
                 policy.params,

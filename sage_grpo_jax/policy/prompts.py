@@ -70,6 +70,8 @@ def open_cache(
     """
     source = getattr(config.data, field)
     dim = _needs(networks).text
+
+    # Made before, by a text encoder
     if source.startswith(CACHE):
         try:
             cache = embedding_cache.EmbeddingCache(source.removeprefix(CACHE))
@@ -77,6 +79,8 @@ def open_cache(
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"config.data.{field}: {error}") from error
         return cache
+
+    # Made here, from the words of the captions: only the small world has few enough of them
     if config.data.text_encoder != "words":
         raise ValueError(
             f"config.data.{field}: got {source!r}; allowed: {CACHE}FOLDER, written by "
@@ -92,6 +96,7 @@ def open_cache(
     path = workdir / "embeddings" / f"{field}-{digest}"
     if jax.process_index() == 0 and not path.exists():
         word_embeddings.write_cache(path, prompts, dim)
+    # The others read what the first one writes, from the file system that they share.
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"embeddings/{field}")
     return embedding_cache.EmbeddingCache(path)
@@ -154,16 +159,21 @@ def open_prompts(config: schema.Config, workdir: pathlib.Path, networks: Network
         for field in ("eval_prompts", "test_prompts")
         if getattr(config.data, field) or field == "eval_prompts"
     }
+
+    # How many of them are fixed for the whole run; all test prompts unless a number is given
     counts = {"eval_prompts": config.eval.num_prompts}
     for field, cache in fixed.items():
         counts.setdefault(field, config.eval.num_test_prompts or len(cache))
         _check_fixed(config, field, cache, counts[field], train)
+
+    # Every batch of a run has the same lengths: one compilation
     shapes = _static_shapes(config, networks, train, *fixed.values())
     batches = {
         field: _fixed_batch(cache, counts[field], config.eval, shapes)
         for field, cache in fixed.items()
     }
     negative = embedding_cache.pad_entries([train.negative], **shapes)
+
     logging.info("%d training prompts, %d evaluation prompts", len(train), config.eval.num_prompts)
     return Prompts(
         train=embedding_cache.make_prompt_iterator(
@@ -206,6 +216,8 @@ def _fixed_batch(
     shapes: dict[str, int | None],
 ) -> conditions.PromptBatch:
     """`count` prompts, the same in every run, each `samples_per_prompt` times in a row."""
+    # Shuffled by the seed of the evaluation, not by that of the run: runs that are compared see the
+    # same prompts.
     chosen = embedding_cache.make_prompt_iterator(
         cache, count, settings.seed, repeat=False, **shapes
     )

@@ -275,8 +275,8 @@ def make_update(plan: Plan, tx: optax.GradientTransformationExtraArgs) -> Callab
     ) -> tuple[state_lib.LearnerState, loss.Metrics, ratio_lib.OldMeans | None]:
         grads, metrics, kl_weight, recorded = _gradients(plan, state, batch, frozen, old)
 
-        # The state after it. The parameters that go in are θ_k, at which gradient and KL were taken;
-        # the trust region keeps them as the previous policy of the next update.
+        # The state after it. What goes in are the parameters θ_k, at which gradient and KL were
+        # taken; the trust region keeps them as the previous policy of the next update.
         updates, opt_state = tx.update(
             grads, state.opt_state, state.params, **_measured_kl(plan, metrics)
         )
