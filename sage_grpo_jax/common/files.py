@@ -36,6 +36,7 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
             with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
+                # Before the rename: after a crash the new name must not lead to an empty file.
                 os.fsync(file.fileno())
             temporary.replace(path)
         finally:
@@ -71,6 +72,8 @@ def remove_leftovers(folder: pathlib.Path) -> None:
 def _temporaries(folder: pathlib.Path, kind: str) -> list[tuple[pathlib.Path, str]]:
     """(path, name that it stands for) of what dead processes of this host left."""
     host = re.escape(socket.gethostname())
+    # Host and process are in the name: what a living process writes is left alone, and what another
+    # host wrote cannot be judged from here.
     pattern = re.compile(rf"\.(.+)\.{host}\.([0-9]{{1,10}})\.{kind}", re.DOTALL)
     found = []
     for path in sorted(folder.iterdir()):
@@ -83,6 +86,7 @@ def _temporaries(folder: pathlib.Path, kind: str) -> list[tuple[pathlib.Path, st
 
 def _runs(pid: int) -> bool:
     try:
+        # Signal 0 is not sent; it only tells whether there is such a process.
         os.kill(pid, 0)
     except ProcessLookupError:
         return False

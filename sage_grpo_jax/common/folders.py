@@ -44,6 +44,7 @@ def new_folder(
     target = check_target(path, overwrite, field)
     target.parent.mkdir(parents=True, exist_ok=True)
     _recover(target)
+
     new, old = (files.temporary_path(target, kind) for kind in (_NEW, _OLD))
 
     def tidy() -> None:
@@ -53,11 +54,15 @@ def new_folder(
     with termination.on_stop(tidy):
         try:
             new.mkdir()
+            # Marked from the start, so that a later process knows whose half of a folder it finds.
             _mark(new, Manifest(holds, manifest.UNFINISHED))
             yield new
             _mark(new, manifest.describe(new, holds))
             _sync_tree(new)
+            # Two renames are not one: a signal waits until both are done.
             with termination.uninterrupted():
+                # Once more: writing may have taken hours, and somebody may have put something
+                # there.
                 check_target(path, overwrite, field)
                 _publish(new, old, target)
         except Exception as error:
@@ -89,6 +94,7 @@ def check_target(
         raise ValueError(f"{shown}: must be a folder, or not exist")
     if os.path.ismount(target):
         raise ValueError(f"{shown}: a disk is mounted there; allowed: a folder below it")
+
     if _is_empty(target):
         return target
     if not overwrite:
@@ -148,6 +154,8 @@ def claim(
     if known is None and existing and is_ours():
         known = Manifest(holds, manifest.SHARED, dict.fromkeys(names))
     known = known or Manifest(holds, manifest.SHARED)
+
+    # What is there under our names must be ours, as it was when it was written
     taken = [name for name in existing if not known.owns(folder, name)]
     if taken:
         raise ValueError(
@@ -217,6 +225,8 @@ def _not_ours(folder: pathlib.Path) -> str | None:
         )
     if known.state != manifest.COMPLETE:
         return f"holds {known.holds}, which grew by and by ({manifest.FILE} says so)"
+
+    # Added by somebody, or changed by somebody: both are a person's work.
     beyond = [name for name in found if name not in known.files]
     if beyond:
         return f"holds {_listed(beyond)}, which this program did not write"

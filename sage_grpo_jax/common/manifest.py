@@ -55,6 +55,8 @@ class Manifest:
             return True
         if known is not None:
             return _is_plain(path) and stamp(path) == known
+
+        # Names without a stamp grow while a run goes on: they are ours whatever they hold.
         patterns = [pattern for pattern, value in self.files.items() if value is None]
         return name in patterns or any(fnmatch.fnmatchcase(name, p) for p in patterns)
 
@@ -115,6 +117,7 @@ def stamp(path: pathlib.Path) -> Stamp:
             digest.update(file.read())
         else:
             for i in range(_BLOCKS):
+                # Evenly from the first block to the last one, both included.
                 file.seek((size - _BLOCK) * i // (_BLOCKS - 1))
                 digest.update(file.read(_BLOCK))
     return Stamp(size, digest.hexdigest())
