@@ -31,6 +31,7 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path, TEMPORARY)
     remove = functools.partial(temporary.unlink, missing_ok=True)
+    # Whether an error or a signal ends this, nothing is left under the temporary name.
     with termination.on_stop(remove):
         try:
             with temporary.open("wb") as file:
@@ -110,6 +111,7 @@ def disk_failure(error: BaseException) -> str | None:
     Libraries put these words into errors of their own, beside much else.
     """
     seen: set[int] = set()
+    # Errors may lead to one another in a circle.
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in _FAILURES:
@@ -125,5 +127,6 @@ def silence(stream: object) -> None:
     """Sends what a stream still holds nowhere: its disk is full, its reader is gone."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         descriptor = os.open(os.devnull, os.O_WRONLY)
+        # The interpreter flushes once more at its end: then it must not fail again.
         os.dup2(descriptor, stream.fileno())
         os.close(descriptor)

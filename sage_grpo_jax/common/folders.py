@@ -109,6 +109,7 @@ def check_target(
 def check_space(path: str | os.PathLike, count: int, field: str = "path") -> None:
     """Raises a StorageError if the disk of a folder to be written has not `count` bytes free."""
     parent = files.real_path(path)
+    # The folder itself may not be there yet: the nearest one above tells which disk it is.
     while not parent.is_dir():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
@@ -201,6 +202,7 @@ def _existing(folder: pathlib.Path, names: Iterable[str]) -> list[str]:
     """What is there of names and patterns; of a folder, what is in it."""
     found: list[str] = []
     for name in names:
+        # "samples/*" stands for the folder with all that is in it.
         plain = name.removesuffix("/*")
         for path in [folder / name] if plain == name and "*" not in name else folder.glob(plain):
             if path.is_dir() and not path.is_symlink():
@@ -245,9 +247,11 @@ def _mark(folder: pathlib.Path, known: Manifest) -> None:
 
 def _publish(new: pathlib.Path, old: pathlib.Path, target: pathlib.Path) -> None:
     """Puts the new folder in place of the target, which is empty, or ours, or not there."""
+    # A folder cannot be renamed onto one with files in it: the old one steps aside.
     if target.exists() and not _is_empty(target):
         target.rename(old)
     new.rename(target)  # onto an empty folder too
+    # A rename is on disk when the folder of the name is.
     files.sync(target.parent)
     _put_right(old, target)
 

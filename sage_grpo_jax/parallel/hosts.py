@@ -51,6 +51,7 @@ def to_global(tree: Any, sharding: jax.sharding.Sharding) -> Any:
             data, implementation = jax.random.key_data(array), jax.random.key_impl(array)
             return jax.random.wrap_key_data(put(data), impl=implementation)
         array = np.asarray(array)
+        # Asked only for what the devices of this process hold.
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(put, tree)

@@ -41,6 +41,7 @@ def read_prompts(source: str, field: str) -> list[prompts_lib.Prompt]:
             + ", ".join(WORLD + name for name in moving_shapes_spec.SPLITS)
         )
     captions = moving_shapes_spec.split_captions(split)
+    # The id of a prompt decides its noise, so it follows from the caption alone.
     return [prompts_lib.Prompt(text.replace(" ", "_"), text) for text in captions]
 
 
@@ -86,6 +87,7 @@ def open_cache(
             f"config.data.{field}: got {source!r}; allowed: {CACHE}FOLDER, written by "
             "python -m sage_grpo_jax.encode_prompts"
         )
+
     prompts = read_prompts(source, field)
     try:
         captions.check(prompts, whole=whole_captions)
@@ -113,6 +115,8 @@ def _check_fits(
         encoder, wants_frame = of_variant.encoder, of_variant.first_frame
     if config.data.text_encoder == "words":
         encoder = word_embeddings.encoder(needs.text).name
+
+    # The latent of a first frame, [h, w, C], was encoded for one size of clip.
     video, latent_shape = config.video, None
     if wants_frame or cache.image_shape is not None:
         latent_shape = frames.latent_shape(networks.vae, 1, video.height, video.width)[1:]
@@ -196,6 +200,7 @@ def _check_fixed(
 ) -> None:
     """Refuses evaluation or test prompts of another encoder, or too few of them."""
     source = getattr(config.data, field)
+    # Those of another encoder may have the same shape, and mean something else to the model.
     if differing := cache.encoder.differences(train.encoder):
         raise ValueError(
             f"config.data.{field}: {source} comes from another encoder than "
@@ -232,6 +237,9 @@ def _static_shapes(
         max(cache.max_length for cache in caches)
     )
     quoted = max(cache.byt5_max_length for cache in caches)
+
+    # Without quoted text in any prompt its branch is left out of the program; masked tokens would
+    # be computed all the same.
     if not quoted:
         return {"length": length, "byt5_length": None, "byt5_dim": None}
     return {

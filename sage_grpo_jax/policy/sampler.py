@@ -71,6 +71,7 @@ def make_rollout(
         velocity = guided_velocity(
             policy, transformer, condition, negative, sampling.schedule, sampling.guidance
         )
+
         return rollout_lib.rollout(
             velocity,
             keys,
@@ -173,6 +174,7 @@ class Sampler:
         for piece in range(pieces):
             frames = self._decode(self._vae_params, latents, piece, size=self._decode_batch)
             for row, clip in hosts.local_rows(frames):
+                # Row r of piece p is clip p + n·r of the batch, see `make_decode`.
                 yield piece + pieces * row, clip
 
     def finite(self, latents: jax.Array) -> np.ndarray:

@@ -214,6 +214,7 @@ def _of_first_process(steps: list[int]) -> list[int]:
     if jax.process_count() == 1:
         return steps
     count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    # What is broadcast has one shape everywhere, also where another number of steps is seen.
     padded = np.resize(np.asarray([*steps, 0], np.int32), count)
     return multihost_utils.broadcast_one_to_all(padded).tolist()
 

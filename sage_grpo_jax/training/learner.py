@@ -120,6 +120,7 @@ class Learner:
             hosts.to_global(scores.valid, self._rows),
             starts,
         )
+
         # The scores are equal on every process, and so is this decision: a process that skipped the
         # update alone would leave the others waiting in it.
         if self._enough(scores):
@@ -167,6 +168,7 @@ class Learner:
         """Group-normalised advantages [B] and the reward metrics."""
         settings, rewards = self.config.advantage, self.config.rewards
 
+        # [B] -> [P, G]: the samples of a prompt lie next to each other.
         def grouped(values: np.ndarray) -> np.ndarray:
             return values.reshape(-1, self.config.rollout.group_size)
 

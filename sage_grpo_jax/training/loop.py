@@ -155,6 +155,7 @@ class _Run:
             base = blueprint.load_base()
             input_checks.require_finite(base)
         programs = programs_lib.build(blueprint)
+
         self.learner = learner_lib.Learner(
             programs,
             vae_params,
@@ -213,6 +214,8 @@ class _Run:
             self._loop()
             self._save()
             self.checkpoints.wait()
+            # Last: a summary says that nothing is left to do, and the last checkpoint is on disk by
+            # now.
             return self._summarise()
         except (Interrupted, RewardModelChangedError):
             # self.state is the state after the last complete step: nothing of it is lost. The

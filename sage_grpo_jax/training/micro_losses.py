@@ -218,6 +218,7 @@ def forward_micro_loss(
 
 def _sum(values: jax.Array, micro: MicroBatch, inputs: LossInputs) -> jax.Array:
     """The share [] of a micro-batch in the mean over all entries."""
+    # Selected before the sum, not multiplied by 0: what a masked entry holds may be NaN.
     return jnp.sum(jnp.where(micro.counts, values, 0.0)) / inputs.normalizer
 
 

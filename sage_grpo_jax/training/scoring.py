@@ -42,6 +42,8 @@ class Scores:
 
     def weighted(self, weights: Mapping[str, float]) -> np.ndarray:
         """The sum Σ w·r of the rewards that have a weight other than 0; float32 [B]."""
+        # A weight of 0 is left out, not multiplied: such a reward may be missing, and 0 · NaN is
+        # NaN.
         return sum(weights[n] * self.values[n] for n in self.values if weights.get(n))
 
     def without(self, broken: np.ndarray) -> "Scores":

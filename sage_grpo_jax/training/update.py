@@ -245,11 +245,13 @@ def _averages(
 
     if state.ema is not None:
         decay = averaging.warmed_up(count, ema.decay)
+        # Between its turns a decay of 1 changes no bit of it.
         decay = jnp.where(count % ema.every == 0, decay, 1.0)
         averages["ema"] = averaging.mix(state.ema, params, decay)
 
     if state.sampling is not None:
         decay = averaging.ramp(count, ramp.decay_start, ramp.decay_rate, ramp.decay_limit)
+        # It stays as it was while the updates on its own rollout go on.
         averages["sampling"] = averaging.mix(state.sampling, params, jnp.where(is_last, decay, 1.0))
 
     return averages

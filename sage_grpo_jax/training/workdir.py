@@ -264,6 +264,7 @@ def describe_policy(
         files.write_atomically(workdir / "transformer.json", text.encode())
         if (adapters := config.lora.adapters) is not None:
             base = config.model.transformer
+            # Whoever converts the adapters later may stand in another folder.
             if not base.startswith(networks_lib.ASSET):
                 base = str(networks.transformer_path.absolute())
             metrics.write_json(
