@@ -51,6 +51,7 @@ def new_folder(
         _remove_temporary(new)
         _put_right(old, target)
 
+    # Whatever ends this block, an error or a signal: there is the old target or the new one.
     with termination.on_stop(tidy):
         try:
             new.mkdir()

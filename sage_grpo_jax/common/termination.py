@@ -110,6 +110,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 def _watch(read_end: int) -> None:
     """Ends the process where the main thread does not come to it."""
+    # One byte a signal: its number
     while data := os.read(read_end, 1):
         number = data[0]
         # While an entry saves and stops by itself, the handler is its own.

@@ -39,6 +39,7 @@ def _with_matched_eta(config: Config) -> Config:
         rollout.sde, schedule, 1.0, rollout.last_step, clamp=rollout.clamp
     )
     config_checks.require_stochastic(rollout, stochastic)
+
     try:
         eta = injected_noise.matched_eta(
             rollout.sde,

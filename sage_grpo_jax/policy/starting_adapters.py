@@ -35,6 +35,7 @@ def check(config: schema.LoraConfig, transformer: TransformerConfig, params: Any
         raise ValueError(f"config.{error}") from error
     if not config.init:
         return
+
     with _naming_init():
         found = weights.open_adapters(config.init, transformer).lora
         # The start may lack layers, which then begin at 0. It may not have more than are trained:

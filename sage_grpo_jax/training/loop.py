@@ -234,6 +234,8 @@ class _Run:
         if self.is_new:
             self._write(0, self._evaluate(0))
         if self.unwritten is not None:
+            # The run before was stopped in an evaluation: it is made now, with the state of its
+            # step.
             self._finish(self.first_step, self.unwritten)
 
         batches = iter(self.prompts)

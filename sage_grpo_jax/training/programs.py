@@ -135,6 +135,7 @@ def build(blueprint: Blueprint) -> Programs:
             out_shardings=rows,
         ),
         decode=jax.jit(
+            # The piece is an argument and its size is not: one program decodes all pieces.
             sampler.make_decode(plan.vae, model.vae_tiling, model.matmul_precision),
             static_argnames="size",
             out_shardings=rows,

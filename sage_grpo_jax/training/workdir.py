@@ -215,6 +215,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         # The lock belongs to the open file: it ends with the process, also when that is killed. The
         # file itself stays, and means nothing by itself.
         file = (workdir / _LOCK_FILE).open("a")
+
     with file:
         try:
             _lock(file.fileno())
