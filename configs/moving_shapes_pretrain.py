@@ -11,8 +11,8 @@ def get_config() -> ConfigDict:
     config.transformer = transformer()
 
     # The autoencoder, from nothing: first on cuts of 5 frames, which cost two thirds of whole
-    # clips. The contrast weight is what gets shapes painted at all: background is nine tenths of a
-    # frame.
+    # clips. Without the contrast weight no shape is painted for long: background is nine tenths of
+    # a frame.
     config.vae = ConfigDict(
         {
             "steps": 4000,
@@ -38,8 +38,8 @@ def get_config() -> ConfigDict:
         }
     )
 
-    # Once more from its averaged weights, on whole clips: the change from the cuts leaves their
-    # last frames worse than the others.
+    # The same once more from its averaged weights, on whole clips: the change from the cuts leaves
+    # their last frames worse than the others.
     config.polish = ConfigDict(
         {
             **config.vae.to_dict(),

@@ -32,7 +32,7 @@ def lower_programs(config: schema.Config, mesh: jax.sharding.Mesh) -> dict[str, 
     programs, state, networks = programs_lib.build(blueprint), blueprint.state, blueprint.networks
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
-    # Arguments are shapes with shardings, so that nothing is allocated.
+    # The arguments are shapes with shardings, so that nothing is allocated.
     def shape(size: tuple[int, ...], dtype: Any, place: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, dtype, sharding=place)
 

@@ -60,7 +60,7 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Any, inputs: Any) -> list[Any]:
     for variable, value in zip(jaxpr.constvars, consts, strict=True):
         values[variable] = widen(value)
     values.update(zip(jaxpr.invars, inputs, strict=True))
-    # As the interpreter of JAX does it, equation by equation; a variable is never written twice.
+    # The program is run as the interpreter of JAX does it, equation by equation.
     for equation in jaxpr.eqns:
         results = _apply(equation, [read(atom) for atom in equation.invars])
         values.update(zip(equation.outvars, results, strict=True))
@@ -100,7 +100,7 @@ def _open(jaxpr: Any) -> tuple[core.Jaxpr, Any]:
 
 
 def _scan(params: dict[str, Any], inputs: list[Any]) -> list[Any]:
-    # Inputs of a scan: constants, then what is carried, then what is sliced.
+    # A scan takes constants, then what it carries, then what it slices.
     program, consts = _open(params["jaxpr"])
     fixed, carried = params["num_consts"], params["num_carry"]
 

@@ -93,8 +93,8 @@ class Shadow:
         """
         plan = self._recipe
         pieces = plan.config.batch_size // plan.config.loss.micro_batch
-        # Another (position, piece) at each step: in time all of them are looked at. It follows from
-        # the step, so that a resumed run takes its turn where the other would have.
+        # Each step looks at another (position, piece), so that all of them have their turn. The
+        # turn follows from the step: a resumed run goes on where the other would have.
         turn = int(state.step) % (plan.positions * pieces)
         position, piece = turn // pieces, turn % pieces
 
@@ -225,8 +225,8 @@ def _float32_side(
     given = update_lib.loss_inputs(plan, state, frozen, jnp.sum(batch.valid))
     micro = update_lib.take_micro_batch(plan, batch, position, piece)
 
-    # The ratio of the loss is 1 in a first pass and would tell nothing. Compared is the ratio to
-    # the rollout's own means, which depends on every number of the transition.
+    # The ratio of the loss is 1 in a first pass and would tell nothing. So the ratio to the
+    # rollout's own means is compared, which depends on every number of the transition.
     loss = functools.partial(micro_losses.policy_micro_loss, plan=plan)
     (total, _), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, micro, given)
     draw = noise.step_noise(micro.keys, micro.step, plan.latent_shape)
@@ -253,7 +253,7 @@ def _velocity_program(plan: Plan) -> Callable:
 def _float64_side(plan: Plan, velocity: Callable, inputs: _Inputs) -> tuple[Sides, jax.Array]:
     """The same quantities from the papers, and the scale that the loss is judged by."""
     config, rollout = plan.config, plan.config.rollout
-    # σ and timestep of each sample; [m, 1, ..., 1] where it meets latents.
+    # σ is [m, 1, ..., 1] where it meets the latents of m samples.
     shape = (-1,) + (1,) * (inputs.latents.ndim - 1)
     sigmas = jnp.asarray(np.asarray(plan.schedule.sigmas, np.float64))
     sigma, sigma_next = (sigmas[inputs.step + i].reshape(shape) for i in (0, 1))

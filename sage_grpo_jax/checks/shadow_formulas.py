@@ -63,7 +63,7 @@ def check(config: schema.Config) -> None:
 def variance(kind: str, sigma: Any, sigma_next: Any, eta: float, clamp: float = 0.0) -> Any:
     """Of the noise that a step injects, as the papers print it; any shape."""
     if kind == "precise":
-        # App. A.2: the integral of σ/(1 - σ) over the step, with both ends clamped away from σ = 1.
+        # App. A.2 integrates σ/(1 - σ) over the step, with both ends clamped away from σ = 1.
         lowest = float(np.float32(clamp)) or _CLAMP
         start, end = jnp.maximum(1 - sigma, lowest), jnp.maximum(1 - sigma_next, lowest)
         inside = eta**2 * (jnp.log(end / start) - (end - start))
@@ -93,10 +93,11 @@ def transition(
     clean, predicted_noise = sample - sigma * velocity, sample + (1 - sigma) * velocity
     injected = variance(kind, sigma, sigma_next, eta, clamp)
     if kind == "cps":
-        # Flow-CPS: the predicted noise is turned towards a fresh one, x̂0 stays where it is.
+        # Flow-CPS turns the predicted noise towards a fresh one; x̂0 stays where it is.
         turned = sigma_next * (math.cos(eta * math.pi / 2) * predicted_noise)
         return (1 - sigma_next) * clean + turned, jnp.sqrt(injected)
-    # Euler-Maruyama on the SDE with the same marginals: half the variance along the score.
+    # An Euler-Maruyama step of the SDE with the same marginals goes half the variance along the
+    # score.
     score = -predicted_noise / sigma
     mean = sample + (sigma_next - sigma) * velocity + injected * score / 2
     return mean, jnp.sqrt(injected)
@@ -114,7 +115,7 @@ def policy_loss(loss: schema.LossConfig, log_ratio: Any, advantages: Any) -> jax
     if loss.objective == "reinforce":
         return -advantages * log_ratio
     ratio = jnp.exp(log_ratio)
-    # PPO: the worse of the two for whoever maximises
+    # PPO takes the worse of the two for whoever maximises.
     clipped = jnp.clip(ratio, 1 - loss.clip_range, 1 + loss.clip_range)
     return -jnp.minimum(advantages * ratio, advantages * clipped)
 
@@ -149,7 +150,7 @@ def trained_steps(config: schema.Config, noisy: np.ndarray) -> np.ndarray:
     rollout = config.rollout
     window, positions = window_and_positions(config, noisy)
     places = len(noisy) - window + 1
-    # Where a window may begin, in steps that can inject noise.
+    # A window may begin at these places, counted in steps that can inject noise.
     starts = {"all": [0], "first_k": [0], "random_k": range(places)}.get(
         rollout.window, range(0, places, rollout.window_motion.stride)
     )
@@ -231,7 +232,7 @@ class Controller:
         unknown = first or count - self._count > size or count < self._count
         start = max(0, count - size) if unknown else self._count
         weight = of_run if unknown else self._weight
-        # Update by update, since a rule that multiplies depends on the order.
+        # One update after another: a rule that multiplies depends on the order.
         for n in range(start + 1, count + 1):
             self._kls.append(float(history[(n - 1) % size]))
             if not unknown:

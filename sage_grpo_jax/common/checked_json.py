@@ -46,7 +46,8 @@ def load(path: pathlib.Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
-            # One byte more than is allowed tells too large a file without reading all of it.
+            # One byte more than is allowed shows that a file is too large, without reading all of
+            # it.
             text = file.read(max_bytes + 1)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -152,7 +153,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return same and all(map(_fits, value, arguments))
     if hint is float and type(value) is float:
         return math.isfinite(value)
-    # `type` and not `isinstance`: True is an int in Python, and would pass for 1.
+    # `isinstance` would take True for 1: a bool is an int in Python.
     if hint in (int, float) and type(value) is int:
         return -_MAX_INTEGER <= value < _MAX_INTEGER
     return value is None if hint in (None, type(None)) else type(value) is hint

@@ -217,7 +217,7 @@ def _of_file(error: OSError) -> str:
         return one_line(error)
     path = os.path.abspath(os.fsdecode(error.filename))
     given = {name: flags.FLAGS[name].value for name in flags.FLAGS if flags.FLAGS[name].present}
-    # Of all flags that name a folder above the file the deepest one: it was meant.
+    # Where several flags name a folder above the file, the deepest one was meant.
     folders = [
         (len(os.path.abspath(folder)), f"--{name}: ")
         for name, value in given.items()

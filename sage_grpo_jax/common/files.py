@@ -37,7 +37,8 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
             with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
-                # Before the rename: after a crash the new name must not lead to an empty file.
+                # The data goes to disk before the rename: after a crash the new name must not lead
+                # to an empty file.
                 os.fsync(file.fileno())
             temporary.replace(path)
         finally:
@@ -127,6 +128,6 @@ def silence(stream: object) -> None:
     """Sends what a stream still holds nowhere: its disk is full, its reader is gone."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         descriptor = os.open(os.devnull, os.O_WRONLY)
-        # The interpreter flushes once more at its end: then it must not fail again.
+        # The interpreter flushes once more at its end, and must not fail again then.
         os.dup2(descriptor, stream.fileno())
         os.close(descriptor)

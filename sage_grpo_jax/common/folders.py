@@ -51,19 +51,20 @@ def new_folder(
         _remove_temporary(new)
         _put_right(old, target)
 
-    # Whatever ends this block, an error or a signal: there is the old target or the new one.
+    # Whether an error or a signal ends this block, the old target is there or the new one.
     with termination.on_stop(tidy):
         try:
             new.mkdir()
-            # Marked from the start, so that a later process knows whose half of a folder it finds.
+            # It is marked from the start, so that a later process knows whose half of a folder it
+            # finds.
             _mark(new, Manifest(holds, manifest.UNFINISHED))
             yield new
             _mark(new, manifest.describe(new, holds))
             _sync_tree(new)
             # Two renames are not one: a signal waits until both are done.
             with termination.uninterrupted():
-                # Once more: writing may have taken hours, and somebody may have put something
-                # there.
+                # The target is looked at once more: writing may have taken hours, and somebody may
+                # have put something there.
                 check_target(path, overwrite, field)
                 _publish(new, old, target)
         except Exception as error:
@@ -229,7 +230,7 @@ def _not_ours(folder: pathlib.Path) -> str | None:
     if known.state != manifest.COMPLETE:
         return f"holds {known.holds}, which grew by and by ({manifest.FILE} says so)"
 
-    # Added by somebody, or changed by somebody: both are a person's work.
+    # A file that was added or changed is a person's work.
     beyond = [name for name in found if name not in known.files]
     if beyond:
         return f"holds {_listed(beyond)}, which this program did not write"
@@ -252,7 +253,7 @@ def _publish(new: pathlib.Path, old: pathlib.Path, target: pathlib.Path) -> None
     if target.exists() and not _is_empty(target):
         target.rename(old)
     new.rename(target)  # onto an empty folder too
-    # A rename is on disk when the folder of the name is.
+    # The rename is on disk once the folder above is.
     files.sync(target.parent)
     _put_right(old, target)
 

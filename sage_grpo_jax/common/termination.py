@@ -110,7 +110,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 def _watch(read_end: int) -> None:
     """Ends the process where the main thread does not come to it."""
-    # One byte a signal: its number
+    # Each signal is one byte, its number.
     while data := os.read(read_end, 1):
         number = data[0]
         # While an entry saves and stops by itself, the handler is its own.
@@ -123,14 +123,14 @@ def _end(number: int) -> NoReturn:
     global _ended_by
     _lock.acquire()  # never released: whoever waits for it is not needed any more
     _ended_by = threading.get_ident()
-    # The newest first: what was begun later may lie inside of what was begun before.
+    # The newest comes first: what was begun later may lie inside of what was begun before.
     for undo in reversed(list(_undo.values())):
         try:
             undo()
         except Exception as error:  # the others have to be undone too
             _say(f"while stopping: {error}")
     _say(f"stopped: {signal.Signals(number).name}")
-    # Not sys.exit: nothing may be caught, and no library may clean up while its threads still run.
+    # sys.exit could be caught, and would let libraries clean up while their threads still run.
     os._exit(128 + number)
 
 

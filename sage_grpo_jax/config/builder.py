@@ -32,8 +32,8 @@ def _with_matched_eta(config: Config) -> Config:
     if not match.kind:
         return config
 
-    # On the host, in numpy: no backend of JAX may start before the devices are divided. Which steps
-    # a kind can noise does not depend on η, as long as it is not 0.
+    # All of it is numpy: no backend of JAX may start before the devices are divided. Which steps a
+    # kind can noise does not depend on η, as long as it is not 0.
     schedule = schedules.host_schedule(rollout.num_steps, rollout.shift)
     stochastic = sde.stochastic_steps(
         rollout.sde, schedule, 1.0, rollout.last_step, clamp=rollout.clamp

@@ -245,7 +245,7 @@ def apply(config: ml_collections.ConfigDict, method: str) -> None:
 
     config.update_from_flattened_dict(overrides)
     if config.loss.split_updates:
-        # Sample b belongs to update b mod U, piece by piece: U has to divide the number of pieces.
+        # Whole pieces of the batch take turns in the U updates: U has to divide their number.
         samples = config.rollout.prompts_per_step * config.rollout.group_size
         share = samples // config.loss.updates_per_rollout
         config.loss.micro_batch = math.gcd(config.loss.micro_batch, share)

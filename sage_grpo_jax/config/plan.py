@@ -108,7 +108,7 @@ def step_kl_weights(config: schema.Config, steps: step_plan.StepPlan) -> np.ndar
         # Whatever the form of the log-probability, the KL is that of the Gaussian transitions.
         return _equalized(config, steps, "gaussian") ** 2
     if kind == "step_length":
-        # σ - σ' of each step; diff is negative, as the schedule falls.
+        # The length of a step is σ - σ'; diff is negative, as the schedule falls.
         return trained * -np.diff(np.asarray(steps.schedule.sigmas, np.float64)).astype(np.float32)
     return trained
 

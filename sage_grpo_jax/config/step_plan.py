@@ -112,7 +112,7 @@ def window_starts(
     if steps.kind == "random_k":
         slots = np.arange(count, dtype=np.uint32)  # its places are a step apart
         return noise.window_starts(config.seed, step, slots, prompt_hashes, steps.window_places)
-    # Every other window is at one place for all prompts of a rollout.
+    # All other windows are at one place for all prompts of a rollout.
     start = 0
     if steps.kind in windows.MOVING:
         total = int(steps.counted.sum())
@@ -129,7 +129,7 @@ def noisy_steps(steps: StepPlan, starts: jax.Array) -> Any:
     """
     if steps.window_places == 1:
         return steps.noisy
-    # [T, 1] against [B]
+    # Ranks are [T, 1], starts [B].
     rank = jnp.asarray(np.cumsum(steps.counted) - 1)[:, None]
     inside = (rank >= starts) & (rank < starts + steps.window)
     return jnp.asarray(steps.noisy)[:, None] & inside
@@ -144,7 +144,7 @@ def trained_step(steps: StepPlan, position: Any, starts: jax.Array, keys: jax.Ar
       starts: int32 [m].
       keys: of the samples, [m].
     """
-    # The number of a step from its rank among those that are counted
+    # Windows count ranks; this gives the number of the step that has a rank.
     counted = jnp.asarray(np.flatnonzero(steps.counted), jnp.int32)
     if not steps.varies:
         return counted[position]

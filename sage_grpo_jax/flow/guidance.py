@@ -57,7 +57,7 @@ def guided(
 
         _check_same_structure(condition, negative)
         positive_v, negative_v = branches(velocity_fn, latents, timestep, condition, negative)
-        # Float32 before the difference: guidance multiplies whatever rounding is in it.
+        # The difference is one of float32: guidance multiplies whatever rounding is in it.
         positive_v, negative_v = (v.astype(jnp.float32) for v in (positive_v, negative_v))
         return negative_v + scale * (positive_v - negative_v)
 

@@ -29,7 +29,7 @@ def injected_variance(
     sigma, sigma_next = sigmas[:-1], sigmas[1:]
     _, std = sde.step_coefficients(kind, sigma, sigma_next, float(eta), clamp=clamp, xp=np)
     stochastic = sde.stochastic_steps(kind, schedule, eta, last_step, clamp=clamp)
-    # bool [places, T], weighted with how many rollouts find the window at each place -> [T]
+    # Each place counts by its share of the rollouts: [places] @ bool [places, T] -> [T].
     masks, shares = windows.places(stochastic, window, window_size, motion)
     return float(np.sum((shares @ masks) * std**2))
 

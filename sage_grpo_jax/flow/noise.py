@@ -42,7 +42,7 @@ def sample_keys(seed: Any, step: Any, slot: Any, prompt_hashes: Any, samples: An
         prompt_hashes: `prompt_hash` of each sample's prompt, uint32[B].
         samples: index of the sample within its group, integer[B].
     """
-    # threefry by name: another default generator would change the noise of every run.
+    # The generator is named: another default would change the noise of every run.
     if not _is_key(seed):
         seed = jax.random.key(seed, impl="threefry2x32")
     shape = jnp.broadcast_shapes(jnp.shape(prompt_hashes), jnp.shape(samples), jnp.shape(slot))
@@ -120,7 +120,7 @@ def window_starts(
 
     Arguments as for `sample_keys`, without the sample: all samples of a group have the same start.
     """
-    # A number that no sample has: the whole group shares its window.
+    # No sample has this number: the whole group shares its window.
     count = np.full(np.shape(prompt_hashes), _GROUP, np.uint32)
     keys = sample_keys(seed, step, slot, prompt_hashes, count)
 
@@ -153,7 +153,7 @@ def _step_keys(keys: jax.Array, stream: int, t: Any) -> jax.Array:
 
 
 def _normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    # A draw for each key, not one of [B, ...]: the bits of a sample do not depend on the batch.
+    # Each key draws by itself, so that the bits of a sample do not depend on the batch.
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 

@@ -67,7 +67,7 @@ def next_timestep(schedule: Schedule, timestep: jax.Array) -> jax.Array:
     """
     starts = jnp.asarray(schedule.timesteps)
     ends = jnp.append(starts[1:], 0.0)
-    # Compared bit for bit: the timesteps are those of this schedule, whoever asks.
+    # Bits are compared: whoever asks has its timestep from this schedule.
     hit = timestep[..., None] == starts
     end = jnp.sum(jnp.where(hit, ends, 0.0), axis=-1)
     return jnp.where(jnp.any(hit, axis=-1), end, jnp.nan)

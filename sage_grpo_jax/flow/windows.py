@@ -81,7 +81,8 @@ def places(
     count = int(np.sum(stochastic))
     size = count if window == "all" else min(size, count)
 
-    # rank: how many stochastic steps lie before a step; [places, 1] against [T]
+    # The rank of a step is how many stochastic steps lie before it. Starts are [places, 1], ranks
+    # [T].
     starts = _starts(window, count, size, motion)[:, None]
     rank = np.cumsum(stochastic) - 1
     masks = stochastic & (rank >= starts) & (rank < starts + size)
@@ -102,7 +103,7 @@ def start_at(step: int, window: str, count: int, size: int, motion: Motion | Non
     """
     sde.check_choice("window", window, MOVING)
     motion = motion or Motion()
-    # Rollouts up to the end of each place; a pass begins again after the last one.
+    # The ends are rollouts of one pass; after the last one the window starts again or stays.
     ends = np.cumsum(_stays(window, count, size, motion))
     if motion.restart:
         step = step % int(ends[-1])

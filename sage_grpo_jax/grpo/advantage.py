@@ -114,11 +114,11 @@ def combined_advantages(
         raise ValueError(f"weights={dict(weights)!r}: one must not be 0")
 
     if combine == "sum":
-        # One sum, standardized once. A failed reward is NaN in its sample, and so is the sum.
+        # A failed reward is NaN in its sample, and so is the sum: the sample counts as failed.
         total = sum(weight * rewards[name] for name, weight in counted.items())
         return group_advantages(total, valid, epsilon, clip, std_floor=std_floor, std=std)
 
-    # Each standardized by itself. Only the sum is clipped: clipped parts would weigh differently.
+    # Each reward is standardized by itself, and only the sum is clipped.
     advantages = sum(
         weight * group_advantages(rewards[name], valid, epsilon, None, std_floor=std_floor, std=std)
         for name, weight in counted.items()

@@ -77,6 +77,6 @@ def _as_mask(trained: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def _on_device(weights: np.ndarray) -> jax.Array:
-    # Concrete also where a trace is under way.
+    # The weights are concrete also where a trace is under way.
     with jax.ensure_compile_time_eval():
         return jnp.asarray(weights, jnp.float32)

@@ -314,7 +314,7 @@ def _next_anchor(
 ) -> Any:
     if config.kind not in _MOVING_KINDS:
         return anchor
-    # A select on the device: whether it is time depends on a count that only the device knows.
+    # Whether it is time depends on a count that only the device knows, hence a select.
     refresh = count % config.anchor_every == 0
     new_params = optax.apply_updates(params, updates)
     return jax.tree.map(lambda new, old: jnp.where(refresh, new, old), new_params, anchor)

@@ -94,7 +94,7 @@ def leaf_checksum(leaf: jax.Array) -> jax.Array:
 
 def _words(array: jax.Array) -> jax.Array:
     """The bits of every element as uint32; elements of 64 bits become two, on a last axis."""
-    # Bits, never values: -0.0 and 0.0 differ, and NaN is like itself.
+    # Bits are summed, never values: -0.0 and 0.0 differ, and NaN is like itself.
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
     if array.dtype == jnp.bool_:

@@ -22,7 +22,7 @@ def initialize() -> None:
     Raises:
       ValueError: one of the variables is not a number, or they contradict each other.
     """
-    # By hand, or by the environment of TPU workers; a single process joins nobody.
+    # The size of a cluster comes from a person, or from the environment of TPU workers.
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         count, index = (_number(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         jax.distributed.initialize(num_processes=count, process_id=index)
@@ -51,7 +51,7 @@ def to_global(tree: Any, sharding: jax.sharding.Sharding) -> Any:
             data, implementation = jax.random.key_data(array), jax.random.key_impl(array)
             return jax.random.wrap_key_data(put(data), impl=implementation)
         array = np.asarray(array)
-        # Asked only for what the devices of this process hold.
+        # JAX asks only for what the devices of this process hold.
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(put, tree)

@@ -75,7 +75,7 @@ def _check_variant(transformer: TransformerConfig, path: pathlib.Path, variant: 
             f"config.model.variant={variant} is a {registry.of(released).NAME}; allowed: weights "
             "of the variant"
         )
-    # What a config.json can tell; most variants of a model differ in nothing but their weights.
+    # A config.json tells no more than this: many variants of a model differ in their weights alone.
     for field in registry.of(transformer).VARIANT_FIELDS:
         if (found := getattr(transformer, field)) != getattr(released, field):
             raise ValueError(

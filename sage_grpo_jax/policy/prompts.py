@@ -200,7 +200,7 @@ def _check_fixed(
 ) -> None:
     """Refuses evaluation or test prompts of another encoder, or too few of them."""
     source = getattr(config.data, field)
-    # Those of another encoder may have the same shape, and mean something else to the model.
+    # Embeddings of another encoder may have the same shape, and mean something else to the model.
     if differing := cache.encoder.differences(train.encoder):
         raise ValueError(
             f"config.data.{field}: {source} comes from another encoder than "
@@ -221,8 +221,8 @@ def _fixed_batch(
     shapes: dict[str, int | None],
 ) -> conditions.PromptBatch:
     """`count` prompts, the same in every run, each `samples_per_prompt` times in a row."""
-    # Shuffled by the seed of the evaluation, not by that of the run: runs that are compared see the
-    # same prompts.
+    # The order follows from the seed of the evaluation, not from that of the run: runs that are
+    # compared see the same prompts.
     chosen = embedding_cache.make_prompt_iterator(
         cache, count, settings.seed, repeat=False, **shapes
     )

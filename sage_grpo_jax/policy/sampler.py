@@ -96,8 +96,8 @@ def make_decode(
     """
 
     def decode(vae_params: Any, latents: jax.Array, piece: Any, size: int) -> jax.Array:
-        # [B, ...] -> [size, n, ...] -> [size, ...]: as `update.split_batch`, so that every device
-        # decodes its share of every piece and no latents travel.
+        # [B, ...] -> [size, n, ...] -> [size, ...]: every device decodes its share of every piece,
+        # and no latents travel; see `update.split_batch`.
         chunk = latents.reshape(size, -1, *latents.shape[1:])[:, piece]
         return frames.decode_frames(vae_params, chunk, vae_config, tiling, precision)
 
@@ -138,8 +138,7 @@ class Sampler:
         rollout = make_rollout(transformer, sampling)
 
         def chain(policy, condition, negative, key_data, initial_latents):
-            # Bits come in, not typed keys: of a plain array each process may fill its own rows
-            # alone.
+            # Bits come in, not typed keys: each process may fill its own rows of a plain array.
             keys = jax.random.wrap_key_data(key_data, impl="threefry2x32")
             path = rollout(policy, condition, negative, keys, initial_latents=initial_latents)
             return path.latents[-1]
@@ -192,7 +191,7 @@ def key_data(seeds: Sequence[int], ids: Sequence[str]) -> np.ndarray:
     with `eval.seed` that of the first evaluation sample of the prompt.
     """
     hashes = np.array([noise.prompt_hash(i) for i in ids], np.uint32)
-    # Seed by seed, since a seed is one number for all keys that are made at once.
+    # Keys that are made at once have one seed, so they are made seed by seed.
     out = np.zeros((len(hashes), 2), np.uint32)
     for seed in set(seeds):
         keys = noise.sample_keys(seed, 0, 0, hashes, np.zeros_like(hashes))

@@ -127,8 +127,8 @@ class Blueprint:
     def fresh_state(self) -> state_lib.LearnerState:
         """The state at step 0: loaded weights or adapters, empty optimizer, trust region."""
         tx, averages, settings = self.optimizer, self.config.averages, self.config.lora
-        # Made by one jitted program with these shardings: moments and copies appear where they
-        # belong, and no device holds all of a large model first.
+        # One jitted program with these shardings makes the state: moments and copies appear where
+        # they belong, and no device holds all of a large model first.
         shardings = state_lib.shardings_of(self.state)
 
         if settings.adapters is None:

@@ -121,7 +121,7 @@ class Checkpoints:
         Raises:
           StorageError: none of them can be used, or a damaged one cannot be moved.
         """
-        # Kept, because a reading that fails half-way may have moved the iterator.
+        # A reading that fails half-way may have moved the iterator: it is put back to here.
         position = iterator.get_state()
         damaged: dict[int, str] = {}
         own = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)

@@ -49,7 +49,7 @@ def evaluate(
     size = config.batch_size
     count = len(prompts.ids)
 
-    # The noise: rollout 0 and slot 0 of the seed of the evaluation, whatever the step of the run.
+    # The noise is that of rollout 0 and slot 0 of the evaluation's seed, at every step of the run.
     # Samples of one prompt are told apart by how often the prompt came before.
     occurrence = _occurrence(prompts.ids)
     keys = noise.sample_keys(
@@ -134,7 +134,7 @@ def _diversity(videos: np.ndarray, ids: list[str]) -> dict[str, float]:
     for group in _groups(ids):
         clips = videos[group].astype(np.float32).reshape(len(group), -1) / 255
         for row in range(len(clips) - 1):
-            # The clip against all later ones of its prompt: every pair once.
+            # A clip is compared with all later ones of its prompt, so that every pair counts once.
             distances += list(np.sqrt(((clips[row + 1 :] - clips[row]) ** 2).mean(axis=1)))
     return {"diversity": float(np.mean(distances))} if distances else {}
 

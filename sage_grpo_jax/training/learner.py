@@ -88,8 +88,8 @@ class Learner:
           NumericsError: the gate on ratio and rollout failed.
           RewardModelChangedError: see there; nothing was applied.
         """
-        # The number is that of the state, not a counter of this object: a resumed run draws the
-        # noise and the windows that the run that was killed would have drawn.
+        # The number comes from the state, so that a resumed run draws the noise and the windows
+        # that the run before would have drawn.
         timer, number = PhaseTimer(), int(state.step)
 
         # Rollout: G samples of each prompt, with noise that belongs to seed, step and sample.
@@ -141,8 +141,8 @@ class Learner:
         group = self.config.rollout.group_size
         count = len(batch.ids)
         hashes = np.array([noise.prompt_hash(i) for i in batch.ids], np.uint32)
-        # Prompt by prompt, the samples of one next to each other: [P, G] read row by row. The slot
-        # keeps a prompt that is there twice from having the same noise twice.
+        # The samples of a prompt lie next to each other: [P, G] read row by row. Because of the
+        # slot a prompt that is there twice has other noise the second time.
         keys = noise.sample_keys(
             self.config.seed,
             step,
@@ -231,7 +231,7 @@ class Learner:
     def _floats(self, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
         """Plain numbers; a metric [T] becomes one of each step that may be trained."""
         values = {}
-        # All at once: a transfer for each number would wait for the device each time.
+        # One transfer brings all of them; one for each number would wait for the device each time.
         for name, value in jax.device_get(dict(metrics)).items():
             if np.ndim(value) == 0:
                 values[name] = float(value)

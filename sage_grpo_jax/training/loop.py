@@ -180,7 +180,7 @@ class _Run:
             self._restore(blueprint.state)
 
         # The place in the prompts after the last complete step: the batch of a step that is given
-        # up is drawn again. A copy, since the iterator goes on.
+        # up is drawn again. It is a copy, since the iterator goes on.
         self.first_step = int(self.state.step)
         self.position = copy.deepcopy(self.prompts.train.get_state())
 
@@ -214,8 +214,7 @@ class _Run:
             self._loop()
             self._save()
             self.checkpoints.wait()
-            # Last: a summary says that nothing is left to do, and the last checkpoint is on disk by
-            # now.
+            # This comes last: a summary says that nothing is left to do.
             return self._summarise()
         except (Interrupted, RewardModelChangedError):
             # self.state is the state after the last complete step: nothing of it is lost. The
@@ -240,7 +239,7 @@ class _Run:
 
         batches = iter(self.prompts)
         for step in range(self.first_step + 1, self.config.num_steps + 1):
-            # At the same place on all processes, so that they stop after the same step.
+            # All processes ask at the same place, so that they stop after the same step.
             self.interrupt.check_together()
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, values = self.learner.step(self.state, next(batches))

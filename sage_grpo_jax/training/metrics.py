@@ -202,7 +202,7 @@ class Progress:
         if self._warm is None:
             self._warm = now
         else:
-            # Over the steps after the first one, which compiled.
+            # The mean is over the steps after the first one, which compiled.
             seconds = (now - self._warm) / (step - self._first - 1)
             left = f"{format_seconds(seconds * (self._total - step))} left"
 

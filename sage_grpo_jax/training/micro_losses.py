@@ -188,7 +188,7 @@ def forward_micro_loss(
     draw = noise.forward_noise(micro.keys, micro.step, plan.latent_shape)
     sigma = jnp.asarray(plan.schedule.sigmas)[micro.step]
     latents, target = nft.noised(micro.latents, draw, sigma)
-    # At the same noised states: the trained policy, the one that sampled, the references.
+    # The trained policy, the one that sampled and the references see the same noised states.
     new, *others = (
         _velocity(plan, trained, micro, inputs.frozen, latents)
         for trained in (params, inputs.sampling, *(r.params for r in inputs.references))
@@ -218,7 +218,7 @@ def forward_micro_loss(
 
 def _sum(values: jax.Array, micro: MicroBatch, inputs: LossInputs) -> jax.Array:
     """The share [] of a micro-batch in the mean over all entries."""
-    # Selected before the sum, not multiplied by 0: what a masked entry holds may be NaN.
+    # A masked entry may hold NaN: it is selected out, not multiplied by 0.
     return jnp.sum(jnp.where(micro.counts, values, 0.0)) / inputs.normalizer
 
 
@@ -258,7 +258,8 @@ def _divergences(
     """Every term of the KL penalty."""
     region, reduction = plan.config.trust_region, plan.config.loss.log_prob_reduction
     for name, reference, beta in inputs.references:
-        # One more forward pass at the same states. Kind and η are the same, and so is the std.
+        # This is one more forward pass at the same states. Kind and η are the same, and so is the
+        # std.
         mean = jax.lax.stop_gradient(transition(plan, reference, micro, inputs.frozen).mean)
         divergence = kl.gaussian_kl(new.mean, mean, new.std, reduction=reduction)
         yield name, divergence * jnp.asarray(plan.kl_weights)[micro.step], beta

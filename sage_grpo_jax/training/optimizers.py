@@ -87,7 +87,7 @@ def muon_dimensions(params: Any, *, kernels_only: bool = False) -> Any:
     def dimensions(path: tuple[str, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         if isinstance(leaf, optax.MaskedNode):  # Muon asks again about the tree without vectors
             return None
-        # Axis 0 of stacked blocks is the layer: not one of the two of a matrix.
+        # Axis 0 of stacked blocks is the layer, which is no axis of a matrix.
         rank, first = len(leaf.shape), int("blocks" in path)
         if rank - first < 2 or (kernels_only and path[-1] != "kernel"):
             return None

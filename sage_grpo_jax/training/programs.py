@@ -68,8 +68,8 @@ def make_rollout(plan: Plan):
     def rollout(params, condition, frozen, keys, starts):
         initial = None
         if config.same_initial_noise:
-            # The key of the first of each group, G times: groups lie next to each other in a batch.
-            # The noise of the steps still comes from each sample's own key.
+            # Every sample takes the key of the first one of its group: groups lie in a row in a
+            # batch. The noise of the steps still comes from each sample's own key.
             first = jnp.repeat(keys[:: config.group_size], config.group_size)
             initial = noise.initial_noise(first, plan.latent_shape)
         trajectory = sample(
@@ -92,7 +92,7 @@ def make_rollout(plan: Plan):
 def make_sample(plan: Plan):
     """(params, condition [B], frozen, keys [B]) -> clean latents [B, ...] of the evaluation."""
     config = plan.config
-    # The policy as it would be used: without noise, in as many steps as the evaluation has.
+    # The policy samples as it would be used: by the ODE, in as many steps as the evaluation has.
     sampling = sampler.Sampling(
         schedule=schedules.make_schedule(config.eval.num_steps, config.rollout.shift),
         latent_shape=plan.latent_shape,
@@ -111,7 +111,7 @@ def make_sample(plan: Plan):
 def build(blueprint: Blueprint) -> Programs:
     """Jits the programs with explicit shardings; call them under `jax.set_mesh(blueprint.mesh)`."""
     plan, mesh = blueprint.plan, blueprint.mesh
-    # Where everything lies: samples are divided, over axis 1 where the steps come first.
+    # Samples are divided over the devices, along axis 1 where the steps come first.
     whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     trajectory = rollout_lib.Trajectory(sharding.batch_sharding(mesh, 1), whole)
     placed = state_lib.shardings_of(blueprint.state)
@@ -151,7 +151,7 @@ def build(blueprint: Blueprint) -> Programs:
             in_shardings=(placed, batch, frozen, whole, old_placed),
             out_shardings=(placed, whole, old_placed),
         ),
-        # Made on the devices: no process could fill the parts of the others.
+        # The devices make them: no process could fill the parts of the others.
         no_means=jax.jit(
             lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), old),
             out_shardings=old_placed,

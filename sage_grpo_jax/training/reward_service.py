@@ -45,7 +45,8 @@ def open_scorer(config: schema.Config, workdir: pathlib.Path) -> Iterator[client
         stack.callback(client.close)
 
         info = _first_contact(client, rewards, begun=(workdir / checkpoint.FOLDER).is_dir())
-        # Refused here, before any weights are loaded; later each sample would lack the reward.
+        # It is refused here, before any weights are loaded; later every sample would lack the
+        # reward.
         if missing := set(wanted) - set(info.names):
             raise ValueError(
                 f"config.rewards.weights: got {', '.join(wanted)}; {address} does not score "

@@ -149,7 +149,7 @@ class Scoring:
 
     def _collect(self, pending: dict[int, futures.Future], count: int) -> Scores:
         """Waits for the answers of this process, then joins those of all processes."""
-        # One row a sample, one column a reward; NaN is a reward that did not come.
+        # A row is a sample, a column a reward; NaN is a reward that did not come.
         names = tuple(self._config.rewards.weights)
         # The last column tells all processes of a changed reward model.
         table = np.full((count, len(names) + 1), np.nan, np.float32)
@@ -157,7 +157,7 @@ class Scoring:
         owned = np.zeros(count, bool)
 
         for b, future in pending.items():
-            # In short waits: a signal sets a flag, which has to be looked at.
+            # The waits are short: a signal sets a flag, which has to be looked at.
             while not futures.wait([future], timeout=0.5).done:
                 self._check_interrupt()
             result = future.result()

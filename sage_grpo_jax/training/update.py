@@ -71,7 +71,7 @@ def take_micro_batch(
         if plan.is_forward:
             return take(batch.latents[-1])
         if not plan.steps.varies:
-            # All samples are at one step: a slice of [T + 1, B, ...].
+            # All samples are at one step, a slice of [T + 1, B, ...].
             return take(batch.latents[after])
         # Each has a step of its own. The samples come first, so that they are divided as ever.
         pieces = split_batch(jnp.moveaxis(batch.latents, 0, 1), size)[piece]  # [m, T + 1, ...]
@@ -147,8 +147,8 @@ def _where_needed(
         # The recorded means are handed on as they are; a maximum starts from -inf, not from 0.
         return grads, result._replace(mismatch=none, mean_old=recorded)
 
-    # A branch, not a mask: forward and backward pass of the other samples are not run. The index is
-    # the same on every device, so that all of them take the same branch.
+    # This is a branch and not a mask: the passes of the other samples are not run. The index is the
+    # same on every device, so that all of them take the same branch.
     return jax.lax.cond(needed, entry, nothing, index, recorded)
 
 
@@ -204,8 +204,9 @@ def _gradients(
         )
         return totals, None if old is None else result.mean_old
 
-    # Every (position, piece), two int32 [positions·pieces]: the pieces of one step in a row, so
-    # that recorded means are stacked in the order in which they are read again.
+    # The scan goes through every (position, piece), piece by piece at each position, and reads
+    # recorded means in the order in which it has stacked them. Both indices are int32
+    # [positions·pieces].
     index = jnp.asarray(np.indices((plan.positions, pieces)).reshape(2, -1), jnp.int32)
     scanned = (tuple(index), None if old is None else old.means)
     # A scan wants its totals before it runs anything: the names and types of the metrics come from
@@ -252,7 +253,7 @@ def _averages(
 
     if state.sampling is not None:
         decay = averaging.ramp(count, ramp.decay_start, ramp.decay_rate, ramp.decay_limit)
-        # It stays as it was while the updates on its own rollout go on.
+        # The policy that samples stays as it was while the updates on its own rollout go on.
         averages["sampling"] = averaging.mix(state.sampling, params, jnp.where(is_last, decay, 1.0))
 
     return averages
@@ -298,8 +299,8 @@ def make_update(plan: Plan, tx: optax.GradientTransformationExtraArgs) -> Callab
         if not plan.is_forward:
             checks["update/ratio_in_tolerance"] = ratio_lib.in_tolerance(metrics, tolerances, old)
         applied = jnp.all(jnp.stack(list(checks.values())))
-        # Chosen on the device from numbers that all devices share: no process can decide otherwise.
-        # A select, unlike a product with 0, lets no NaN through from the side that is not taken.
+        # The choice is made from numbers that all devices share: no process can decide otherwise. A
+        # select, unlike a product with 0, lets no NaN through from the side that is not taken.
         state = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, state)
 
         # What is reported

@@ -72,7 +72,7 @@ def claim(config: schema.Config, workdir: pathlib.Path) -> None:
         _check_record(workdir)
         theirs = flatten(read_object(path)) if path.exists() and _has_begun(workdir) else mine
 
-    # Every field of both that decides what the run computes
+    # Fields of either that decide what the run computes
     theirs = _younger_fields(theirs) | theirs
     theirs = {name: value for name, value in theirs.items() if name not in _RETIRED}
     differing = [

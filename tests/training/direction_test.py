@@ -91,7 +91,6 @@ def test_an_update_raises_the_better_sample_and_lowers_the_worse(make_trainer, s
         "optimizer.learning_rate": 1e-4,
         "trust_region.kind": "none",
     }
-
     for rewards in ([0.2, 0.1], [-3.0, -2.5]):
         trainer = make_trainer(overrides, rewards)
         batch = next(iter(trainer.prompts))
@@ -125,7 +124,6 @@ def test_a_larger_weight_of_the_kl_moves_the_policy_less(make_trainer, kind):
             },
             rewards,
         )
-
         rollout, first = Rollout(trainer, next(iter(trainer.prompts))), trainer.params()
         metrics = trainer.steps(6)
         assert {m["kl/weight"] for m in metrics} == {np.float32(weight)}

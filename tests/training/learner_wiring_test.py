@@ -238,7 +238,6 @@ def test_advantages_of_each_reward_by_itself(make_learner):
     }
     learner, script = make_learner(settings, failing=frozenset({1, 6}))
     learner.step(state_at(0), prompt_batch(P))
-
     wanted = np.zeros(P * G)
     for p in range(P):
         members = [b for b in range(p * G, (p + 1) * G) if b not in (1, 6)]
@@ -359,7 +358,6 @@ def test_an_evaluation_has_its_own_noise_and_keeps_clips_with_prompts(make_learn
         np.testing.assert_array_equal(found.videos[row], row % 12)
         for name, values in found.scores.items():
             assert values[row] == pytest.approx(reward(name, row % 12))
-
     for request, (number, prompt, fps) in script.submitted.items():
         batch, name, row = request.removeprefix("eval").split("/")
         assert (number, fps) == (int(row), 8.0)
