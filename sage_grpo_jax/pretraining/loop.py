@@ -1,4 +1,4 @@
-"""The gradient loop that both pretraining stages share: update, average, log, checkpoint, resume.
+"""The gradient loop that all stages of pretraining share: update, average, log, checkpoint, resume.
 
 Everything random in step n is drawn from `fold_in(stage key, n)` inside the compiled update. A
 run that was interrupted therefore continues with the bits that it would have had.

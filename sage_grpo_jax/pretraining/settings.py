@@ -49,7 +49,7 @@ class VaeStageConfig(StageConfig):
 
     `edge_weight` multiplies the L1 distance of the spatial differences between neighbouring
     pixels: it asks for sharp borders where plain L1 accepts a soft one. `contrast_weight` is
-    explained at `pretraining.reconstruction_terms`. The first `short_steps` updates see
+    explained at `vae_stages.reconstruction_terms`. The first `short_steps` updates see
     `short_batch_size` clips of `short_frames` frames, which cost less. Latent noise and KL grow
     from zero to their full weight over `noise_warmup_steps`. `latent_noise` adds noise of that
     many standard deviations of the latents, for a decoder that forgives small errors.
