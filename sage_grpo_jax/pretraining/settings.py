@@ -44,7 +44,7 @@ class VaeStageConfig(StageConfig):
 
     `edge_weight` multiplies the L1 distance of the spatial differences between neighbouring
     pixels: it asks for sharp borders where plain L1 accepts a soft one. `contrast_weight` is
-    explained at `pretraining.reconstruction_terms`. The first `short_steps` updates see
+    explained at `vae_stages.reconstruction_terms`. The first `short_steps` updates see
     `short_batch_size` clips of `short_frames` frames, which cost less. Latent noise and KL grow
     from zero to their full weight over `noise_warmup_steps`. `latent_noise` adds noise of that
     many standard deviations of the latents, for a decoder that forgives small errors.
@@ -178,6 +178,7 @@ def from_mapping(config: Mapping[str, Any]) -> PretrainConfig:
       ValueError: naming the section, the field and what is allowed, for unknown, missing or
         invalid settings.
     """
+    # Sections: none missing, none that would be ignored.
     allowed = ["seed", *_MODELS, *_SECTIONS]
     unknown = sorted(set(config) - set(allowed))
     missing = sorted(set(allowed) - set(config))
@@ -186,6 +187,8 @@ def from_mapping(config: Mapping[str, Any]) -> PretrainConfig:
             f"pretraining config: unknown sections {unknown}, missing sections {missing}; "
             f"it has exactly {allowed}"
         )
+
+    # Each is checked by its own class.
     sections = {
         name: fields.build(section_type, config[name], name, defaults=True)
         for name, section_type in _SECTIONS.items()

@@ -112,12 +112,16 @@ def from_config(config: schema.Config, **given: Any) -> Settings:
         "last_step": rollout.last_step,
         "guidance_mode": rollout.guidance_mode,
     }
+
+    # What depends on other values: the clamp is of the recipe's own sampler, and clips larger than
+    # a tile are decoded in tiles.
     values |= {name: value for name, value in given.items() if value is not None}
     if values["sampler"] == rollout.sde:
         values["clamp"] = rollout.clamp
     if values["tiling"] == "auto":
         larger = max(values["height"], values["width"]) > vae_tiling.TILE
         values["tiling"] = "official" if larger else "off"
+
     settings = Settings(**values)
     _check(settings)
     if not sde.KINDS[settings.sampler].stochastic:  # so that equal videos have equal records
@@ -127,6 +131,7 @@ def from_config(config: schema.Config, **given: Any) -> Settings:
 
 def _check(settings: Settings) -> None:
     fields.check(settings, "--")
+    # An eta above its highest has no meaning for a sampler.
     highest_eta = sde.KINDS[settings.sampler].highest_eta
     if settings.eta > highest_eta:
         raise ValueError(f"--eta: got {settings.eta}; allowed: 0 to {highest_eta}")
