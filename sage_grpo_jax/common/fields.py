@@ -209,7 +209,7 @@ def check(config: Any, prefix: str | None = None) -> None:
       prefix: what stands before the names of fields in messages; by default the class and a dot.
 
     Raises:
-      FieldError: for the first field that holds what it may not.
+      ValueError: for the first field that holds what it may not.
     """
     prefix = f"{type(config).__name__}." if prefix is None else prefix
     hints = typing.get_type_hints(type(config))
