@@ -24,10 +24,11 @@ from sage_grpo_jax.models import lora as lora_lib
 from sage_grpo_jax.models import registry
 from sage_grpo_jax.models.door import TransformerConfig
 from sage_grpo_jax.models.lora import LoraConfig
-from sage_grpo_jax.weights import safetensors_io, tables, torch_zip
-from sage_grpo_jax.weights.key_table import Path, Row, Shape
-from sage_grpo_jax.weights.sources import FLOATS, Index, Source, is_stacked
-from sage_grpo_jax.weights.stored_tensor import StoredTensor
+from sage_grpo_jax.weights import layouts
+from sage_grpo_jax.weights.formats import safetensors_io, torch_zip
+from sage_grpo_jax.weights.formats.source import FLOATS, Index, Path, Shape, Source, is_stacked
+from sage_grpo_jax.weights.formats.stored_tensor import StoredTensor
+from sage_grpo_jax.weights.tables.key_table import Row
 
 STEM = "pytorch_lora_weights"
 METADATA = "lora_adapter_metadata"
@@ -141,7 +142,7 @@ def open_file(path: pathlib.Path, config: TransformerConfig) -> Opened:
 
 def module_rows(config: TransformerConfig) -> dict[Path, Row]:
     """The row of the kernel of each layer that can be adapted, in diffusers' layout."""
-    rows = {row.ours: row for row in tables.rows(config, "diffusers")}
+    rows = {row.ours: row for row in layouts.rows(config, "diffusers")}
     paths = (tuple(layer.split("/")) for layer in registry.of(config).ADAPTER_LAYERS)
     return {path: rows[(*path, "kernel")] for path in paths if (*path, "kernel") in rows}
 
@@ -156,7 +157,7 @@ def adapter_shapes(config: TransformerConfig, lora: LoraConfig) -> dict[Path, Sh
     shapes = traverse_util.unflatten_dict(
         {
             path: jax.ShapeDtypeStruct(shape, np.float32)
-            for path, shape in tables.parameter_shapes(config).items()
+            for path, shape in layouts.parameter_shapes(config).items()
         }
     )
     flat = traverse_util.flatten_dict(lora_lib.abstract_adapters(shapes, lora, registry.of(config)))
@@ -229,7 +230,7 @@ def _open(
 ) -> Opened:
     layers = _layers(config)
     files, alphas = _sort(tensors, layers)
-    shapes = tables.parameter_shapes(config)
+    shapes = layouts.parameter_shapes(config)
     found = {}
     for name, parts in files.items():
         path, _ = layers[name]

@@ -16,8 +16,10 @@ import pytest
 from sage_grpo_jax import weights
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.models.vae import VaeConfig
-from sage_grpo_jax.weights import headers, hunyuan_video_keys, store, tables
-from sage_grpo_jax.weights.key_table import check_tensors
+from sage_grpo_jax.weights import configs, layouts, store
+from sage_grpo_jax.weights.formats import headers
+from sage_grpo_jax.weights.tables import hunyuan_video_keys
+from sage_grpo_jax.weights.tables.key_table import check_tensors
 
 DEEP = "[" * 100_000
 HUGE = 10**400
@@ -227,29 +229,29 @@ def test_indexes(weight_map, message, tmp_path):
 @pytest.mark.parametrize("layout", hunyuan_video_keys.LAYOUTS)
 @pytest.mark.parametrize("config", [official.DIT, official.VAE, HunyuanVideoConfig(), VaeConfig()])
 def test_one_missing_tensor_is_that_and_nothing_else(config, layout):
-    rows, shapes = tables.key_table(config, layout)
+    rows, shapes = layouts.key_table(config, layout)
     whole = {name: row.shape_there(shapes[row.ours]) for row in rows for name in row.names()}
     names = sorted(whole)
     for name in names[:: max(1, len(names) // 40)]:
         part = {other: shape for other, shape in whole.items() if other != name}
-        store.facts.check_config(config, layout, part)
+        configs.check_config(config, layout, part)
         with pytest.raises(ValueError, match=rf"; missing: {name.replace('.', '[.]')}$"):
             check_tensors(rows, shapes, part)
         more = whole | {f"{name}.extra": (1,)}
-        store.facts.check_config(config, layout, more)
+        configs.check_config(config, layout, more)
 
 
 def test_a_missing_block_is_named_too():
-    rows, shapes = tables.key_table(official.DIT, "diffusers")
+    rows, shapes = layouts.key_table(official.DIT, "diffusers")
     whole = {name: row.shape_there(shapes[row.ours]) for row in rows for name in row.names()}
     part = {name: s for name, s in whole.items() if not name.startswith("transformer_blocks.1.")}
-    store.facts.check_config(official.DIT, "diffusers", part)
+    configs.check_config(official.DIT, "diffusers", part)
     with pytest.raises(ValueError, match=r"missing: transformer_blocks\.1\.attn\.add_k_proj"):
         check_tensors(rows, shapes, part)
     # Fewer blocks are a model of another depth.
     part = {name: s for name, s in whole.items() if not name.startswith("transformer_blocks.2.")}
     with pytest.raises(ValueError, match="num_layers=3, the tensors say 2"):
-        store.facts.check_config(official.DIT, "diffusers", part)
+        configs.check_config(official.DIT, "diffusers", part)
 
 
 # Orbax
@@ -262,7 +264,7 @@ def orbax(good, tmp_path):
 
 def load_on_device(folder):
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = tables.parameter_shapes(fuzz_readers.DIT)
+    shapes = layouts.parameter_shapes(fuzz_readers.DIT)
     tree = {}
     for path in shapes:
         node = tree

@@ -9,7 +9,8 @@ import pytest
 from sage_grpo_jax import weights
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.models.vae import VaeConfig
-from sage_grpo_jax.weights import configs, facts, hunyuan_video_keys, tables
+from sage_grpo_jax.weights import configs, layouts
+from sage_grpo_jax.weights.tables import hunyuan_video_keys
 
 FULL = {
     "base": HunyuanVideoConfig(),
@@ -20,7 +21,7 @@ FULL = {
 
 
 def shapes(config, layout):
-    rows, parameters = tables.key_table(config, layout)
+    rows, parameters = layouts.key_table(config, layout)
     return {name: row.shape_there(parameters[row.ours]) for row in rows for name in row.names()}
 
 
@@ -28,8 +29,8 @@ def shapes(config, layout):
 @pytest.mark.parametrize("name", FULL)
 def test_released_models_need_no_config(name, layout):
     found = shapes(FULL[name], layout)
-    assert facts.infer_config(layout, found) == FULL[name]
-    facts.check_config(FULL[name], layout, found)
+    assert configs.infer_config(layout, found) == FULL[name]
+    configs.check_config(FULL[name], layout, found)
 
 
 def test_size_of_the_released_dit():
@@ -50,19 +51,19 @@ def test_size_of_the_released_dit():
 def test_vae_facts_agree_with_the_config(changes):
     config = VaeConfig(**changes)
     for layout in hunyuan_video_keys.LAYOUTS:
-        facts.check_config(config, layout, shapes(config, layout))
+        configs.check_config(config, layout, shapes(config, layout))
         other = dataclasses.replace(config, temporal_compression_ratio=1)
         with pytest.raises(ValueError, match=r"temporal_compression_ratio=1, the tensors say \d"):
-            facts.check_config(other, layout, shapes(config, layout))
+            configs.check_config(other, layout, shapes(config, layout))
 
 
 def test_what_cannot_be_inferred():
     with pytest.raises(ValueError, match=r"no config\.json, and the tensors are not those of"):
-        facts.infer_config("tencent", {"a": (1,)})
+        configs.infer_config("tencent", {"a": (1,)})
     with pytest.raises(ValueError, match="not those of a model in the diffusers layout"):
-        facts.infer_config("diffusers", shapes(official.VAE, "tencent"))
+        configs.infer_config("diffusers", shapes(official.VAE, "tencent"))
     with pytest.raises(ValueError, match=r"scaling_factor is not in the tensors.*--config_json"):
-        facts.infer_config("tencent", shapes(official.VAE, "tencent"))
+        configs.infer_config("tencent", shapes(official.VAE, "tencent"))
 
 
 def load(tmp_path, values):

@@ -4,7 +4,7 @@ import pytest
 import wan_vae_oracle as oracle
 
 from sage_grpo_jax.models.wan_vae import WanVaeConfig
-from sage_grpo_jax.weights import wan_vae_keys
+from sage_grpo_jax.weights.tables import wan_vae_keys
 
 UNREADABLE = (KeyError, IndexError, ValueError, ZeroDivisionError)
 UNITS = {"z_dim": 2, "latents_mean": (0.0, 0.0), "latents_std": (1.0, 1.0)}

@@ -1,16 +1,20 @@
-"""What a module of weight tables has, one for each model of `models.registry`.
+"""What a module of weight tables has, one for each model of `models.registry`, and its tools.
 
 Its names: `LAYOUTS`, how each codebase stores the model (`diffusers` always, and first);
 `SHAPELESS`, fields of the config that no shape depends on; and `unseen`, what the config has that
-no tensor shows.
+no tensor shows. The functions below are for its `facts`, its `unseen` and its config.json.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from sage_grpo_jax.weights.key_table import Row, Shape
+from sage_grpo_jax.models.model_config import require
+from sage_grpo_jax.weights.formats.source import Shape
+from sage_grpo_jax.weights.tables.key_table import Row
 
 
 class Read(NamedTuple):
@@ -96,3 +100,40 @@ def require_released(field: str, fact: Fact | None, released: Any) -> None:
         f"no config.json: {field} is not in the tensors, and known only for the released width "
         f"{released}, not for {fact.value} ({fact.tensor}); give --config_json"
     )
+
+
+def has_part(names: Sequence[str], tensors: Mapping[str, Shape]) -> bool:
+    """Whether a part is there: at least half of its tensors are."""
+    return 2 * sum(name.format(i=0) in tensors for name in names) >= len(names)
+
+
+def count_layers(templates: Sequence[str], tensors: Mapping[str, Shape]) -> int:
+    """How many layers are there: at least half of the tensors of {i} = 0, 1, ...
+
+    Raises:
+      ValueError: layers between them are not.
+    """
+    before = templates[0].partition("{i}")[0]
+    parts = {template.partition("{i}")[2] for template in templates}
+    pattern, found = re.compile(re.escape(before) + r"(\d{1,6})(.*)"), Counter()
+    for name in tensors:
+        if (match := pattern.fullmatch(name)) and match[2] in parts:
+            found[int(match[1])] += 1
+    layers = {layer for layer, count in found.items() if 2 * count >= len(parts)}
+    if layers != set(range(len(layers))):
+        raise ValueError("layers are missing between others")
+    return len(layers)
+
+
+def refuse_unknown(values: Mapping[str, Any], known: Collection[str]) -> None:
+    """For a `ConfigJson`: fields that we do not know may change the model.
+
+    Args:
+      values: the object of a config.json; names that begin with "_" are not fields.
+      known: the names of all fields.
+
+    Raises:
+      ValueError: listing the others.
+    """
+    unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
+    require(not unknown, "fields", unknown, f"only {sorted(known)}")

@@ -1,4 +1,4 @@
-"""Which key table goes with which model and layout."""
+"""Which layouts the models have: their key tables, and whose tensors a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import jax
 from flax import traverse_util
 
 from sage_grpo_jax.models import registry
-from sage_grpo_jax.weights.key_table import Path, Row, Shape, check_parameters
-from sage_grpo_jax.weights.model_tables import ModelLayout, ModelTables
+from sage_grpo_jax.weights.formats.source import Path, Shape
+from sage_grpo_jax.weights.tables.key_table import Row, check_parameters
+from sage_grpo_jax.weights.tables.model_tables import ModelLayout, ModelTables
 
 Config = Any  # of one of the models in `models.registry`
 
@@ -96,4 +97,4 @@ def recognise(tensors: Mapping[str, Shape]) -> Kind | None:
 
 
 # The names of all layouts that some model has.
-LAYOUTS = tuple(dict.fromkeys(kind.layout for kind, _ in all_layouts()))
+NAMES = tuple(dict.fromkeys(kind.layout for kind, _ in all_layouts()))

@@ -9,7 +9,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from sage_grpo_jax.weights import safetensors_io, tensor_files
+from sage_grpo_jax.weights.formats import safetensors_io, tensor_files
 
 SHAPES = {"a": (3, 4), "b": (), "c": (0, 2), "d": (5,)}
 

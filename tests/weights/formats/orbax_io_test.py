@@ -11,7 +11,7 @@ from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.parallel import sharding
-from sage_grpo_jax.weights import orbax_io, orbax_reading
+from sage_grpo_jax.weights.formats import orbax_io
 
 CONFIG = HunyuanVideoConfig(
     in_channels=9,
@@ -91,7 +91,7 @@ def test_no_false_alarm(folder, params, caplog):
 def test_reads_checkpoints_whose_chunks_span_layers(params, tmp_path):
     """As training runs write them."""
     ocp.save_checkpointables(tmp_path / "run", {"state": {"params": params, "step": 3}})
-    source = orbax_reading.OrbaxSource(tmp_path / "run", ("state", "params"))
+    source = orbax_io.OrbaxSource(tmp_path / "run", ("state", "params"))
     for path in (("blocks", "image", "query", "kernel"), ("patch_embed", "bias")):
         want = params
         for key in path:
@@ -100,12 +100,12 @@ def test_reads_checkpoints_whose_chunks_span_layers(params, tmp_path):
         index = tuple(slice(1, 3) for _ in want.shape)
         np.testing.assert_array_equal(source.read(path, index), want[index])
     with pytest.raises(ValueError, match="has no state/weights"):
-        orbax_reading.OrbaxSource(tmp_path / "run", ("state", "weights"))
+        orbax_io.OrbaxSource(tmp_path / "run", ("state", "weights"))
 
 
 def test_damage(folder, params, tmp_path):
     with pytest.raises(ValueError, match="state: not from an orbax checkpoint"):
-        orbax_reading.OrbaxSource(tmp_path)
+        orbax_io.OrbaxSource(tmp_path)
     weights.save(params, tmp_path / "cut", "orbax", config=CONFIG)
     arrays = tmp_path / "cut" / orbax_io.PARAMS / "state"
     chunk = next((arrays / "blocks.text.query.kernel" / "c").rglob("0"))

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from sage_grpo_jax.common import checked_json
-from sage_grpo_jax.weights import headers
-from sage_grpo_jax.weights.headers import SUFFIX
-from sage_grpo_jax.weights.stored_tensor import File, StoredTensor
+from sage_grpo_jax.weights.formats import headers
+from sage_grpo_jax.weights.formats.headers import SUFFIX
+from sage_grpo_jax.weights.formats.stored_tensor import File, StoredTensor
 
 INDEX_SUFFIX = f"{SUFFIX}.index.json"
 _WRITTEN = {

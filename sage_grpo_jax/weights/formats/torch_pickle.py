@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from sage_grpo_jax.common.checked_json import shown
-from sage_grpo_jax.weights import headers
+from sage_grpo_jax.weights.formats import headers
 
 MAX_BYTES = 8 << 20  # 1,500 tensors with their optimizer have one
 _STORAGES = {

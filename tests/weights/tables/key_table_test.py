@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from sage_grpo_jax.weights import key_table
-from sage_grpo_jax.weights.key_table import LAYOUTS, Row
+from sage_grpo_jax.weights.tables import key_table
+from sage_grpo_jax.weights.tables.key_table import LAYOUTS, Row
 
 ROWS = [
     *key_table.linear(("blocks", "in"), "layers.{i}.fc", stacked=2),

@@ -11,9 +11,9 @@ import struct
 import zipfile
 import zlib
 
-from sage_grpo_jax.weights import headers, torch_pickle
-from sage_grpo_jax.weights.stored_tensor import File, StoredTensor
-from sage_grpo_jax.weights.torch_pickle import Storage, Tensor
+from sage_grpo_jax.weights.formats import headers, torch_pickle
+from sage_grpo_jax.weights.formats.stored_tensor import File, StoredTensor
+from sage_grpo_jax.weights.formats.torch_pickle import Storage, Tensor
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _MAX_DEPTH, _MAX_VALUES = 16, 1 << 20

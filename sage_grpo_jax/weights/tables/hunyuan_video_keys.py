@@ -14,10 +14,17 @@ from typing import Any
 
 from sage_grpo_jax.models.hunyuan_video_config import HunyuanVideoConfig
 from sage_grpo_jax.models.model_config import RUNTIME_FIELDS
-from sage_grpo_jax.weights import hunyuan_configs
-from sage_grpo_jax.weights.counting import count_layers, has_part
-from sage_grpo_jax.weights.key_table import Row, Shape, linear, norm, with_bias
-from sage_grpo_jax.weights.model_tables import Fact, ModelLayout, Read, require_released
+from sage_grpo_jax.weights.formats.source import Shape
+from sage_grpo_jax.weights.tables import hunyuan_configs
+from sage_grpo_jax.weights.tables.key_table import Row, linear, norm, with_bias
+from sage_grpo_jax.weights.tables.model_tables import (
+    Fact,
+    ModelLayout,
+    Read,
+    count_layers,
+    has_part,
+    require_released,
+)
 
 SHAPELESS = ("rope_theta", "target_size", "task_type", *RUNTIME_FIELDS)
 # What no tensor shows, and is assumed only where the heads are the released ones.

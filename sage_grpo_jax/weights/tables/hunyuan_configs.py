@@ -14,7 +14,7 @@ from sage_grpo_jax.common import checked_json
 from sage_grpo_jax.models.hunyuan_video_config import TASKS, HunyuanVideoConfig
 from sage_grpo_jax.models.model_config import require
 from sage_grpo_jax.models.vae import VaeConfig
-from sage_grpo_jax.weights.model_tables import ConfigJson
+from sage_grpo_jax.weights.tables.model_tables import ConfigJson, refuse_unknown
 
 _BYT5_WIDTH = 1472  # the only one that Tencent's model builds
 _REFINER_LAYERS = 2  # likewise
@@ -73,7 +73,7 @@ _VAE_FREE = {"sample_size": 256, "sample_tsize": 64}
 def _transformer_from_values(values: dict[str, Any]) -> HunyuanVideoConfig:
     for field, value in _DIT_FIXED.items():
         require(values.get(field, value) == value, field, values.get(field), repr(value))
-    _refuse_unknown(values, (*_DIT_FIXED, *_DIT_FREE, *_DIT_READ))
+    refuse_unknown(values, (*_DIT_FIXED, *_DIT_FREE, *_DIT_READ))
     given = {field: _read(values, field, hint) for field, hint in _DIT_READ.items()}
     hidden, heads = given["hidden_size"], given["heads_num"]
     require(heads >= 1, "heads_num", heads, "at least 1")
@@ -160,7 +160,7 @@ def _transformer_to_values(config: HunyuanVideoConfig) -> dict[str, Any]:
 def _vae_from_values(values: dict[str, Any]) -> VaeConfig:
     shift = values.get("shift_factor")
     require(not shift, "shift_factor", shift, "None or 0")
-    _refuse_unknown(values, (*_VAE_SAME, *_VAE_RENAMED, *_VAE_FREE, "shift_factor"))
+    refuse_unknown(values, (*_VAE_SAME, *_VAE_RENAMED, *_VAE_FREE, "shift_factor"))
     hints = typing.get_type_hints(VaeConfig)
     given = {f: checked_json.typed(values[f], hints[f], f) for f in _VAE_SAME if f in values}
     for theirs, ours in _VAE_RENAMED.items():
@@ -175,11 +175,6 @@ def _vae_to_values(config: VaeConfig) -> dict[str, Any]:
         **_VAE_FREE,
         "shift_factor": None,
     }
-
-
-def _refuse_unknown(values: dict[str, Any], known: tuple[str, ...]) -> None:
-    unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
-    require(not unknown, "fields", unknown, f"only {sorted(known)}")
 
 
 TRANSFORMER = ConfigJson(

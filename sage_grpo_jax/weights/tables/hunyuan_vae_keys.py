@@ -11,10 +11,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sage_grpo_jax.models.vae import VaeConfig
-from sage_grpo_jax.weights import hunyuan_configs
-from sage_grpo_jax.weights.counting import count_layers
-from sage_grpo_jax.weights.key_table import Row, Shape, with_bias
-from sage_grpo_jax.weights.model_tables import Fact, ModelLayout, Read, require_released
+from sage_grpo_jax.weights.formats.source import Shape
+from sage_grpo_jax.weights.tables import hunyuan_configs
+from sage_grpo_jax.weights.tables.key_table import Row, with_bias
+from sage_grpo_jax.weights.tables.model_tables import (
+    Fact,
+    ModelLayout,
+    Read,
+    count_layers,
+    require_released,
+)
 
 SHAPELESS = ("scaling_factor", "dtype")
 _RELEASED_WIDTHS = VaeConfig().block_out_channels

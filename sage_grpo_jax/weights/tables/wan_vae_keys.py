@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from sage_grpo_jax.models.wan_vae_config import WanVaeConfig
-from sage_grpo_jax.weights.key_table import Path, Row, Shape, with_bias
-from sage_grpo_jax.weights.model_tables import Fact, ModelLayout, Read, require_released
+from sage_grpo_jax.weights.formats.source import Path, Shape
+from sage_grpo_jax.weights.tables.key_table import Row, with_bias
+from sage_grpo_jax.weights.tables.model_tables import Fact, ModelLayout, Read, require_released
 
 SHAPELESS = ("dropout", "dtype")
 _STEP = "resample.1.weight"  # of a change of resolution, which resnets do not have

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sage_grpo_jax.weights import torch_zip
+from sage_grpo_jax.weights.formats import torch_zip
 
 
 def same(stored, tensor):

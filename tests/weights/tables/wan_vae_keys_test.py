@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
 from sage_grpo_jax.models.wan_vae import WanVaeConfig
-from sage_grpo_jax.weights import key_table, wan_vae_keys
+from sage_grpo_jax.weights.tables import key_table, wan_vae_keys
 
 
 def _config(**fields) -> WanVaeConfig:

@@ -13,9 +13,17 @@ from typing import Any
 from sage_grpo_jax.common import checked_json
 from sage_grpo_jax.models.model_config import RUNTIME_FIELDS, require
 from sage_grpo_jax.models.wan_config import TEXT_TOKENS, VARIANTS, WanConfig
-from sage_grpo_jax.weights.counting import count_layers, has_part
-from sage_grpo_jax.weights.key_table import Row, Shape, linear, norm, with_bias
-from sage_grpo_jax.weights.model_tables import ConfigJson, Fact, ModelLayout, Read
+from sage_grpo_jax.weights.formats.source import Shape
+from sage_grpo_jax.weights.tables.key_table import Row, linear, norm, with_bias
+from sage_grpo_jax.weights.tables.model_tables import (
+    ConfigJson,
+    Fact,
+    ModelLayout,
+    Read,
+    count_layers,
+    has_part,
+    refuse_unknown,
+)
 
 SHAPELESS = ("eps", "rope_max_seq_len", *RUNTIME_FIELDS)
 
@@ -186,9 +194,7 @@ _ORIGINAL_SILENT = ("patch_size", "text_dim", "cross_attn_norm", "rope_max_seq_l
 def _read_original(values: dict[str, Any]) -> WanConfig:
     for field, value in _ORIGINAL_FIXED.items():
         require(values.get(field, value) == value, field, values.get(field), value)
-    known = {*_ORIGINAL_FIXED, *_ORIGINAL_FIELDS.values()}
-    unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
-    require(not unknown, "fields", unknown, f"only {sorted(known)}")
+    refuse_unknown(values, {*_ORIGINAL_FIXED, *_ORIGINAL_FIELDS.values()})
     given = {
         ours: checked_json.member(values, theirs, float if ours == "eps" else int)
         for ours, theirs in _ORIGINAL_FIELDS.items()

@@ -15,7 +15,9 @@ from wan_oracle import TINY, make_inputs, make_oracle, oracle_output, parameters
 
 from sage_grpo_jax.common.byte_progress import Progress
 from sage_grpo_jax.models import wan
-from sage_grpo_jax.weights import key_table, safetensors_io, sources, wan_keys, writing
+from sage_grpo_jax.weights import sources, store
+from sage_grpo_jax.weights.formats import safetensors_io
+from sage_grpo_jax.weights.tables import key_table, wan_keys
 
 STEM = "diffusion_pytorch_model"
 CONFIGS = {
@@ -44,7 +46,7 @@ def read(folder, rows, config):
 def write(folder, rows, params):
     folder.mkdir()
     source = sources.TreeSource(traverse_util.unflatten_dict(params))
-    writing.write_tensors(folder, STEM, rows, source, np.dtype(np.float32), Progress(0, None))
+    store.write_tensors(folder, STEM, rows, source, np.dtype(np.float32), Progress(0, None))
 
 
 @pytest.mark.parametrize("layout", TABLES)

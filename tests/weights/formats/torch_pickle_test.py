@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from sage_grpo_jax.weights import headers, torch_pickle, torch_zip
+from sage_grpo_jax.weights.formats import headers, torch_pickle, torch_zip
 
 STOP = b"."
 END = b"\x80\x02"  # of protocol 2, the beginning

@@ -15,9 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-_TILE = 64  # elements; two tiles of float32 fit the fastest cache
-Path = tuple[str, ...]
-Shape = tuple[int, ...]
+from sage_grpo_jax.weights.formats.source import Path, Shape, contiguous
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,20 +140,6 @@ class Row:
             half = theirs.shape[0] // 2
             theirs = np.concatenate([theirs[half:], theirs[:half]])
         return self.part[0] * theirs.shape[0], theirs
-
-
-def contiguous(values: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
-    """`np.ascontiguousarray`, three times as fast where the last two axes are transposed."""
-    if values.ndim < 2 or values.strides[-2] >= values.strides[-1]:
-        return np.ascontiguousarray(values, dtype)
-    out = np.empty(values.shape, values.dtype if dtype is None else dtype)
-    rows, columns = (range(0, size, _TILE) for size in values.shape[-2:])
-    for outer in np.ndindex(values.shape[:-2]):
-        for i in rows:
-            for j in columns:
-                tile = (*outer, slice(i, i + _TILE), slice(j, j + _TILE))
-                out[tile] = values[tile]
-    return out
 
 
 def with_bias(ours: Path, theirs: str, kind: str, stacked: int | None = None) -> list[Row]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import pathlib
 
-from sage_grpo_jax.weights import safetensors_io, torch_zip
-from sage_grpo_jax.weights.stored_tensor import StoredTensor
+from sage_grpo_jax.weights.formats import safetensors_io, torch_zip
+from sage_grpo_jax.weights.formats.stored_tensor import StoredTensor
 
 # Training checkpoints hold the weights, and often their moving average, below these names.
 KEYS = ("module", "ema")
