@@ -1,9 +1,14 @@
 """Orbax checkpoints of parameters: any mesh, any dtype, damage, plain orbax reads them too."""
 
+import json
+import shutil
+
+import fuzz_readers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from one_line import one_line
 from orbax.checkpoint import v1 as ocp
 
 from sage_grpo_jax import weights
@@ -11,6 +16,7 @@ from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.parallel import sharding
+from sage_grpo_jax.weights import layouts
 from sage_grpo_jax.weights.formats import orbax_io
 
 CONFIG = HunyuanVideoConfig(
@@ -123,3 +129,82 @@ def test_damage(folder, params, tmp_path):
     vision = HunyuanVideoConfig(**{**CONFIG.__dict__, "image_embed_dim": 5})
     with pytest.raises(ValueError, match="missing: image_embed/"):
         weights.load(folder, vision)
+
+
+# Damage as `sample` meets it
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    path = tmp_path_factory.mktemp("damaged") / "good"
+    fuzz_readers.DOORS["orbax"].write(path)
+    return path
+
+
+@pytest.fixture
+def orbax(good, tmp_path):
+    return shutil.copytree(good, tmp_path / "model")
+
+
+def load_on_device(folder):
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = layouts.parameter_shapes(fuzz_readers.DIT)
+    tree = {}
+    for path in shapes:
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = place
+    return weights.load(folder, fuzz_readers.DIT, tree)
+
+
+ARRAY = "params/state/blocks.image.query.kernel"
+
+
+def _edit(change):
+    def edit(folder):
+        file = folder / ARRAY / "zarr.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+    return edit
+
+
+def _cut(folder):
+    chunk = next(file for file in (folder / ARRAY / "c").rglob("*") if file.is_file())
+    chunk.write_bytes(chunk.read_bytes()[:-9])
+
+
+def _remove_chunk(folder):
+    next(file for file in (folder / ARRAY / "c").rglob("*") if file.is_file()).unlink()
+
+
+def _escape(folder):
+    file = folder / "params/state/_METADATA"
+    text = file.read_text().replace('"key": "patch_embed"', '"key": "../../patch_embed"')
+    assert "../.." in text
+    file.write_text(text)
+
+
+DAMAGES = {
+    "cut": (_cut, "blocks.image.query.kernel cannot be read"),
+    "chunk": (_remove_chunk, "blocks.image.query.kernel cannot be read"),
+    "record": (lambda f: (f / ARRAY / "zarr.json").unlink(), "query.kernel cannot be read"),
+    "text": (lambda f: (f / ARRAY / "zarr.json").write_text("{"), "query.kernel cannot be read"),
+    "shape": (_edit({"shape": [2, 8, 9]}), "blocks/image/query/kernel"),
+    "dtype": (_edit({"data_type": "int32"}), "query.kernel cannot be read"),
+    "tree": (lambda f: (f / "params/state/_METADATA").write_text("{}"), "use_zarr3|tree_metadata"),
+    "outside": (_escape, "tree_metadata: .*no name of an array"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_orbax_weights(damage, orbax, capfd):
+    """As `sample` loads them: onto devices. Nothing but the line of the error is written."""
+    jax.tree.map(np.asarray, load_on_device(orbax))
+    capfd.readouterr()
+    change, message = DAMAGES[damage]
+    change(orbax)
+    with pytest.raises(ValueError, match=message) as error:
+        load_on_device(orbax)
+    assert str(orbax) in one_line(error)
+    assert capfd.readouterr() == ("", "")

@@ -128,15 +128,3 @@ def test_bad_parts():
         Row(("a",), "a", "vector", part=(3, 3))
     with pytest.raises(ValueError, match="swapped=True"):
         Row(("a",), "a", "vector", part=(0, 2), swapped=True)
-
-
-@pytest.mark.parametrize(
-    "shape", [(3, 200), (200, 3), (130, 129), (1, 70, 65), (2, 3, 70, 5), (7,)]
-)
-def test_contiguous_copies_of_transposed_arrays(shape):
-    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    for view in (values, values.T, np.swapaxes(values, -1, -min(2, values.ndim)), values[..., ::2]):
-        found = key_table.contiguous(view, np.dtype(np.float64))
-        assert found.flags.c_contiguous
-        assert found.dtype == np.float64
-        np.testing.assert_array_equal(found, view)
