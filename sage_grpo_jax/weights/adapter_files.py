@@ -133,6 +133,7 @@ def open_file(path: pathlib.Path, config: TransformerConfig) -> Opened:
         tensors, header = torch_zip.read_file(file), {}
     else:
         tensors, header = safetensors_io.read_file(file)
+
     settings = _read_settings(file, header)
     try:
         return _open(tensors, settings, config)
@@ -269,6 +270,7 @@ def _sort(
     """({layer: {"A": .., "B": ..}}, {layer: alpha}) of the tensors in a file."""
     files: dict[str, dict[str, StoredTensor]] = collections.defaultdict(dict)
     alphas, unexpected, twice = {}, [], []
+
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(_plain(name))
         if match is None or match["module"] not in layers:
@@ -281,6 +283,7 @@ def _sort(
         where[key] = tensor
     if not files:
         raise ValueError(f"no adapters of this model; tensors begin with {sorted(tensors)[:3]}")
+
     missing = [f"{name}.lora_{part}.weight" for name in {**files, **alphas} for part in "AB"
                if part not in files.get(name, {})]  # fmt: skip
     problems = {"missing": missing, "unexpected": unexpected, "there twice": twice}
@@ -320,6 +323,7 @@ def _alpha(
         given = _by_pattern(settings.alphas, name, settings.alpha)
         if given is None and not alphas:
             raise ValueError("lora_alpha is missing in the metadata")
+
     if alphas:
         if name not in alphas:
             raise ValueError(f"{name}.alpha is missing, other layers have theirs")
@@ -327,6 +331,7 @@ def _alpha(
         if given not in (None, stored):
             raise ValueError(f"alphas differ: {name}.alpha: {stored}, metadata: {given}")
         given = stored
+
     if given is None:
         return float(rank)  # as diffusers
     if not 0 < given < math.inf:

@@ -106,12 +106,14 @@ def write(
         raise ValueError(f"format={format!r}: must be one of {FORMATS}")
     dtype, progress = np.dtype(dtype), progress or Progress(0, None)
     store.check_tree(source, adapter_shapes(config, lora), pathlib.Path(LORA_FILE))
+
     with folders.new_folder(path, f"adapters, {format}", overwrite=overwrite) as folder:
         if format == "orbax":
             (folder / configs.CONFIG_FILE).write_text(config.to_json())
             (folder / LORA_FILE).write_text(_to_json(lora))
             orbax_io.write(folder, source, dtype, progress)
             return
+
         rows = adapter_rows(config, lora)
         store.write_tensors(
             folder,

@@ -75,12 +75,19 @@ def check_config(
 ) -> None:
     """Checks model, layout and every field that the tensors show.
 
+    Args:
+      config: to be checked.
+      layout: that the tensors should be in.
+      tensors: the shapes of all tensors of a checkpoint.
+      file: where the config comes from, for messages.
+
     Raises:
       ValueError: another model or layout, or fields that disagree, each with the tensor.
     """
     kind = layouts.recognise(tensors)
     if kind is None:
         return  # the key table will list what is missing and unexpected
+
     if kind.class_name != registry.name_of(config):
         raise ValueError(
             f"these are the weights of a {registry.named(kind.class_name).NAME}, {file} is that "
@@ -88,6 +95,7 @@ def check_config(
         )
     if kind.layout != layout:
         raise ValueError(f"the tensors are in the {kind.layout} layout, not in the {layout} layout")
+
     wrong = []
     for field, (fact, read) in _facts(layouts.layout_of(config, layout), tensors).items():
         agrees = read.agrees or (lambda config, value, f=field: getattr(config, f) == value)
@@ -101,6 +109,10 @@ def check_config(
 def infer_config(layout: str, tensors: Mapping[str, Shape]) -> Config:
     """The config of a checkpoint without config.json.
 
+    Args:
+      layout: that the tensors should be in.
+      tensors: the shapes of all tensors of a checkpoint.
+
     Raises:
       ValueError: not a checkpoint of ours, or a model whose config the tensors do not determine.
     """
@@ -110,9 +122,11 @@ def infer_config(layout: str, tensors: Mapping[str, Shape]) -> Config:
             f"no config.json, and the tensors are not those of a model in the {layout} layout; "
             f"they begin with {sorted(tensors)[:3]}"
         )
+
     model_tables = registry.tables_of(kind.class_name)
     found = _facts(model_tables.LAYOUTS[layout], tensors)
     facts = {field: fact for field, (fact, _) in found.items()}
+
     config = registry.named(kind.class_name).Config
     names = {field.name for field in dataclasses.fields(config)}
     values = {field: fact.value for field, fact in facts.items() if field in names}

@@ -111,14 +111,17 @@ def convert(job: Job, stream: TextIO | None = None) -> str:
         raise ValueError("dst_format='peft': the source holds a whole model, no adapters")
     if opened.note and stream is not None:
         stream.write(f"note: {opened.note}\n")
+
     # Before a merge: it is told of which of the two NaN comes.
     source = FiniteSource(opened.source, _blamed(job, opened))
     if opened.lora is not None and not _keeps_adapters(job):
         opened = _merge(job, dataclasses.replace(opened, source=source))
         source = FiniteSource(opened.source, f"base with adapters {job.src}")
+
     dtype = store.DTYPES[job.dtype]
     total = store.total_bytes(source, dtype)
     folders.check_space(job.dst, total, "dst")
+
     progress = Progress(total, stream)
     options = {"dtype": dtype, "overwrite": job.overwrite, "progress": progress}
     try:
@@ -136,6 +139,7 @@ def convert(job: Job, stream: TextIO | None = None) -> str:
             )
     finally:
         progress.close()
+
     is_vae = registry.kind_of(opened.config) == registry.AUTOENCODER
     kind = "VAE" if is_vae else "transformer"
     what = kind if opened.lora is None else f"adapters of rank {opened.lora.rank}"

@@ -104,6 +104,7 @@ class MergedSource(Source):
           ValueError: adapters of layers that the base lacks, or of other widths.
         """
         self.shapes, self._base, self._adapters, self._scale = base.shapes, base, adapters, scale
+
         for path, shape in adapters.shapes.items():
             kernel = self.shapes.get((*path[:-1], "kernel"), ())
             # down [..., in, r], up [..., r, out]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -72,11 +73,13 @@ def open_source(
     path = pathlib.Path(path)
     if format == "orbax" or (format is None and orbax_io.is_orbax(path)):
         return _open_orbax(path, config)
+
     tensors = tensor_files.open_tensors(path, src_key)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if format is None:
         kind = layouts.recognise(shapes)
-        format = "diffusers" if kind is None else kind[1]
+        format = "diffusers" if kind is None else kind.layout
+
     try:
         configs.check_config(config, format, shapes, config_name)
         return TensorSource(*layouts.key_table(config, format), tensors)
@@ -87,22 +90,29 @@ def open_source(
 def _open_orbax(path: pathlib.Path, config: Config) -> Source:
     if not orbax_io.is_orbax(path):
         raise ValueError(f"path={path}: no folder with config.json and {orbax_io.PARAMS}/")
-    source, expected = (
-        orbax_io.OrbaxSource(path / orbax_io.PARAMS),
-        layouts.parameter_shapes(config),
-    )
-    check_tree(source, expected, path / configs.CONFIG_FILE)
+    source = orbax_io.OrbaxSource(path / orbax_io.PARAMS)
+    check_tree(source, layouts.parameter_shapes(config), path / configs.CONFIG_FILE)
     return source
 
 
-def check_tree(source: Source, expected: dict, file: pathlib.Path) -> None:
-    """Raises a ValueError where parameters differ from what the config in `file` asks for."""
+def check_tree(source: Source, expected: Mapping[Path, Shape], file: pathlib.Path) -> None:
+    """Checks that the parameters are those that the config in a file asks for.
+
+    Args:
+      source: of the parameters.
+      expected: the shape of each parameter, by path.
+      file: that holds the config, for messages.
+
+    Raises:
+      ValueError: lists parameters missing, unexpected and of another shape.
+    """
     found = source.shapes
     problems = {
         "missing": [k for k in expected if k not in found],
         "unexpected": [k for k in found if k not in expected],
         "of another shape": [k for k in found if k in expected and found[k] != expected[k]],
     }
+
     text = [f"{what}: {', '.join('/'.join(k) for k in paths[:50])}"
             for what, paths in problems.items() if paths]  # fmt: skip
     if text:
@@ -174,10 +184,12 @@ def write_model(
     dtype = np.dtype(dtype)
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype={dtype}: must be one of {list(DTYPES)}")
+
     layout = "diffusers" if format == "orbax" else format
     text = configs.to_json(config, layout)
     rows, shapes = layouts.key_table(config, layout)
     _check_shapes(rows, shapes, source)
+
     progress = progress or Progress(0, None)
     with folders.new_folder(path, f"weights, {format}", overwrite=overwrite) as folder:
         (folder / configs.CONFIG_FILE).write_text(text)
@@ -214,6 +226,7 @@ def write_tensors(
     shapes = {
         name: row.shape_there(source.shapes[row.ours]) for row in rows for name in row.names()
     }
+
     with safetensors_io.Writer(folder, stem, shapes, dtype, max_shard_size, metadata) as writer:
         for row in rows:
             indices = pieces(row.ours, source.shapes[row.ours])

@@ -57,6 +57,7 @@ def parse_header(text: bytes) -> tuple[dict[str, Entry], dict[str, str], int]:
     values = checked_json.parse(text, MAX_BYTES)
     metadata = checked_json.typed(values.pop(METADATA, {}), dict[str, str], METADATA)
     spans = {name: _span(name, value) for name, value in values.items()}
+
     entries, end = {}, 0
     for name in sorted(spans, key=spans.__getitem__):
         entry, (start, stop) = _entry(name, values[name], spans[name][0]), spans[name]
@@ -86,7 +87,15 @@ def check_name(name: str) -> str:
 
 
 def check_shape(shape: Collection[int], what: str) -> None:
-    """Raises a ValueError for axes or sizes that no tensor in a file has."""
+    """Checks that a tensor in a file can have a shape.
+
+    Args:
+      shape: sizes of the axes.
+      what: has it, for the message.
+
+    Raises:
+      ValueError: more axes or larger sizes than any tensor has, or negative ones.
+    """
     if len(shape) > MAX_AXES or not all(0 <= size <= _MAX_SIZE for size in shape):
         raise ValueError(
             f"{what}={checked_json.shown(list(shape))}: must be at most {MAX_AXES} sizes, each 0 "
@@ -105,6 +114,7 @@ def parse_index(values: dict[str, Any]) -> dict[str, str]:
     """
     files = checked_json.member(values, "weight_map", dict[str, str])
     checked_json.typed(values.get("metadata", {}), dict, "metadata")
+
     for name, file in files.items():
         check_name(name)
         plain = len(file) <= 255 and file.isprintable() and not {"/", "\\"} & set(file)

@@ -76,6 +76,7 @@ def write(folder: pathlib.Path, source: Source, dtype: np.dtype, progress: Progr
     dtype, path = np.dtype(dtype), files.real_path(folder) / PARAMS
     _write_stub(path, source.shapes, dtype)
     layouts = {name: _layout(name, shape, dtype) for name, shape in source.shapes.items()}
+
     for name, shape in source.shapes.items():
         array = _create(path / TREE / ".".join(name), shape, layouts[name], dtype)
         whole = [(slice(None),) * len(shape)]
@@ -83,6 +84,7 @@ def write(folder: pathlib.Path, source: Source, dtype: np.dtype, progress: Progr
             values = cast(source.read(name, index), dtype, "/".join(name))
             array[index].write(values).result()
             progress.add(values.nbytes, "/".join(name))
+
     _correct_records(path / TREE, layouts)
 
 
@@ -128,6 +130,7 @@ def _create(
         "codecs": [plain],
         "index_codecs": [plain, {"name": "crc32c"}],
     }
+
     spec = {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{folder}/"},
@@ -142,6 +145,7 @@ def _create(
         },
         "store_data_equal_to_fill_value": True,
     }
+
     return tensorstore.open(
         spec, create=True, delete_existing=True, context=_tensor_context()
     ).result()
@@ -213,6 +217,7 @@ class OrbaxSource(Source):
             values = checked_json.load(record, headers.MAX_BYTES)
         except ValueError as error:
             raise ValueError(f"{self._folder}: not from an orbax checkpoint: {error}") from error
+
         try:
             names = _array_names(values, inside[1:])
             specs = {
@@ -223,6 +228,7 @@ class OrbaxSource(Source):
             raise ValueError(f"{record}: {error}") from error
         if not specs:
             raise ValueError(f"path={path}: the checkpoint has no {'/'.join(inside)}")
+
         opening = {
             name: tensorstore.open(spec, open=True, read=True, context=_tensor_context())
             for name, spec in specs.items()
@@ -285,6 +291,7 @@ def _array_names(values: dict[str, Any], below: Path) -> list[Path]:
         kind = checked_json.member(entry, "value_metadata", dict).get("value_type")
         if kind in ("jax.Array", "np.ndarray"):
             names.append(name)
+
     if len(set(names)) < len(names):
         raise ValueError("tree_metadata: an array is there twice")
     return names

@@ -86,6 +86,7 @@ def read_files(path: pathlib.Path) -> dict[str, StoredTensor]:
     found = _find_file(path)
     if not found.name.endswith(INDEX_SUFFIX):
         return read_file(found)[0]
+
     tensors, files = {}, {}
     index = _read_index(found)
     for name in sorted(set(index.values())):
@@ -93,6 +94,7 @@ def read_files(path: pathlib.Path) -> dict[str, StoredTensor]:
             if tensor in tensors:
                 raise ValueError(f"tensor {tensor} is in two files of {path}")
             tensors[tensor], files[tensor] = stored, name
+
     wrong = [name for name, file in index.items() if files.get(name) != file]
     if wrong:
         raise ValueError(
@@ -182,6 +184,7 @@ class Writer:
         if self._dtype not in _WRITTEN:
             raise ValueError(f"dtype={dtype}: must be one of {[str(d) for d in _WRITTEN]}")
         self._missing = Counter({name: self._bytes(shape) for name, shape in shapes.items()})
+
         shards = _split(self._missing, max_shard_size)
         names = [f"{stem}{SUFFIX}"]
         if len(shards) > 1:
@@ -189,6 +192,7 @@ class Writer:
                 f"{stem}-{i:05}-of-{len(shards):05}{SUFFIX}" for i in range(1, len(shards) + 1)
             ]
             _write_index(folder / f"{stem}{INDEX_SUFFIX}", dict(zip(names, shards, strict=True)))
+
         self._places: dict[str, _Place] = {}
         self._descriptors = []
         for name, shard in zip(names, shards, strict=True):

@@ -36,7 +36,11 @@ class File:
             left, offset = left[count:], offset + count
 
     def read(self, count: int, offset: int) -> bytes:
-        """`count` bytes at `offset`; raises a ValueError where the file ends before."""
+        """`count` bytes at `offset`.
+
+        Raises:
+          ValueError: the file ends before.
+        """
         out = np.empty(count, np.uint8)
         self.read_into(out, offset)
         return out.tobytes()

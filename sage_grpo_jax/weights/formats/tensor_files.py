@@ -55,12 +55,14 @@ def _select(
         return tensors
     if src_key is None and len(found) > 1:
         raise ValueError(f"{path} holds both {' and '.join(found)}: choose with --src_key")
+
     key = src_key or found[0]
     if key not in found:
         raise ValueError(f"src_key={key!r}: {path} has no such key, only {found or 'plain names'}")
     others = [n for n in tensors if not n.startswith(tuple(f"{other}." for other in found))]
     if strict and others:
         raise ValueError(f"{path} holds tensors below {key} and others beside it: {others[:5]}")
+
     return {
         name.removeprefix(f"{key}."): tensor
         for name, tensor in tensors.items()

@@ -104,6 +104,7 @@ class _Archive:
                 f"its dictionaries are nested more than {_MAX_DEPTH} deep, or hold more than "
                 f"{_MAX_VALUES} values"
             )
+
         for key, value in content.items():
             if not isinstance(value, dict | Tensor):
                 continue
@@ -122,11 +123,13 @@ class _Archive:
         )
         if 0 not in tensor.shape and last >= storage.count:
             raise ValueError(f"tensor {name} reaches beyond its storage")
+
         start = self._data_offset(storage)
         expected, contiguous = 1, True
         for size, stride in zip(tensor.shape[::-1], tensor.strides[::-1], strict=True):
             contiguous &= size == 1 or stride == expected
             expected *= size
+
         return StoredTensor(
             self._file,
             start + tensor.offset * storage.dtype.itemsize,

@@ -75,6 +75,8 @@ def _transformer_from_values(values: dict[str, Any]) -> HunyuanVideoConfig:
         require(values.get(field, value) == value, field, values.get(field), repr(value))
     refuse_unknown(values, (*_DIT_FIXED, *_DIT_FREE, *_DIT_READ))
     given = {field: _read(values, field, hint) for field, hint in _DIT_READ.items()}
+
+    # What goes together
     hidden, heads = given["hidden_size"], given["heads_num"]
     require(heads >= 1, "heads_num", heads, "at least 1")
     require(hidden % heads == 0, "hidden_size", hidden, f"a multiple of heads_num={heads}")
@@ -84,11 +86,13 @@ def _transformer_from_values(values: dict[str, Any]) -> HunyuanVideoConfig:
     resolution, task = given["ideal_resolution"] or "480p", given["ideal_task"] or "t2v"
     require(resolution in _RESOLUTIONS, "ideal_resolution", resolution, f"one of {[*_RESOLUTIONS]}")
     require(task in TASKS, "ideal_task", task, f"one of {TASKS}")
-    channels, out_channels = given["in_channels"], given["out_channels"]
     vision = given["vision_projection"]
     require(vision in ("linear", "none", None), "vision_projection", vision, "'linear' or 'none'")
     if vision == "linear":
         checked_json.member(values, "vision_states_dim", int)
+
+    # Ours
+    channels, out_channels = given["in_channels"], given["out_channels"]
     ratio, theta = given["mlp_width_ratio"], given["rope_theta"]
     return HunyuanVideoConfig(
         in_channels=channels if given["concat_condition"] is False else 2 * channels + 1,
@@ -126,6 +130,7 @@ def _transformer_to_values(config: HunyuanVideoConfig) -> dict[str, Any]:
         config.in_channels,
         f"{config.out_channels} or {2 * config.out_channels + 1} in Tencent's layout",
     )
+
     for field, allowed in (
         ("text_embed_2_dim", (_BYT5_WIDTH, None)),
         ("num_refiner_layers", (_REFINER_LAYERS,)),
@@ -133,6 +138,7 @@ def _transformer_to_values(config: HunyuanVideoConfig) -> dict[str, Any]:
     ):
         value = getattr(config, field)
         require(value in allowed, field, value, f"one of {list(allowed)} in Tencent's layout")
+
     whole = config.mlp_ratio == int(config.mlp_ratio)
     return {
         **_DIT_FIXED,

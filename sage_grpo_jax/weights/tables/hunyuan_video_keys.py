@@ -90,6 +90,7 @@ _REFINER_BLOCK_TENCENT = {
 
 def diffusers_rows(config: HunyuanVideoConfig) -> list[Row]:
     """One row per parameter of `models.hunyuan_video.init_params(config)`."""
+    # Embeddings
     rows = with_bias(("patch_embed",), "x_embedder.proj", "conv3d")
     rows += _two_layers(("time_embed",), "time_embed.timestep_embedder")
     if config.use_meanflow:
@@ -104,6 +105,8 @@ def diffusers_rows(config: HunyuanVideoConfig) -> list[Row]:
         rows += _two_layers(("image_embed",), "image_embedder")
         for name in ("norm_in", "norm_out"):
             rows += norm(("image_embed", name), f"image_embedder.{name}")
+
+    # The blocks, and behind them
     rows += _block_rows(
         "transformer_blocks.{i}", _BLOCK_DIFFUSERS, _BLOCK_NORMS_DIFFUSERS, config.num_layers
     )
@@ -114,6 +117,7 @@ def diffusers_rows(config: HunyuanVideoConfig) -> list[Row]:
 
 def tencent_rows(config: HunyuanVideoConfig) -> list[Row]:
     """The same for Tencent's layout."""
+    # Embeddings
     rows = with_bias(("patch_embed",), "img_in.proj", "conv3d")
     rows += _two_layers(("time_embed",), "time_in", ("mlp.0", "mlp.2"))
     if config.use_meanflow:
@@ -128,6 +132,8 @@ def tencent_rows(config: HunyuanVideoConfig) -> list[Row]:
         rows += norm(("image_embed", "norm_in"), "vision_in.proj.0")
         rows += _two_layers(("image_embed",), "vision_in", ("proj.1", "proj.3"))
         rows += norm(("image_embed", "norm_out"), "vision_in.proj.4")
+
+    # The blocks, and behind them
     rows += _block_rows(
         "double_blocks.{i}", _BLOCK_TENCENT, _BLOCK_NORMS_TENCENT, config.num_layers
     )

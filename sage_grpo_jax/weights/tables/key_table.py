@@ -193,6 +193,7 @@ def check_tensors(
       ValueError: lists missing, unexpected and misshapen tensors.
     """
     _check_names("tensors do not fit the key table", _uses(rows), list(tensors))
+
     misshapen = []
     for row in rows:
         want = row.shape_there(parameters[row.ours])
