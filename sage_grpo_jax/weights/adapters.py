@@ -114,6 +114,7 @@ def write(
             orbax_io.write(folder, source, dtype, progress)
             return
 
+        # diffusers looks for rank and alpha in the metadata of the tensors' file.
         rows = adapter_rows(config, lora)
         store.write_tensors(
             folder,

@@ -96,6 +96,7 @@ def check_config(
     if kind.layout != layout:
         raise ValueError(f"the tensors are in the {kind.layout} layout, not in the {layout} layout")
 
+    # All fields that disagree are told at once: together they say which model it is.
     wrong = []
     for field, (fact, read) in _facts(layouts.layout_of(config, layout), tensors).items():
         agrees = read.agrees or (lambda config, value, f=field: getattr(config, f) == value)
@@ -127,6 +128,7 @@ def infer_config(layout: str, tensors: Mapping[str, Shape]) -> Config:
     found = _facts(model_tables.LAYOUTS[layout], tensors)
     facts = {field: fact for field, (fact, _) in found.items()}
 
+    # A fact may be a property of the config, such as a width: only fields are given to it.
     config = registry.named(kind.class_name).Config
     names = {field.name for field in dataclasses.fields(config)}
     values = {field: fact.value for field, fact in facts.items() if field in names}

@@ -65,6 +65,8 @@ class Job:
         safetensors_io.parse_size(self.max_shard_size)
         if not self.src.exists():
             raise ValueError(f"src={self.src}: no such file or folder")
+
+        # What is read has to outlive what is replaced.
         for field in ("src", "base"):
             path = getattr(self, field)
             dst = files.real_path(self.dst)
@@ -106,6 +108,7 @@ def convert(job: Job, stream: TextIO | None = None) -> str:
       ValueError: whatever does not fit, before anything is written; values that are not finite.
       StorageError: a disk that is too small, before anything is written.
     """
+    # What is read
     opened = _open(job)
     if job.dst_format == "peft" and opened.lora is None:
         raise ValueError("dst_format='peft': the source holds a whole model, no adapters")
@@ -118,6 +121,7 @@ def convert(job: Job, stream: TextIO | None = None) -> str:
         opened = _merge(job, dataclasses.replace(opened, source=source))
         source = FiniteSource(opened.source, f"base with adapters {job.src}")
 
+    # What is written
     dtype = store.DTYPES[job.dtype]
     total = store.total_bytes(source, dtype)
     folders.check_space(job.dst, total, "dst")

@@ -59,6 +59,7 @@ class TensorSource(Source):
     def read(self, path: Path, index: Index) -> np.ndarray:
         row, shape = self._rows[path], self.shapes[path]
         bounds, names = _bounds(index, shape), row.names()
+        # Each layer is a tensor of its own there: our first axis chooses among them.
         if row.stacked is not None:
             names, bounds = names[slice(*bounds[0])], bounds[1:]
         here = tuple(slice(*bound) for bound in bounds)
@@ -85,7 +86,7 @@ class TreeSource(Source):
 
     def read(self, path: Path, index: Index) -> np.ndarray:
         if self._held is None or self._held[0] != path:
-            self._held = None
+            self._held = None  # never two at a time
             self._held = (path, np.asarray(jax.device_get(self._flat[path])))
         return self._held[1][index]
 

@@ -74,6 +74,7 @@ def open_source(
     if format == "orbax" or (format is None and orbax_io.is_orbax(path)):
         return _open_orbax(path, config)
 
+    # The headers tell all that is checked; no value is read here.
     tensors = tensor_files.open_tensors(path, src_key)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if format is None:
@@ -190,6 +191,7 @@ def write_model(
     rows, shapes = layouts.key_table(config, layout)
     _check_shapes(rows, shapes, source)
 
+    # Nothing is written before all of this has passed.
     progress = progress or Progress(0, None)
     with folders.new_folder(path, f"weights, {format}", overwrite=overwrite) as folder:
         (folder / configs.CONFIG_FILE).write_text(text)
@@ -227,6 +229,7 @@ def write_tensors(
         name: row.shape_there(source.shapes[row.ours]) for row in rows for name in row.names()
     }
 
+    # Headers and shards follow from the shapes; then the values come, a layer at a time.
     with safetensors_io.Writer(folder, stem, shapes, dtype, max_shard_size, metadata) as writer:
         for row in rows:
             indices = pieces(row.ours, source.shapes[row.ours])

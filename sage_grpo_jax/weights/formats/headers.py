@@ -58,6 +58,7 @@ def parse_header(text: bytes) -> tuple[dict[str, Entry], dict[str, str], int]:
     metadata = checked_json.typed(values.pop(METADATA, {}), dict[str, str], METADATA)
     spans = {name: _span(name, value) for name, value in values.items()}
 
+    # In the order of their bytes: each begins where the one before it ends.
     entries, end = {}, 0
     for name in sorted(spans, key=spans.__getitem__):
         entry, (start, stop) = _entry(name, values[name], spans[name][0]), spans[name]

@@ -87,6 +87,7 @@ def read_files(path: pathlib.Path) -> dict[str, StoredTensor]:
     if not found.name.endswith(INDEX_SUFFIX):
         return read_file(found)[0]
 
+    # Shards: the index and the files have to say the same.
     tensors, files = {}, {}
     index = _read_index(found)
     for name in sorted(set(index.values())):
@@ -222,7 +223,9 @@ class Writer:
         _write_all(place.descriptor, memoryview(data.reshape(-1).view(np.uint8)), offset)
         return data.nbytes
 
-    def _start(self, path: pathlib.Path, shapes: dict, metadata: Mapping[str, str]) -> None:
+    def _start(
+        self, path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
+    ) -> None:
         header, offset = {"__metadata__": dict(metadata)}, 0
         for name, shape in shapes.items():
             end = offset + self._bytes(shape)
@@ -237,6 +240,7 @@ class Writer:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self._descriptors.append(descriptor)
         _write_all(descriptor, memoryview(len(text).to_bytes(8, "little") + text), 0)
+        # The file has its size from the beginning: rows may come in any order.
         os.ftruncate(descriptor, 8 + len(text) + offset)
         for name, shape in shapes.items():
             start = 8 + len(text) + header[name]["data_offsets"][0]

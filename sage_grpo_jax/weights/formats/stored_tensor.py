@@ -72,6 +72,7 @@ class StoredTensor:
         shape = tuple(stop - start for start, stop in bounds)
         if 0 in shape:
             return np.empty(shape, self.dtype)
+        # Whole rows of the first axis lie together: one read.
         if self.strides is None and shape[1:] == self.shape[1:]:
             out = np.empty(shape, self.dtype)
             row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize

@@ -56,6 +56,7 @@ def _select(
     if src_key is None and len(found) > 1:
         raise ValueError(f"{path} holds both {' and '.join(found)}: choose with --src_key")
 
+    # Names below the key are those of the model.
     key = src_key or found[0]
     if key not in found:
         raise ValueError(f"src_key={key!r}: {path} has no such key, only {found or 'plain names'}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -230,7 +230,7 @@ _LITERALS = {
 _WITHOUT_EFFECT = {"PROTO", "FRAME"}
 
 
-def _opcodes(text: bytes):
+def _opcodes(text: bytes) -> Iterator[tuple[str, Any, int]]:
     """(name, argument, position) of each opcode."""
     try:
         for opcode, argument, position in pickletools.genops(text):
@@ -284,7 +284,9 @@ def _size(*values: Any) -> tuple[int, ...]:
     return _sizes(values[0] if values else (), "a torch.Size")
 
 
-def _tensor(storage=None, offset=None, shape=None, strides=None, *_ignored) -> Tensor:
+def _tensor(
+    storage: Any = None, offset: Any = None, shape: Any = None, strides: Any = None, *_ignored: Any
+) -> Tensor:
     """torch._utils._rebuild_tensor_v2: (.., requires_grad, hooks, metadata)."""
     if type(storage) is not Storage:
         raise ValueError(f"a tensor without storage ({shown(storage)})")
@@ -294,7 +296,7 @@ def _tensor(storage=None, offset=None, shape=None, strides=None, *_ignored) -> T
     return Tensor(storage, _sizes((offset,), "offset")[0], shape, strides)
 
 
-def _parameter(data=None, *_ignored) -> Tensor:
+def _parameter(data: Any = None, *_ignored: Any) -> Tensor:
     """torch._utils._rebuild_parameter: (data, requires_grad, hooks)."""
     if type(data) is not Tensor:
         raise ValueError(f"a parameter that is no tensor ({shown(data)})")

@@ -82,6 +82,8 @@ class _Archive:
             raise ValueError(f"{short} is encrypted")
         if info.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{short} is compressed (method {info.compress_type})")
+        # The archive's directory does not say where the bytes of a member are: the header before
+        # them has names and fields of its own lengths.
         header = self._file.read(30, info.header_offset)
         if header[:4] != b"PK\x03\x04":
             raise ValueError(f"{short} has no local header")
@@ -125,6 +127,7 @@ class _Archive:
             raise ValueError(f"tensor {name} reaches beyond its storage")
 
         start = self._data_offset(storage)
+        # Strides of axes of size 1 say nothing.
         expected, contiguous = 1, True
         for size, stride in zip(tensor.shape[::-1], tensor.strides[::-1], strict=True):
             contiguous &= size == 1 or stride == expected
