@@ -34,7 +34,7 @@ from flax import traverse_util
 
 from sage_grpo_jax.models import double_stream, rope
 from sage_grpo_jax.models.hunyuan_video_config import HunyuanVideoConfig
-from sage_grpo_jax.weights import hunyuan_video_keys
+from sage_grpo_jax.weights.tables import hunyuan_video_keys
 
 PREFIX = "transformer_blocks.0."
 # Of the largest number on the other side; bfloat16 has 8 bits.

@@ -18,7 +18,8 @@ from absl import flags, logging
 from sage_grpo_jax.common import command_line
 from sage_grpo_jax.policy import networks
 from sage_grpo_jax.training import checkpoint
-from sage_grpo_jax.weights import conversion, orbax_io
+from sage_grpo_jax.weights import conversion
+from sage_grpo_jax.weights.formats import orbax_io
 
 _SRC = flags.DEFINE_string("src", None, "Folder or file to read.", required=True)
 _SRC_FORMAT = flags.DEFINE_string(

@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from sage_grpo_jax.models import vae, vae_layers
 from sage_grpo_jax.models.vae import VaeConfig
-from sage_grpo_jax.weights import hunyuan_vae_keys
+from sage_grpo_jax.weights.tables import hunyuan_vae_keys
 
 # The tests run each program once: compile fast rather than for speed.
 FAST_COMPILE = {"xla_backend_optimization_level": 0}

@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from sage_grpo_jax.models import vae_tiling
 from sage_grpo_jax.models.vae import VaeConfig
-from sage_grpo_jax.weights import hunyuan_vae_keys
+from sage_grpo_jax.weights.tables import hunyuan_vae_keys
 
 # A latent is 2 pixels wide: tiles of 8 latents are cheap, and 1/8 of them is one latent.
 CONFIG = VaeConfig(
