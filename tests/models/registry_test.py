@@ -136,4 +136,4 @@ def test_no_other_module_names_a_family():
 
 FAMILIES = ("hunyuan", "wan")
 # Files of the first family that carry no name of it.
-OWN = ("double_stream.py", "text_refiner.py", "vae.py", "vae_layers.py")
+OWN = ("double_stream.py", "text_refiner.py", "vae.py")
