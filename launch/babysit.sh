@@ -107,9 +107,9 @@ look_after() {
   while read -r word; do
     case $word in
       running) running=$((running + 1)) ;;
-      idle | lost) ended=$((ended + 1)) worst=1 ;;
-      exit\ *)
+      idle | lost | exit\ *)
         ended=$((ended + 1)) word=${word#exit }
+        [[ $word == [0-9]* ]] || word=1
         # 2 weighs most: the others may have ended because that worker did.
         if ((word == 2 || (word != 0 && worst != 2))); then worst=$word; fi
         ;;

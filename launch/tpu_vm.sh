@@ -130,9 +130,11 @@ wait_until_active() {
   local polls
   for ((polls = 0; polls < ${MAX_POLLS:-2880}; polls++)); do
     look_up
-    [[ $DRY_RUN == yes ]] && return
+    if [[ $DRY_RUN == yes ]]; then
+      return
+    fi
     case $state in
-      ACTIVE) return ;;
+      ACTIVE) return 0 ;;
       NONE | FAILED | SUSPENDED | SUSPENDING | DELETING) fail "$NAME is $state" ;;
     esac
     ((polls)) || say "$NAME is $state; waiting"
@@ -215,11 +217,12 @@ delete() {
 main() {
   local word=$1
   shift
-  [[ $word == run ]] || (($# == 0)) || die "${1@Q}: unexpected word after $word"
   case $word in
-    create | wait | setup | run | status | logs | stop | delete | state) check_place ;;
+    create | wait | setup | run | status | logs | stop | delete | state) ;;
     *) die "${word@Q}: unknown word; allowed: $WORDS, --help, --dry-run" ;;
   esac
+  [[ $word == run ]] || (($# == 0)) || die "${1@Q}: unexpected word after $word"
+  check_place
   via=()
   [[ $SSH_VIA == internal ]] && via=(--internal-ip)
   [[ $SSH_VIA == iap ]] && via=(--tunnel-through-iap)

@@ -114,11 +114,12 @@ delete() {
 main() {
   local word=$1
   shift
-  [[ $word == submit ]] || (($# == 0)) || die "${1@Q}: unexpected word after $word"
   case $word in
-    submit | status | logs | delete) check_place ;;
+    submit | status | logs | delete) ;;
     *) die "${word@Q}: unknown word; allowed: $WORDS, --help, --dry-run" ;;
   esac
+  [[ $word == submit ]] || (($# == 0)) || die "${1@Q}: unexpected word after $word"
+  check_place
   case $word in
     status | logs) "show_$word" ;;
     *) "$word" "$@" ;;
