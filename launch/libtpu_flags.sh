@@ -64,7 +64,7 @@ group_flags() {
 }
 
 one_of() { # WORD "WORDS": whether it is among them
-  [[ -n $1 && " $2 " == *" $1 "* ]]
+  [[ $1 =~ ^[a-z0-9_]+$ && " $2 " == *" $1 "* ]]
 }
 
 list_groups() {

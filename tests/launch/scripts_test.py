@@ -1,5 +1,6 @@
 """What all scripts of launch/ have in common, and the manifests beside them."""
 
+import math
 import re
 import shutil
 import subprocess
@@ -119,3 +120,37 @@ def test_the_manifest_mounts_what_the_workdir_lies_on():
     (workdir,) = (word for word in TRAINER["args"] if word.startswith("--workdir="))
     assert workdir.removeprefix("--workdir=").startswith(mount["mountPath"] + "/")
     assert [volume["name"] for volume in POD["volumes"]] == [mount["name"]]
+
+
+def test_the_readme_names_slices_as_the_scripts_do(tmp_path):
+    stubs = Stubs(tmp_path)
+    place = {"PROJECT": "p", "ZONE": "us-east5-b", "NAME": "a", "CLUSTER": "c", "IMAGE": "i"}
+    rows = re.findall(r"^\| `(\w+:[\dx]+)` \|(.*)\|$", (LAUNCH / "README.md").read_text(), re.M)
+    assert len(rows) == 5
+    for name, rest in rows:
+        queued, gke, chips, _ = (column.strip() for column in rest.split("|"))
+        sides = [int(side) for side in name.partition(":")[2].split("x")]
+        assert int(chips) == math.prod(sides)
+        assert gke.endswith(f"`{name.partition(':')[2]}`")
+        created = stubs.run("tpu_vm.sh", "--dry-run", "create", SLICE=name, **place)
+        if name.startswith("tpu7x"):
+            assert created.status == 2
+        else:
+            assert f"--accelerator-type={queued.split('`')[1]} " in created.out
+        submitted = stubs.run("xpk.sh", "--dry-run", "submit", "true", SLICE=name, **place)
+        chip = name.partition(":")[0].replace("v5e", "v5litepod")
+        assert f"--tpu-type={chip}-{name.partition(':')[2]} " in submitted.out
+
+
+def test_the_commands_of_the_readme_are_those_of_the_scripts(tmp_path):
+    """Every `bash launch/NAME.sh WORD` of the page passes the script's own check of words."""
+    stubs = Stubs(tmp_path)
+    text = (LAUNCH / "README.md").read_text()
+    words = set(re.findall(r"bash launch/(\w+\.sh) (?:--dry-run )?([a-z]+)\b", text))
+    assert len(words) >= 10
+    for script, word in words:
+        command = ["true"] if word in ("run", "submit") else []
+        variables = {"PROJECT": "p", "ZONE": "us-east5-b", "NAME": "a", "SLICE": "v6e:4x4"}
+        variables |= {"CLUSTER": "c", "IMAGE": "i"}
+        result = stubs.run(script, "--dry-run", word, *command, **variables)
+        assert result.status == 0, (script, word, result.err)

@@ -10,7 +10,7 @@ PYTHON = r"""
 case "${0##*/} $1 $2" in
   *" -c "*) [ "${VERSION:-12}" -ge 11 ] ;;
   *" -m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
-  "python3 -m pip") mkdir -p "$6/bin"; [ -z "$6" ] || cp "$0" "$6/bin/uv" ;;
+  "python3 -m pip") mkdir -p "$7/bin" && cp "$0" "$7/bin/uv" ;;
   "uv venv --seed") mkdir -p "$5/bin" && cp "$0" "$5/bin/python" ;;
 esac
 """

@@ -4,10 +4,9 @@ import pathlib
 import subprocess
 
 import pytest
-from launch_stubs import CLOUD, FLAGS, HOSTILE, LAUNCH, LIST, PLACE, ROOT, Stubs
+from launch_stubs import CLOUD, FLAGS, HOSTILE, LAUNCH, LIST, PLACE, QUEUED, ROOT, Stubs
 
 SLICE = PLACE | {"SLICE": "v6e:4x4"}
-QUEUED = "gcloud compute tpus queued-resources".split()
 COMMAND = ["python", "-m", "sage_grpo_jax.train", "--config=c.py:lora=64", "--workdir=/mnt/a"]
 
 
@@ -122,12 +121,12 @@ def test_a_dry_run_prints_all_commands_and_calls_nothing(stubs, words, variables
 def test_setup_copies_the_committed_state_and_installs_it(stubs):
     result = stubs.run("tpu_vm.sh", "--dry-run", "setup", SETUP_COMMAND="echo 'a;b'", **PLACE)
     archive = f"{stubs.home}/sage_grpo_jax-run-a.tar.gz"
+    everywhere = ["--node=all", "--worker=all"]
     last = f"{INSTALL} && bash -c 'echo '\\''a;b'\\'''"
     assert result.status == 0, result.err
     assert as_words(stubs, result.out) == [
         ["git", "-C", str(ROOT), "archive", "--format=tar.gz", f"--output={archive}", "HEAD"],
-        [*QUEUED, "scp", archive, "run-a:sage_grpo_jax.tar.gz", *FLAGS]
-        + ["--node=all", "--worker=all"],
+        [*QUEUED, "scp", archive, "run-a:sage_grpo_jax.tar.gz", *FLAGS, *everywhere],
         ["rm", archive],
         ssh(last),
     ]

@@ -75,8 +75,10 @@ CASES = [
     (
         ["logs"],
         {"LINES": "7"},
-        ["kubectl", "logs", "--selector=jobset.sigs.k8s.io/jobset-name=sage-run-a"]
-        + ["--all-containers", "--prefix", "--tail=7"],
+        [
+            *("kubectl", "logs", "--selector=jobset.sigs.k8s.io/jobset-name=sage-run-a"),
+            *("--all-containers", "--prefix", "--tail=7"),
+        ],
     ),
     (["delete"], {}, ["xpk", "workload", "delete", *WHERE, "--workload=sage-run-a"]),
 ]

@@ -1,4 +1,4 @@
-"""Runs the launch scripts with stand-ins for the programs of the cloud, which record their words."""
+"""Runs the launch scripts with stand-ins for the programs of the cloud, which record words."""
 
 import dataclasses
 import os
@@ -9,15 +9,17 @@ import subprocess
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 # What the scripts may use beside bash; nothing else is on PATH, a real `gcloud` least of all.
-TOOLS = (
-    "bash cat chmod cksum cp cut date dirname env false flock git grep gzip head hostname ln ls mkdir "
-    "mkfifo mktemp mv rm sed setsid sh sleep sort tail tar tee touch tr true wc"
-).split()
+_TOOLS = """
+bash cat chmod cksum cp cut date dirname env false flock git grep gzip head hostname ln ls mkdir
+mkfifo mktemp mv rm sed setsid sh sleep sort tail tar tee touch tr true wc
+"""
 CLOUD = ("gcloud", "kubectl", "xpk")
 PLACE = {"PROJECT": "my-project", "ZONE": "us-east5-b", "NAME": "run-a"}
 FLAGS = ["--project=my-project", "--zone=us-east5-b"]
+QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
 LIST = [
-    *"gcloud compute tpus queued-resources list".split(),
+    *QUEUED,
+    "list",
     *FLAGS,
     "--format=value(name.basename(),state.state,tpu.nodeSpec[0].node.labels.created_by)",
 ]
@@ -42,7 +44,7 @@ HOSTILE = (
     "!x",
 )
 
-# Each call becomes one record: the program and its words, each ended by NUL, then a line of its own.
+# Each call becomes one record: the program and its words, each ended by NUL, and an empty line.
 _STUB = r"""#!/bin/bash
 here={folder}
 {{ printf '%s\0' "${{0##*/}}" "$@"; printf '\n\0'; }} >>"$here/calls"
@@ -73,7 +75,7 @@ class Stubs:
         self.programs = self.folder / "bin"
         for path in (self.programs, self.home):
             path.mkdir(parents=True)
-        for tool in TOOLS:
+        for tool in _TOOLS.split():
             if (real := shutil.which(tool)) is not None:
                 (self.programs / tool).symlink_to(real)
         for program in programs:
