@@ -244,7 +244,7 @@ def test_create_setup_run_logs_and_delete(tmp_path):
     jax = (ROOT / "requirements.txt").read_text().partition("\njax==")[2].partition("\n")[0]
     assert f"-r requirements.txt jax[tpu]=={jax} " in (stubs.folder / "pip").read_text()
 
-    script = "echo hello from $1; exit 3"
+    script = 'echo "hello from $1"; exit 3'
     result = stubs.run("tpu_vm.sh", "run", "bash", "-c", script, "-", "a  'worker'", **SLICE)
     assert result.status == 0, result.err
     run_dir = stubs.folder / "worker/sage_grpo_jax_run"
