@@ -25,10 +25,13 @@ import numpy as np
 from sage_grpo_jax.config import builder
 from sage_grpo_jax.grpo import advantage
 from sage_grpo_jax.parallel import mesh as mesh_lib
+from sage_grpo_jax.policy import prompts as prompts_lib
 from sage_grpo_jax.rewards.backends import moving_shapes
 from sage_grpo_jax.training import learner as learner_lib
-from sage_grpo_jax.training import ratio, setup
+from sage_grpo_jax.training import programs as programs_lib
+from sage_grpo_jax.training import ratio
 from sage_grpo_jax.training import update as update_lib
+from sage_grpo_jax.training.blueprint import Blueprint
 
 RECIPE = pathlib.Path(__file__).parents[1] / "configs" / "moving_shapes.py"
 NO_LIMITS = ratio.Tolerances(np.float32(np.inf), np.float32(np.inf))
@@ -44,14 +47,16 @@ class Side:
         values = module.get_config()
         values.update_from_flattened_dict(overrides)
         self.config = builder.from_config_dict(values)
-        networks = setup.read_networks(self.config.model)
+        blueprint = Blueprint.read(self.config, mesh)
         with tempfile.TemporaryDirectory() as folder:
-            prompts = setup.open_prompts(self.config, pathlib.Path(folder), networks)
+            prompts = prompts_lib.open_prompts(
+                self.config, pathlib.Path(folder), blueprint.networks
+            )
             self.batch = next(iter(prompts))
-        self.programs = setup.build_programs(networks, self.config, mesh)
-        vae = setup.load_vae(networks, mesh)
-        self.learner = learner_lib.Learner(self.programs, vae, prompts.negative, None, mesh)
-        self.state = setup.fresh_state(networks, self.config, mesh)
+        self.programs = programs_lib.build(blueprint)
+        vae = blueprint.load_vae()
+        self.learner = learner_lib.Learner(self.programs, vae, prompts.negative, None)
+        self.state = blueprint.fresh_state()
         self.samples = self.batch.repeat(self.config.rollout.group_size)
         self.condition = self.learner.condition(self.samples)
         self.starts = self.learner.window_starts(self.batch, 0)

@@ -21,7 +21,7 @@ from sage_grpo_jax.config import builder, methods
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.pretraining import report as pretraining_report
 from sage_grpo_jax.rewards.backends import moving_shapes as backend
-from sage_grpo_jax.training import setup
+from sage_grpo_jax.training.blueprint import Blueprint
 from sage_grpo_jax.worlds.moving_shapes import recognition as shape_recognition
 from sage_grpo_jax.worlds.moving_shapes import world as moving_shapes
 
@@ -33,14 +33,15 @@ def clips(run: pathlib.Path) -> tuple[dict[str, np.ndarray], list[str]]:
     values = json.loads((run / "config.json").read_text())
     values["method"] = methods.Applied(values["method"])  # the record of a run: its preset
     config = builder.from_config_dict(ml_collections.ConfigDict(values))
-    networks = setup.read_networks(config.model)
     mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    blueprint = Blueprint.read(config, mesh)
+    networks = blueprint.networks
     captions = pretraining_report.spread(moving_shapes.split_captions("test"), COUNT)
     with jax.set_mesh(mesh):
-        vae_params = setup.load_vae(networks, mesh)
+        vae_params = blueprint.load_vae()
         policies = {
-            "before": setup.load_transformer(networks, mesh),
-            "after": setup.load_policy(networks, config, mesh, run)[0],
+            "before": blueprint.load_transformer(),
+            "after": blueprint.load_policy(run)[0],
         }
         key = jax.random.key(SEED)
         real = moving_shapes.render(moving_shapes.parameters_from_captions(captions, key))

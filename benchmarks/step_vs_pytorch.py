@@ -38,10 +38,12 @@ from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.flow import noise, sde
 from sage_grpo_jax.parallel import cpu_devices, sharding
 from sage_grpo_jax.parallel import mesh as mesh_lib
+from sage_grpo_jax.policy import prompts as prompts_lib
 from sage_grpo_jax.training import learner as learner_lib
+from sage_grpo_jax.training import programs as programs_lib
 from sage_grpo_jax.training import ratio as ratio_lib
-from sage_grpo_jax.training import setup
 from sage_grpo_jax.training import update as update_lib
+from sage_grpo_jax.training.blueprint import Blueprint
 
 RECIPE = pathlib.Path(__file__).parents[1] / "configs" / "moving_shapes.py"
 # Largest allowed difference between the sides: latents, then relative.
@@ -71,15 +73,16 @@ class Ours:
     """Rollout and update of one batch, by the trainer's own programs."""
 
     def __init__(self, config: schema.Config, mesh: jax.sharding.Mesh) -> None:
-        networks = setup.read_networks(config.model)
+        blueprint = Blueprint.read(config, mesh)
+        networks = blueprint.networks
         self.config, self.networks, self.mesh = config, networks, mesh
         with tempfile.TemporaryDirectory() as folder:
-            prompts = setup.open_prompts(config, pathlib.Path(folder), networks)
+            prompts = prompts_lib.open_prompts(config, pathlib.Path(folder), networks)
             batch = next(iter(prompts))
-        programs = setup.build_programs(networks, config, mesh)
-        self.learner = learner_lib.Learner(programs, None, prompts.negative, None, mesh)
+        programs = programs_lib.build(blueprint)
+        self.learner = learner_lib.Learner(programs, None, prompts.negative, None)
         self.plan, self.programs = self.learner.plan, programs
-        self.state = setup.fresh_state(networks, config, mesh)
+        self.state = blueprint.fresh_state()
         self.prompts, self.negative = batch.repeat(config.rollout.group_size), prompts.negative
         self.condition = self.learner.condition(self.prompts)
         self.keys = self.learner.sample_keys(batch, 0)

@@ -16,7 +16,8 @@ import jax
 from absl import flags, logging
 
 from sage_grpo_jax.common import command_line
-from sage_grpo_jax.training import checkpoint, setup
+from sage_grpo_jax.policy import networks
+from sage_grpo_jax.training import checkpoint
 from sage_grpo_jax.weights import conversion, orbax_io
 
 _SRC = flags.DEFINE_string("src", None, "Folder or file to read.", required=True)
@@ -58,9 +59,9 @@ def make_job() -> conversion.Job:
         overwrite=_OVERWRITE.value,
         src_key=_SRC_KEY.value,
         config_json=None if _CONFIG_JSON.value is None else pathlib.Path(_CONFIG_JSON.value),
-        base=None if _BASE.value is None else setup.resolve_path(_BASE.value),
+        base=None if _BASE.value is None else networks.resolve_path(_BASE.value),
         run_step=step,
-        find_base=setup.resolve_path,
+        find_base=networks.resolve_path,
     )
 
 

@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from sage_grpo_jax import weights
 from sage_grpo_jax.config import schema
 from sage_grpo_jax.models import registry
@@ -120,3 +122,9 @@ def describe_networks(config: schema.ModelConfig) -> Networks:
     transformer = registry.released(registry.TRANSFORMER, config.variant)
     autoencoder = registry.released(registry.AUTOENCODER, config.variant)
     return _adapted(transformer, autoencoder, paths, config)
+
+
+def abstract_params(network: Any) -> Any:
+    """Shapes of a network's parameters, without making any."""
+    model = registry.of(network)
+    return jax.eval_shape(lambda key: model.init_params(network, key), jax.random.key(0))

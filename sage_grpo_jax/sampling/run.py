@@ -24,11 +24,14 @@ from sage_grpo_jax.data import embedding_cache, media
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.policy import conditions
+from sage_grpo_jax.policy import networks as networks_lib
+from sage_grpo_jax.policy import prompts as prompts_lib
 from sage_grpo_jax.policy.sampler import Sampler, key_data
 from sage_grpo_jax.sampling import outputs, sources
 from sage_grpo_jax.sampling import settings as settings_lib
-from sage_grpo_jax.training import setup
+from sage_grpo_jax.training import input_checks
 from sage_grpo_jax.training import workdir as workdir_lib
+from sage_grpo_jax.training.blueprint import Blueprint
 from sage_grpo_jax.worlds.moving_shapes import captions, spec
 
 
@@ -70,7 +73,7 @@ def sample(
     config = sources.adapt_config(_with_clip(config, settings), request.source)
     networks = _read_networks(config, request.source)
     settings_lib.check_clip(settings, networks.transformer, networks.vae)
-    mesh = _make_mesh(config, devices)
+    mesh = input_checks.make_mesh(config, devices)
     _check_batch_size(request.batch_size, mesh)
     workdir_lib.make_folder(request.out, "--out")
     cache = _open_prompts(config, request, networks)
@@ -91,12 +94,13 @@ def sample(
     if left:
         size = request.batch_size or _default_batch_size(len(left), config, mesh)
         batches = _Batches(cache, config.data.max_text_tokens, size, mesh)
+        blueprint = Blueprint(config, networks, mesh)
         with jax.set_mesh(mesh):
             sampler = Sampler(
                 networks.transformer,
                 networks.vae,
-                sources.load(networks, config, mesh, request.source),
-                setup.load_vae(networks, mesh),
+                sources.load(blueprint, request.source),
+                blueprint.load_vae(),
                 batches.negative,
                 settings.sampling(networks.vae, config.model.matmul_precision),
                 mesh,
@@ -191,32 +195,25 @@ def _with_clip(config: schema.Config, settings: settings_lib.Settings) -> schema
     return dataclasses.replace(config, video=dataclasses.replace(config.video, **clip))
 
 
-def _read_networks(config: schema.Config, source: sources.Source) -> setup.Networks:
+def _read_networks(config: schema.Config, source: sources.Source) -> networks_lib.Networks:
     try:
-        return setup.read_networks(config.model)
+        return networks_lib.read_networks(config.model)
     except ValueError as error:
         # The field that the flag stands in for.
         flag = "--weights" if source.weights else "config.model.transformer"
         raise ValueError(str(error).replace("config.model.transformer", flag)) from error
 
 
-def _make_mesh(config: schema.Config, devices: Sequence[jax.Device] | None) -> jax.sharding.Mesh:
-    try:
-        return mesh_lib.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    except ValueError as error:
-        raise ValueError(f"config.{error}") from error
-
-
 def _open_prompts(
-    config: schema.Config, request: Request, networks: setup.Networks
+    config: schema.Config, request: Request, networks: networks_lib.Networks
 ) -> embedding_cache.EmbeddingCache:
     """The cache that --prompts names, or the word embeddings of its prompts."""
     source = request.prompts
     if pathlib.Path(source).is_dir():
-        source = f"{setup.CACHE}{source}"
+        source = f"{prompts_lib.CACHE}{source}"
     data = dataclasses.replace(config.data, eval_prompts=source)
     try:
-        return setup.open_cache(
+        return prompts_lib.open_cache(
             dataclasses.replace(config, data=data), "eval_prompts", request.out, networks
         )
     except ValueError as error:

@@ -6,16 +6,17 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from sage_grpo_jax import weights
 from sage_grpo_jax.config import schema
 from sage_grpo_jax.models import lora as lora_lib
 from sage_grpo_jax.parallel import hosts, sharding
+from sage_grpo_jax.policy import networks as networks_lib
 from sage_grpo_jax.policy.policy import Policy
 from sage_grpo_jax.training import checkpoint as checkpoint_lib
-from sage_grpo_jax.training import input_checks, setup
+from sage_grpo_jax.training import input_checks
+from sage_grpo_jax.training.blueprint import Blueprint
 from sage_grpo_jax.weights import adapters as adapters_lib
 
 
@@ -79,46 +80,38 @@ def adapt_config(config: schema.Config, source: Source) -> schema.Config:
     return _replace(config, "lora", rank=lora.rank, alpha=lora.alpha, targets=targets)
 
 
-def load(
-    networks: setup.Networks, config: schema.Config, mesh: jax.sharding.Mesh, source: Source
-) -> Policy:
+def load(blueprint: Blueprint, source: Source) -> Policy:
     """The policy on the mesh; weights without a checkpoint come in the compute dtype.
 
     Args:
-      networks: of `setup.read_networks`.
-      config: of `adapt_config`.
-      mesh: the device mesh.
+      blueprint: its config is that of `adapt_config`.
       source: the same as for `adapt_config`.
 
     Raises:
       ValueError, FileNotFoundError: files that are missing or do not fit.
     """
     if source.checkpoint is not None:
-        where = source.checkpoint
-        params, adapters = setup.load_policy(networks, config, mesh, where, source.ema)
+        params, adapters = blueprint.load_policy(source.checkpoint, source.ema)
         try:
             input_checks.require_finite(params if adapters is None else adapters)
         except ValueError as error:
             raise ValueError(f"--checkpoint: {source.checkpoint}: {error}") from error
-        scale = 1.0 if adapters is None else config.lora.adapters.scale
+        scale = 1.0 if adapters is None else blueprint.config.lora.adapters.scale
         return Policy(params, adapters, scale)
-    dtype = jnp.dtype(networks.transformer.dtype)
-    params = setup.load_transformer(networks, mesh, dtype)
+    params = blueprint.load_transformer(jnp.dtype(blueprint.networks.transformer.dtype))
     if source.adapters is None:
         return Policy(params)
-    adapters, lora = _load_adapters(networks, mesh, source.adapters)
+    adapters, lora = _load_adapters(blueprint, source.adapters)
     return Policy(params, adapters, lora.scale)
 
 
-def _load_adapters(
-    networks: setup.Networks, mesh: jax.sharding.Mesh, path: str
-) -> tuple[Any, lora_lib.LoraConfig]:
+def _load_adapters(blueprint: Blueprint, path: str) -> tuple[Any, lora_lib.LoraConfig]:
     # A few hundred megabytes at most: every device has all of them.
-    adapters, lora = weights.load_adapters(path, networks.transformer)
-    return hosts.to_global(adapters, sharding.replicated(mesh)), lora
+    adapters, lora = weights.load_adapters(path, blueprint.networks.transformer)
+    return hosts.to_global(adapters, sharding.replicated(blueprint.mesh)), lora
 
 
-def describe(networks: setup.Networks, source: Source) -> dict[str, Any]:
+def describe(networks: networks_lib.Networks, source: Source) -> dict[str, Any]:
     """What goes into the record of a sample, so that videos of other weights are told apart."""
     found: dict[str, Any] = {
         "transformer": str(networks.transformer_path.absolute()),
@@ -136,7 +129,7 @@ def describe(networks: setup.Networks, source: Source) -> dict[str, Any]:
 
 
 def _same_folder(first: str, second: str) -> bool:
-    paths = (setup.resolve_path(first), setup.resolve_path(second))
+    paths = (networks_lib.resolve_path(first), networks_lib.resolve_path(second))
     return paths[0].resolve() == paths[1].resolve()
 
 

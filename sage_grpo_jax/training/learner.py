@@ -44,7 +44,6 @@ class Learner:
         vae_params: Any,
         negative: PromptBatch,
         scorer: scoring_lib.Scorer,
-        mesh: jax.sharding.Mesh,
         check_interrupt: Callable[[], None] = lambda: None,
         base: Any = None,
         check: Check | None = None,
@@ -52,10 +51,9 @@ class Learner:
         """
         Args:
           programs: of `training.programs.build`.
-          vae_params: on the mesh.
+          vae_params: on the programs' mesh.
           negative: the one unconditional prompt of guidance.
           scorer: scores videos.
-          mesh: the device mesh.
           check_interrupt: called between phases; raises to abandon the step.
           base: with LoRA the frozen weights, on the mesh; None for full fine-tuning.
           check: looks at every update before it is made, and adds metrics of its own.
@@ -63,12 +61,13 @@ class Learner:
         self.programs = programs
         self.plan = programs.plan
         self.config = programs.plan.config
-        self.scoring = scoring_lib.Scoring(programs, vae_params, scorer, mesh, check_interrupt)
+        self.scoring = scoring_lib.Scoring(programs, vae_params, scorer, check_interrupt)
         self._check_interrupt = check_interrupt
         self._check = check
         self._gate = ratio_lib.Gate.of(self.config)
-        self._rows = sharding.batch_sharding(mesh)
-        self.frozen = micro_losses.Frozen(self.condition(negative, sharding.replicated(mesh)), base)
+        self._rows = sharding.batch_sharding(programs.mesh)
+        whole = sharding.replicated(programs.mesh)
+        self.frozen = micro_losses.Frozen(self.condition(negative, whole), base)
 
     def step(
         self, state: state_lib.LearnerState, batch: PromptBatch

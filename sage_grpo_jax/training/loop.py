@@ -15,10 +15,13 @@ from absl import logging
 from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.config import schema
 from sage_grpo_jax.parallel import hosts
+from sage_grpo_jax.policy import prompts as prompts_lib
 from sage_grpo_jax.rewards import client as client_lib
-from sage_grpo_jax.training import checkpoint, evaluation, input_checks, metrics, setup
+from sage_grpo_jax.training import checkpoint, evaluation, input_checks, metrics
 from sage_grpo_jax.training import learner as learner_lib
+from sage_grpo_jax.training import programs as programs_lib
 from sage_grpo_jax.training import workdir as workdir_lib
+from sage_grpo_jax.training.blueprint import Blueprint
 from sage_grpo_jax.training.reward_service import open_scorer
 from sage_grpo_jax.training.scoring import RewardModelChangedError
 
@@ -95,21 +98,21 @@ def train(
         make_shadow = None
     elif make_shadow is None:
         raise ValueError("config.debug.shadow: got True without a shadow; allowed: False")
-    networks, mesh = input_checks.check(config)
+    blueprint = input_checks.check(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdir_lib.locked(workdir))
         workdir_lib.claim(config, workdir)
         if (summary := workdir_lib.finished(config, workdir)) is not None:
             return summary
-        workdir_lib.describe_policy(config, networks, workdir)
+        workdir_lib.describe_policy(config, blueprint.networks, workdir)
         workdir_lib.remove_leftovers(workdir)
-        stack.enter_context(jax.set_mesh(mesh))
-        prompts = input_checks.open_prompts(config, workdir, networks)
+        stack.enter_context(jax.set_mesh(blueprint.mesh))
+        prompts = input_checks.open_prompts(config, workdir, blueprint.networks)
         workdir_lib.claim_encoder(config, prompts.encoder, workdir)
         scorer = stack.enter_context(open_scorer(config, workdir))
         # Before this a signal ends the process at once: there is nothing to save.
         interrupt = stack.enter_context(Interrupt())
-        run = _Run(config, workdir, networks, mesh, scorer, interrupt, prompts, make_shadow)
+        run = _Run(blueprint, workdir, scorer, interrupt, prompts, make_shadow)
         stack.callback(run.close)
         return run.train()
 
@@ -119,15 +122,14 @@ class _Run:
 
     def __init__(
         self,
-        config: schema.Config,
+        blueprint: Blueprint,
         workdir: pathlib.Path,
-        networks: setup.Networks,
-        mesh: jax.sharding.Mesh,
         scorer: client_lib.RewardClient,
         interrupt: Interrupt,
-        prompts: setup.Prompts,
+        prompts: prompts_lib.Prompts,
         make_shadow: Callable[[plan_lib.Plan], learner_lib.Check] | None,
     ) -> None:
+        config = blueprint.config
         self.config, self.workdir = config, workdir
         self.interrupt = interrupt
         self.fingerprint = scorer.fingerprint
@@ -136,18 +138,17 @@ class _Run:
             workdir, config.checkpoint.every, config.checkpoint.keep
         )
         with input_checks.loading("vae"):
-            vae_params = setup.load_vae(networks, mesh)
+            vae_params = blueprint.load_vae()
             input_checks.require_finite(vae_params)
         with input_checks.loading("transformer"):
-            base = setup.load_base(networks, config, mesh)
+            base = blueprint.load_base()
             input_checks.require_finite(base)
-        programs = setup.build_programs(networks, config, mesh)
+        programs = programs_lib.build(blueprint)
         self.learner = learner_lib.Learner(
             programs,
             vae_params,
             self.prompts.negative,
             scorer,
-            mesh,
             interrupt.check_alone,
             base,
             make_shadow and make_shadow(programs.plan),
@@ -159,10 +160,10 @@ class _Run:
         self.is_new = not hosts.agree(self.checkpoints.latest_step is not None)
         if self.is_new:
             with input_checks.loading("transformer"):
-                self.state = setup.fresh_state(networks, config, mesh)
+                self.state = blueprint.fresh_state()
                 input_checks.require_finite(self.state.params)
         else:
-            self._restore(setup.make_abstract_state(networks, config, mesh))
+            self._restore(blueprint.state)
         self.first_step = int(self.state.step)
         self.position = copy.deepcopy(self.prompts.train.get_state())
         is_main = jax.process_index() == 0

@@ -58,22 +58,20 @@ class Scoring:
         programs: programs_lib.Programs,
         vae_params: Any,
         scorer: Scorer,
-        mesh: jax.sharding.Mesh,
         check_interrupt: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
           programs: of `training.programs.build`.
-          vae_params: on the mesh.
+          vae_params: on the programs' mesh.
           scorer: scores videos.
-          mesh: the device mesh.
           check_interrupt: called between videos and while waiting; raises to abandon the step.
         """
         self.scorer = scorer
         self._programs = programs
         self._config = programs.plan.config
         self._vae_params = vae_params
-        self._piece_size = plan_lib.decode_batch(self._config, mesh)
+        self._piece_size = plan_lib.decode_batch(self._config, programs.mesh)
         self._check_interrupt = check_interrupt
 
     # Videos

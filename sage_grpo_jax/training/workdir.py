@@ -14,7 +14,8 @@ import jax
 from sage_grpo_jax.common import files, folders
 from sage_grpo_jax.config import schema
 from sage_grpo_jax.data import embedding_cache
-from sage_grpo_jax.training import metrics, setup
+from sage_grpo_jax.policy import networks as networks_lib
+from sage_grpo_jax.training import metrics
 
 CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"
@@ -246,7 +247,9 @@ def finished(config: schema.Config, workdir: pathlib.Path) -> dict[str, Any] | N
     return summary if summary["steps"] >= config.num_steps else None
 
 
-def describe_policy(config: schema.Config, networks: Any, workdir: pathlib.Path) -> None:
+def describe_policy(
+    config: schema.Config, networks: networks_lib.Networks, workdir: pathlib.Path
+) -> None:
     """Writes transformer.json, and lora.json with adapters: all that `convert` needs to know."""
     if jax.process_index():
         return
@@ -255,7 +258,7 @@ def describe_policy(config: schema.Config, networks: Any, workdir: pathlib.Path)
         files.write_atomically(workdir / "transformer.json", text.encode())
         if (adapters := config.lora.adapters) is not None:
             base = config.model.transformer
-            if not base.startswith(setup.ASSET):
+            if not base.startswith(networks_lib.ASSET):
                 base = str(networks.transformer_path.absolute())
             metrics.write_json(
                 workdir / "lora.json", {**dataclasses.asdict(adapters), "base": base}

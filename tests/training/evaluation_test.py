@@ -9,8 +9,7 @@ from PIL import Image
 
 from sage_grpo_jax.experiments import run_report
 from sage_grpo_jax.policy import conditions
-from sage_grpo_jax.training import evaluation, scoring, setup
-from sage_grpo_jax.worlds.moving_shapes import spec
+from sage_grpo_jax.training import evaluation, scoring
 
 
 def _write_run(folder, seed: int, before: float, after: float):
@@ -230,37 +229,3 @@ def test_errors_are_over_prompts_and_diversity_within_them(make_config):
     ]
     assert found["test/diversity"] == pytest.approx(np.mean(distances), rel=1e-5)
     assert np.mean(distances[3:6]) == 0
-
-
-def test_test_prompts_have_their_own_encoder_and_number_checked(make_config, tmp_path):
-    config = make_config({"eval.num_test_prompts": 73})
-    networks = setup.read_networks(config.model)
-    with pytest.raises(ValueError, match=r"config.eval.num_test_prompts: got 73; allowed: .* 72 "):
-        setup.open_prompts(config, tmp_path, networks)
-
-
-def test_evaluation_prompts_follow_their_own_seed_alone(make_config, tmp_path):
-    def chosen(**overrides):
-        config = make_config({name.replace("__", "."): v for name, v in overrides.items()})
-        prompts = setup.open_prompts(config, tmp_path, setup.read_networks(config.model))
-        return prompts.evaluation.ids, prompts.test.ids
-
-    first = chosen()
-    assert chosen(seed=9, eval__every=7, num_steps=3) == first
-    other = chosen(eval__seed=1)
-    assert other[0] != first[0]
-    assert other[1] != first[1]
-    repeated = chosen(eval__samples_per_prompt=3)
-    for names, once in zip(repeated, first, strict=True):
-        assert names == [name for name in once for _ in range(3)]
-
-
-def test_every_split_is_read_from_its_own_prompts(make_config, tmp_path):
-    config = make_config({"eval.num_prompts": 72, "eval.num_test_prompts": 0})
-    prompts = setup.open_prompts(config, tmp_path, setup.read_networks(config.model))
-    assert set(prompts.evaluation.prompts) == set(spec.split_captions("validation"))
-    assert set(prompts.test.prompts) == set(spec.split_captions("test"))
-    seen = {text for _ in range(20) for text in next(iter(prompts)).prompts}
-    assert seen <= set(spec.split_captions("train"))
-    without = make_config({"data.test_prompts": ""})
-    assert setup.open_prompts(without, tmp_path, setup.read_networks(config.model)).test is None

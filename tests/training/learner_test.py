@@ -10,7 +10,8 @@ from sage_grpo_jax.config import methods
 from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.grpo import trust_region
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.training import ratio, setup
+from sage_grpo_jax.policy import networks as networks_lib
+from sage_grpo_jax.training import ratio
 
 BASELINES = ("flow_grpo", "dance_grpo", "cps", "diffusion_nft", "sage_official", "sage_paper")
 # Where the trust region has no part in what is tested: compiles in half the time.
@@ -188,7 +189,7 @@ def test_the_trust_region_counts_in_elements(make_config, local_scorer, one_devi
 def test_equalized_kl_weighs_steps_by_their_sensitivity(make_config, local_scorer):
     """Per unit of velocity every step costs the same: w_t·N_t² is one number."""
     config = make_config({"trust_region.kl_time_weight": "equalized", "loss.log_prob": "squared"})
-    networks = setup.read_networks(config.model)
+    networks = networks_lib.read_networks(config.model)
     made = plan_lib.make_plan(config, networks.transformer, networks.vae)
     sigmas = np.asarray(made.schedule.sigmas, np.float64)
     costs = []

@@ -12,7 +12,8 @@ import pytest
 from sage_grpo_jax.config import builder, schema
 from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.flow import noise
-from sage_grpo_jax.training import ratio, setup, workdir
+from sage_grpo_jax.policy import networks as networks_lib
+from sage_grpo_jax.training import ratio, workdir
 from sage_grpo_jax.training import update as update_lib
 
 NO_KL = {"trust_region.kind": "none"}
@@ -33,7 +34,7 @@ def make_trainer(make_config, local_scorer, one_device, tmp_path):
 def make_plan(make_config):
     def make(overrides):
         config = make_config({**NO_KL, **overrides})
-        networks = setup.read_networks(config.model)
+        networks = networks_lib.read_networks(config.model)
         return plan_lib.make_plan(config, networks.transformer, networks.vae)
 
     return make

@@ -1,170 +1,26 @@
-"""Puts a run together: networks onto the mesh, prompts into an embedding cache, the scorer."""
+"""The prompts of a run: texts or captions, their embeddings in a cache, batches of them."""
 
 import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Iterator
-from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from sage_grpo_jax import weights
-from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.config import schema
 from sage_grpo_jax.data import embedding_cache
 from sage_grpo_jax.data import prompts as prompts_lib
-from sage_grpo_jax.flow import noise
-from sage_grpo_jax.models import door, frames, lora, registry
-from sage_grpo_jax.parallel import sharding
-from sage_grpo_jax.policy import conditions, starting_adapters
-from sage_grpo_jax.policy.networks import (
-    ASSET,
-    Networks,
-    describe_networks,
-    read_networks,
-    resolve_path,
-)
-from sage_grpo_jax.training import checkpoint as checkpoint_lib
-from sage_grpo_jax.training import optimizers
-from sage_grpo_jax.training import programs as programs_lib
-from sage_grpo_jax.training import state as state_lib
+from sage_grpo_jax.models import door, frames, registry
+from sage_grpo_jax.policy import conditions
+from sage_grpo_jax.policy.networks import Networks
 from sage_grpo_jax.worlds.moving_shapes import captions, word_embeddings
 from sage_grpo_jax.worlds.moving_shapes import spec as moving_shapes_spec
 
-# The networks are reached from here.
-__all__ = ["ASSET", "Networks", "describe_networks", "read_networks", "resolve_path"]
-
 WORLD = "moving_shapes:"
 CACHE = "cache:"
-
-
-def abstract_params(network: Any) -> Any:
-    """Shapes of a network's parameters, without making any."""
-    model = registry.of(network)
-    return jax.eval_shape(lambda key: model.init_params(network, key), jax.random.key(0))
-
-
-def load_vae(networks: Networks, mesh: jax.sharding.Mesh) -> Any:
-    """The VAE's parameters in its compute dtype, on every device."""
-    place = jax.tree.map(lambda _: sharding.replicated(mesh), abstract_params(networks.vae))
-    return weights.load(networks.vae_path, networks.vae, place, dtype=jnp.dtype(networks.vae.dtype))
-
-
-def load_transformer(networks: Networks, mesh: jax.sharding.Mesh, dtype: Any = jnp.float32) -> Any:
-    """The transformer's parameters, sharded."""
-    shardings = state_lib.shardings_of(_abstract_transformer(networks, mesh, dtype))
-    return weights.load(networks.transformer_path, networks.transformer, shardings, dtype=dtype)
-
-
-def _abstract_transformer(networks: Networks, mesh: jax.sharding.Mesh, dtype: Any) -> Any:
-    """The transformer's parameters as shapes with shardings."""
-    shapes = abstract_params(networks.transformer)
-    names = registry.of(networks.transformer).partition_names(networks.transformer)
-    shardings = sharding.parameter_shardings(mesh, names, shapes)
-    return jax.tree.map(
-        lambda s, place: jax.ShapeDtypeStruct(s.shape, dtype, sharding=place), shapes, shardings
-    )
-
-
-def _base_dtype(networks: Networks, config: schema.Config) -> Any:
-    wanted = config.lora.base_dtype
-    return jnp.dtype(networks.transformer.dtype if wanted == "auto" else wanted)
-
-
-def abstract_base(networks: Networks, config: schema.Config, mesh: jax.sharding.Mesh) -> Any:
-    """The frozen weights under the adapters as shapes with shardings; None without adapters."""
-    if config.lora.adapters is None:
-        return None
-    return _abstract_transformer(networks, mesh, _base_dtype(networks, config))
-
-
-def load_base(networks: Networks, config: schema.Config, mesh: jax.sharding.Mesh) -> Any:
-    """The frozen weights under the adapters; None without adapters."""
-    if config.lora.adapters is None:
-        return None
-    return load_transformer(networks, mesh, _base_dtype(networks, config))
-
-
-def make_abstract_state(
-    networks: Networks, config: schema.Config, mesh: jax.sharding.Mesh
-) -> state_lib.LearnerState:
-    """The learner's state as shapes with shardings; with LoRA its parameters are the adapters."""
-    shapes, adapters = abstract_params(networks.transformer), config.lora.adapters
-    model = registry.of(networks.transformer)
-    if adapters is None:
-        names = model.partition_names(networks.transformer)
-    else:
-        shapes = lora.abstract_adapters(shapes, adapters, model)
-        names = lora.partition_names(adapters, model)
-    tx = optimizers.make_optimizer(config)
-    return state_lib.abstract_state(tx, shapes, names, mesh, config.averages)
-
-
-def fresh_state(
-    networks: Networks, config: schema.Config, mesh: jax.sharding.Mesh
-) -> state_lib.LearnerState:
-    """The state at step 0: loaded weights or adapters, empty optimizer, trust region."""
-    tx, averages = optimizers.make_optimizer(config), config.averages
-    shardings = state_lib.shardings_of(make_abstract_state(networks, config, mesh))
-    adapters = config.lora.adapters
-    if adapters is None:
-        init = jax.jit(
-            lambda params: state_lib.init_state(tx, params, averages), out_shardings=shardings
-        )
-        return init(load_transformer(networks, mesh))
-    shapes, model = abstract_params(networks.transformer), registry.of(networks.transformer)
-    given, ratio = starting_adapters.load(config.lora, networks.transformer, mesh)
-
-    def init_adapters(key, given):
-        fresh = lora.init_adapters(shapes, adapters, key, model)
-        return state_lib.init_state(tx, lora.start_from(fresh, given, ratio), averages)
-
-    return jax.jit(init_adapters, out_shardings=shardings)(noise.adapter_key(config.seed), given)
-
-
-def load_policy(
-    networks: Networks,
-    config: schema.Config,
-    mesh: jax.sharding.Mesh,
-    checkpoint: str | pathlib.Path | None = None,
-    ema: bool = False,
-) -> tuple[Any, Any]:
-    """The policy of a run, or of a recipe that has not started.
-
-    Args:
-      networks: of `read_networks`.
-      config: of the run; its `lora` decides what a checkpoint holds.
-      mesh: the device mesh.
-      checkpoint: workdir of a run, for its newest checkpoint; None for the recipe's own weights.
-      ema: whether the moving average of the run is wanted; not read without a checkpoint.
-
-    Returns:
-      (weights, adapters): what the model's `velocity` takes; adapters None where there are none.
-
-    Raises:
-      FileNotFoundError: no complete checkpoint there.
-      ValueError: a damaged one, or a run without a moving average.
-    """
-    base = load_base(networks, config, mesh)
-    if checkpoint is None:
-        return (load_transformer(networks, mesh) if base is None else base), None
-    abstract = make_abstract_state(networks, config, mesh)
-    trained = checkpoint_lib.restore_params(checkpoint, abstract.params, ema=ema)
-    return (trained, None) if base is None else (base, trained)
-
-
-def build_programs(
-    networks: Networks, config: schema.Config, mesh: jax.sharding.Mesh
-) -> programs_lib.Programs:
-    """The recipe's constants and its jitted programs."""
-    plan = plan_lib.make_plan(config, networks.transformer, networks.vae)
-    tx = optimizers.make_optimizer(config)
-    state = make_abstract_state(networks, config, mesh)
-    return programs_lib.build(plan, tx, mesh, state, abstract_base(networks, config, mesh))
 
 
 def read_prompts(source: str, field: str) -> list[prompts_lib.Prompt]:
