@@ -5,6 +5,7 @@ import re
 
 import jax
 import learners
+import small_policy
 
 PROGRAMS = ("rollout", "decode", "update")
 
@@ -43,8 +44,9 @@ class Compilations(logging.Handler):
 
 
 def test_programs_compile_once_and_none_after_the_first_step(
-    make_config, local_scorer, one_device, tmp_path
+    make_config, local_scorer, one_device, tmp_path, monkeypatch
 ):
+    small_policy.install(monkeypatch)
     config = make_config({"loss.updates_per_rollout": 2})
     trainer = learners.make(config, local_scorer(), one_device, tmp_path)
     learner, state, batches = trainer.learner, trainer.state, iter(trainer.prompts)

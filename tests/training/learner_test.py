@@ -5,6 +5,7 @@ import learners
 import numpy as np
 import optax
 import pytest
+import small_policy
 
 from sage_grpo_jax.config import methods
 from sage_grpo_jax.config import plan as plan_lib
@@ -16,6 +17,12 @@ from sage_grpo_jax.training import ratio
 BASELINES = ("flow_grpo", "dance_grpo", "cps", "diffusion_nft", "sage_official", "sage_paper")
 # Where the trust region has no part in what is tested: compiles in half the time.
 NO_KL = {"trust_region.kind": "none"}
+
+
+@pytest.fixture
+def small_network(monkeypatch):
+    """A small policy in place of the DiT, for what comes after the velocity."""
+    small_policy.install(monkeypatch)
 
 
 def make_trainer(config, scorer, mesh, tmp_path) -> learners.Trainer:
@@ -42,7 +49,8 @@ def test_first_step_starts_at_ratio_one_and_no_divergence(
 
 def test_mesh_does_not_change_the_training(make_config, local_scorer, one_device, tmp_path):
     # Adam turns the rounding of a gradient near 0 into a whole step: a small rate keeps it small.
-    rate = {"optimizer.learning_rate": 1e-5}
+    # The trust region on a mesh is in several_devices_test.py.
+    rate = {**NO_KL, "optimizer.learning_rate": 1e-5}
     trainer = make_trainer(make_config(rate), local_scorer(), one_device, tmp_path / "one")
     metrics = trainer.steps(2)
     mesh = mesh_lib.make_mesh(2, 2, 2)
@@ -109,7 +117,9 @@ def assert_same_leaves(found, wanted, tolerance: float) -> None:
         assert np.abs(ours - theirs).max() <= limit, place
 
 
-def test_a_failed_sample_has_no_influence(make_config, local_scorer, one_device, tmp_path):
+def test_a_failed_sample_has_no_influence(
+    make_config, local_scorer, one_device, tmp_path, small_network
+):
     """Whatever its latents and advantage are: the gradient is the mean over the other samples."""
     config = make_config({**NO_KL, "optimizer.grad_clip": 1e6})
     trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
@@ -166,7 +176,9 @@ def test_the_gate_stops_before_anything_is_applied(make_config, local_scorer, on
         trainer.steps(1)
 
 
-def test_several_updates_move_the_ratio(make_config, local_scorer, one_device, tmp_path):
+def test_several_updates_move_the_ratio(
+    make_config, local_scorer, one_device, tmp_path, small_network
+):
     config = make_config({"loss.updates_per_rollout": 3})
     trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
     (metrics,) = trainer.steps(1)
@@ -174,7 +186,9 @@ def test_several_updates_move_the_ratio(make_config, local_scorer, one_device, t
     assert metrics["ratio/clip_fraction"] > 0
 
 
-def test_the_trust_region_counts_in_elements(make_config, local_scorer, one_device, tmp_path):
+def test_the_trust_region_counts_in_elements(
+    make_config, local_scorer, one_device, tmp_path, small_network
+):
     """Summed log-probabilities and KLs are n times the mean; what steers λ is not."""
     config = make_config({"loss.log_prob_reduction": "sum", "optimizer.learning_rate": 1e-4})
     trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
@@ -206,7 +220,9 @@ def test_equalized_kl_weighs_steps_by_their_sensitivity(make_config, local_score
 
 
 @pytest.mark.parametrize("method", BASELINES)
-def test_the_other_methods_run(make_config, local_scorer, one_device, tmp_path, method):
+def test_the_other_methods_run(
+    make_config, local_scorer, one_device, tmp_path, small_network, method
+):
     config = make_config(methods.METHODS[method])
     trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
     (metrics,) = trainer.steps(1)
@@ -225,19 +241,22 @@ def test_the_other_methods_run(make_config, local_scorer, one_device, tmp_path, 
         assert abs(metrics["kl/previous"]) <= 1e-7
 
 
-def test_accumulation_equals_one_batch(make_config, local_scorer, one_device, tmp_path):
+def test_accumulation_equals_one_batch(
+    make_config, local_scorer, one_device, tmp_path, small_network
+):
     found = []
-    for size in (4, 8, 16):
+    for size in (8, 16):
         config = make_config({**NO_KL, "loss.micro_batch": size, "optimizer.grad_clip": 1e6})
         trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
         (metrics,) = trainer.steps(1)
         assert metrics["advantage/nonzero_fraction"] == 1
         found.append(gradient(trainer.state))
-    assert_same_leaves(found[0], found[2], 1e-4)
-    assert_same_leaves(found[1], found[2], 1e-4)
+    assert_same_leaves(found[0], found[1], 1e-4)
 
 
-def test_guidance_in_batch_equals_in_sequence(make_config, local_scorer, one_device, tmp_path):
+def test_guidance_in_batch_equals_in_sequence(
+    make_config, local_scorer, one_device, tmp_path, small_network
+):
     found = []
     for mode in ("batch", "sequential"):
         guidance = {"rollout.guidance": 2.5, "rollout.guidance_mode": mode}
@@ -279,7 +298,9 @@ def test_adapters_train_and_leave_the_base_alone(make_config, local_scorer, one_
     assert adapters < 0.2 * sum(x.size for x in jax.tree.leaves(base))
 
 
-def test_random_windows_and_shared_initial_noise(make_config, local_scorer, one_device, tmp_path):
+def test_random_windows_and_shared_initial_noise(
+    make_config, local_scorer, one_device, tmp_path, small_network
+):
     config = make_config(
         {
             **NO_KL,

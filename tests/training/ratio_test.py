@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import learners
 import numpy as np
 import pytest
+import small_policy
 
 from sage_grpo_jax.config import builder, schema
 from sage_grpo_jax.config import plan as plan_lib
@@ -28,6 +29,12 @@ def make_trainer(make_config, local_scorer, one_device, tmp_path):
         return learners.make(config, local_scorer(), one_device, tmp_path, learners.compiled)
 
     return make
+
+
+@pytest.fixture
+def small_network(monkeypatch):
+    """A small policy in place of the DiT, for what comes after the velocity."""
+    small_policy.install(monkeypatch)
 
 
 @pytest.fixture
@@ -114,7 +121,7 @@ def in_order(plan, values: np.ndarray) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-def test_later_updates_use_the_means_of_the_first(make_trainer):
+def test_later_updates_use_the_means_of_the_first(make_trainer, small_network):
     trainer = make_trainer({"loss.updates_per_rollout": 2})
     learner, batch = trainer.learner, next(iter(trainer.prompts))
     trajectory = trainer.rollout(batch)
@@ -160,7 +167,7 @@ def test_later_updates_use_the_means_of_the_first(make_trainer):
     assert later["ratio/clip_fraction"] == pytest.approx(clipped, abs=1.5 / log_ratio.size)
 
 
-def test_recorded_means_of_windows_and_masked_samples(make_trainer):
+def test_recorded_means_of_windows_and_masked_samples(make_trainer, small_network):
     """NaN latents of a failed sample stay out, also where samples train at different steps."""
     window = {"rollout.window": "random_k", "rollout.window_size": 2}
     trainer = make_trainer({**window, "loss.updates_per_rollout": 2})
