@@ -64,13 +64,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # The longest first, so that no worker is left alone with them at the end.
 LONGEST = (
-    "learner_test",
-    "several_devices_test",
     "loop_test",
-    "pretraining_test",
+    "learner_test",
     "tpu_compile_test",
+    "whole_update_test",
+    "direction_test",
     "vae_test",
+    "run_test",
     "entries_test",
+    "doors_test",
 )
 
 

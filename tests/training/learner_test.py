@@ -49,7 +49,7 @@ def test_first_step_starts_at_ratio_one_and_no_divergence(
 
 def test_mesh_does_not_change_the_training(make_config, local_scorer, one_device, tmp_path):
     # Adam turns the rounding of a gradient near 0 into a whole step: a small rate keeps it small.
-    # The trust region on a mesh is in several_devices_test.py.
+    # The trust region on a mesh is in loop_test.py.
     rate = {**NO_KL, "optimizer.learning_rate": 1e-5}
     trainer = make_trainer(make_config(rate), local_scorer(), one_device, tmp_path / "one")
     metrics = trainer.steps(2)
