@@ -22,9 +22,10 @@ os.environ["XLA_FLAGS"] = " ".join(
         QUICK_COMPILE,
     ]
 ).strip()
-# Subprocess tests inherit these, so that a program compiles once for the whole suite.
+# Subprocess tests inherit these, so that a program compiles once for the whole suite. The small ones
+# too: there are thousands of them, writing one costs nearly nothing, and reading a tenth of compiling.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import pytest  # noqa: E402
 
