@@ -22,8 +22,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         QUICK_COMPILE,
     ]
 ).strip()
-# Subprocess tests inherit these, so that a program compiles once for the whole suite. The small ones
-# too: there are thousands of them, writing one costs nearly nothing, and reading a tenth of compiling.
+# Subprocess tests inherit these, so that a program compiles once for the whole suite; a small one
+# too: there are thousands, writing one costs next to nothing, and reading a fraction of compiling.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from sage_grpo_jax.checks import shadow
 from sage_grpo_jax.config import schema
-from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.policy import conditions
 from sage_grpo_jax.policy import prompts as prompts_lib
 from sage_grpo_jax.training import learner as learner_lib
@@ -91,8 +90,7 @@ def compiled(blueprint: Blueprint) -> programs_lib.Programs:
         ratio_action="stop",
         updates_per_rollout=updates,
     )
-    # A small policy may stand in the place of the DiT.
-    key = (dataclasses.replace(config, loss=loss), blueprint.mesh, hunyuan_video.velocity)
+    key = (dataclasses.replace(config, loss=loss), blueprint.mesh)
     if key not in _PROGRAMS:
         _PROGRAMS[key] = programs_lib.build(blueprint)
     return dataclasses.replace(_PROGRAMS[key], blueprint=blueprint)

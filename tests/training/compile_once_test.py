@@ -5,7 +5,6 @@ import re
 
 import jax
 import learners
-import small_policy
 
 PROGRAMS = ("rollout", "decode", "update")
 
@@ -44,10 +43,9 @@ class Compilations(logging.Handler):
 
 
 def test_programs_compile_once_and_none_after_the_first_step(
-    make_config, local_scorer, one_device, tmp_path, monkeypatch
+    make_small_config, local_scorer, one_device, tmp_path
 ):
-    small_policy.install(monkeypatch)
-    config = make_config({"loss.updates_per_rollout": 2})
+    config = make_small_config({"loss.updates_per_rollout": 2})
     trainer = learners.make(config, local_scorer(), one_device, tmp_path)
     learner, state, batches = trainer.learner, trainer.state, iter(trainer.prompts)
     with Compilations() as compiled:
