@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import small_policy
 from tiny_recipe import LocalScorer
 
 from sage_grpo_jax.parallel import mesh as mesh_lib
@@ -92,10 +91,9 @@ class Runs:
 
 
 @pytest.fixture
-def runs(make_config, monkeypatch) -> Runs:
-    """Whole runs on one device; a small policy in place of the DiT, which has no part in this."""
-    small_policy.install(monkeypatch)
-    made = Runs(make_config)
+def runs(make_small_config, monkeypatch) -> Runs:
+    """Whole runs on one device; without the DiT, which has no part in this."""
+    made = Runs(make_small_config)
     mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     monkeypatch.setattr(input_checks, "make_mesh", lambda config: mesh)
     monkeypatch.setattr(programs_lib, "build", _cached_programs)
