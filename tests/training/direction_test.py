@@ -30,12 +30,12 @@ class FixedScorer:
 
 
 @pytest.fixture
-def make_trainer(make_config, one_device, tmp_path, monkeypatch):
+def make_trainer(make_small_config, one_device, tmp_path, monkeypatch):
     """make_trainer(overrides, rewards [B]) -> trainer of the small policy."""
-    small_policy.install(monkeypatch)
+    small_policy.install_in_small_network(monkeypatch)
 
     def make(overrides, rewards):
-        config = make_config(overrides)
+        config = make_small_config(overrides)
         return learners.make(config, FixedScorer(rewards), one_device, tmp_path, build_programs)
 
     return make
