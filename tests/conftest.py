@@ -52,7 +52,7 @@ def _bounded_memory():
 def pytest_collection_finish() -> None:
     """Lets the garbage collector look at what tests make, less often, and at no imported module.
 
-    Tracing makes millions of objects; looking through all of them is a fifth of its time.
+    Tracing makes millions of objects; looking through all of them is a sixth of its time.
     """
     gc.collect()
     gc.freeze()
