@@ -43,6 +43,7 @@ def assert_same_bits(found: pathlib.Path, wanted: pathlib.Path) -> None:
     assert rows(found) == rows(wanted)
     for a, b in zip(saved_arrays(found), saved_arrays(wanted), strict=True):
         np.testing.assert_array_equal(a, b)
+
     first, second = (json.loads((w / "summary.json").read_text()) for w in (found, wanted))
     for name in ("eval", "test", "steps"):
         assert first[name] == second[name]
@@ -54,12 +55,14 @@ def test_what_a_run_leaves(straight):
     assert summary["steps"] == TOTAL_STEPS
     for name in ("eval/reward/overall", "eval/reward/vq"):
         assert np.isfinite(summary["eval"]["last"][name])
+
     # The test prompts are sampled before and after, and at no step in between.
     tested = [row["step"] for row in rows(straight) if "test/reward/overall" in row]
     assert tested == [0, TOTAL_STEPS]
     assert summary["test"]["last"] == {
         name: value for name, value in rows(straight)[-1].items() if name.startswith("test/")
     }
+
     for name in ("step_000000", f"step_{TOTAL_STEPS:06d}", f"test_step_{TOTAL_STEPS:06d}"):
         assert (straight / "samples" / f"{name}.png").stat().st_size > 0
         assert (straight / "samples" / f"{name}.gif").read_bytes()[:6] == b"GIF89a"
