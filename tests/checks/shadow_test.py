@@ -89,12 +89,13 @@ def biased_ratio(log_ratio, noise, mean_new, mean_old, std, **kwargs):
 
 
 @pytest.fixture
-def check(make_small_case):
+def check(make_case, monkeypatch):
     """check(recipe) -> deviations of the update's side compiled anew, at the second step of a run.
 
     The mask, λ and the KLs all count there.
     """
-    case = make_small_case({"trust_region.initial_weight": 0.5, "trust_region.final_weight": 0.5})
+    small_policy.install(monkeypatch)  # with as many parameters as the DiT the KLs count for more
+    case = make_case({"trust_region.initial_weight": 0.5, "trust_region.final_weight": 0.5})
     case.steps(1)
     batch, checker = some_batch(case), case.learner._check
 
