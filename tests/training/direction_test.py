@@ -79,21 +79,8 @@ class Rollout:
         return float(np.sqrt(np.mean(np.square(gaps))))
 
 
-# The two objectives share all that knows the SDE.
-@pytest.mark.parametrize(
-    ("objective", "sde"),
-    [
-        ("ppo", "precise"),
-        ("ppo", "flow"),
-        ("ppo", "dance"),
-        ("ppo", "cps"),
-        ("reinforce", "precise"),
-        *(
-            pytest.param("reinforce", sde, marks=pytest.mark.slow)
-            for sde in ("flow", "dance", "cps")
-        ),
-    ],
-)
+@pytest.mark.parametrize("sde", ["precise", "flow", "dance", "cps"])
+@pytest.mark.parametrize("objective", ["ppo", "reinforce"])
 def test_an_update_raises_the_better_sample_and_lowers_the_worse(make_trainer, sde, objective):
     overrides = {
         "rollout.sde": sde,
@@ -124,11 +111,14 @@ def test_an_update_raises_the_better_sample_and_lowers_the_worse(make_trainer, s
 @pytest.mark.parametrize(
     "kind", ["fixed", *(pytest.param(k, marks=pytest.mark.slow) for k in ("moving", "stepwise"))]
 )
-def test_a_larger_weight_of_the_kl_moves_the_policy_less(make_trainer, kind):
+def test_a_larger_weight_of_the_kl_moves_the_policy_less(
+    make_config, one_device, tmp_path, monkeypatch, kind
+):
+    small_policy.install(monkeypatch)  # with as many parameters as the DiT the KLs count for more
     rewards = np.random.default_rng(0).standard_normal(16)
     shifts = []
     for weight in (0.0, 5.0, 100.0):
-        trainer = make_trainer(
+        config = make_config(
             {
                 "trust_region.kind": kind,
                 "trust_region.anchor_every": 4,
@@ -140,9 +130,9 @@ def test_a_larger_weight_of_the_kl_moves_the_policy_less(make_trainer, kind):
                 "trust_region.feedback": "none",
                 "optimizer.learning_rate": 0.01,
                 "optimizer.eps": 1e-2,
-            },
-            rewards,
+            }
         )
+        trainer = learners.make(config, FixedScorer(rewards), one_device, tmp_path, build_programs)
         rollout, first = Rollout(trainer, next(iter(trainer.prompts))), trainer.params()
         metrics = trainer.steps(6)
         assert {m["kl/weight"] for m in metrics} == {np.float32(weight)}
