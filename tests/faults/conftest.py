@@ -114,17 +114,18 @@ def runs(make_small_config, monkeypatch) -> Runs:
     return made
 
 
-_STRAIGHT: dict[str, Result] = {}
+_STRAIGHT: dict[str, Result] = {}  # by the folder of the network
 
 
 @pytest.fixture
 def straight(runs, tmp_path_factory) -> Result:
     """What a run leaves that nobody disturbs; made once."""
-    if "result" not in _STRAIGHT:
+    network = runs.config().model.transformer
+    if network not in _STRAIGHT:
         workdir = tmp_path_factory.mktemp("straight")
         runs.train(workdir)
-        _STRAIGHT["result"] = runs.result(workdir)
-    return _STRAIGHT["result"]
+        _STRAIGHT[network] = runs.result(workdir)
+    return _STRAIGHT[network]
 
 
 @pytest.fixture
