@@ -84,7 +84,12 @@ CASES = {
         "trust_region.previous_estimator": "log_ratio",
         "optimizer.learning_rate": 0.01,
     },
-    "adapters": {"lora.rank": 2, "lora.alpha": 3.0, "lora.learning_rate": 0.05},
+    "adapters": {
+        "lora.rank": 2,
+        "lora.alpha": 3.0,
+        "lora.learning_rate": 0.05,
+        "lora.targets": "proj,high/text",
+    },
 }
 
 
@@ -185,10 +190,10 @@ def check_region(config, before: dict, after: dict, outcome: textbook.Outcome) -
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_is_that_of_the_papers(make_config, one_device, tmp_path, monkeypatch, name):
-    small_policy.install(monkeypatch)
+def test_a_step_is_that_of_the_papers(make_small_config, one_device, tmp_path, monkeypatch, name):
+    small_policy.install_in_small_network(monkeypatch)
     scorer = TableScorer()
-    config = make_config({**BASE, "num_steps": STEPS, **CASES[name]})
+    config = make_small_config({**BASE, "num_steps": STEPS, **CASES[name]})
     trainer = learners.make(config, scorer, one_device, tmp_path, build_programs)
     batches = iter(trainer.prompts)
     problem, weights = make_problem(trainer), set()
