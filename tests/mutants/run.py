@@ -1,7 +1,7 @@
 """Puts faults into copies of this tree, one at a time, and tells which ones no test notices.
 
 Called by launch/mutants.sh. Exit codes: 0 all noticed; 1 a fault survived (or broke the program,
-which says nothing); 2 the table does not fit the tree, or tests fail without any fault.
+which says nothing); 2 the table does not fit the tree, or a test fails without the fault too.
 """
 
 from __future__ import annotations
