@@ -5,7 +5,7 @@ name = "drift-sign"            # unique in its file; the file names the group
 file = "sage_grpo_jax/flow/sde.py"
 old = 'a - b'                  # occurs exactly once in the file
 new = 'a + b'
-tests = ["tests/flow/sde_test.py"]      # files, FILE::FUNCTION or FILE::FUNCTION[CASE]; one must fail
+tests = ["tests/flow/sde_test.py"]      # one must fail; also FILE::FUNCTION, FILE::FUNCTION[CASE]
 equivalent = "why no test can see it"   # only where that is so; it is then not run
 """
 
