@@ -3,7 +3,7 @@
     python benchmarks/scaling.py
     python benchmarks/scaling.py --recipe=configs/wan_21.py:variant=1.3B --devices=1,4,8,16
 
-Shapes and shardings are those of the programs (`training.setup`); nothing is allocated.
+Shapes and shardings are those of the programs (`training.blueprint`); nothing is allocated.
 Activations, gathered layers and the buffers of the compiler come on top.
 """
 
@@ -19,7 +19,7 @@ import ml_collections
 from sage_grpo_jax.config import builder, schema
 from sage_grpo_jax.experiments import sweeps
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.training import setup
+from sage_grpo_jax.training.blueprint import Blueprint
 
 RECIPE = pathlib.Path(__file__).parents[1] / "configs" / "hunyuan_video_15.py"
 DEVICES = "4,8,16,32,64,128"
@@ -34,10 +34,10 @@ ROWS = {
 
 def bytes_per_device(config: schema.Config, devices: int) -> int:
     """Of parameters, gradients, optimizer, trust region, and the frozen base with adapters."""
+    # A mesh without devices: sizes of any slice on any machine.
     mesh = jax.sharding.AbstractMesh((1, devices, 1), mesh_lib.AXES)
-    networks = setup.describe_networks(config.model)
-    state = setup.make_abstract_state(networks, config, mesh)
-    base = setup.abstract_base(networks, config, mesh)
+    blueprint = Blueprint.describe(config, mesh)
+    state, base = blueprint.state, blueprint.base
     # The gradient is as large as the parameters.
     held = [state, state.params, base]
     return sum(
@@ -58,6 +58,7 @@ def main() -> None:
     print("|---" * (len(devices) + 1) + "|")
     recipe = sweeps.load_module(pathlib.Path(file))
     for name, overrides in ROWS.items():
+        # A fresh config for each row: overrides stay where they were put.
         config: ml_collections.ConfigDict = recipe.get_config(arg or None)
         config.update_from_flattened_dict(overrides)
         validated = builder.from_config_dict(config)

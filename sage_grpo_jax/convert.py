@@ -16,7 +16,8 @@ import jax
 from absl import flags, logging
 
 from sage_grpo_jax.common import command_line
-from sage_grpo_jax.training import checkpoint, setup
+from sage_grpo_jax.policy import networks
+from sage_grpo_jax.training import checkpoint
 from sage_grpo_jax.weights import conversion, orbax_io
 
 _SRC = flags.DEFINE_string("src", None, "Folder or file to read.", required=True)
@@ -45,6 +46,7 @@ def make_job() -> conversion.Job:
     Raises:
       ValueError: bad input.
     """
+    # --src may be a run: its newest checkpoint is meant, and its workdir tells of what model.
     src, step = pathlib.Path(_SRC.value), None
     if _SRC_FORMAT.value == "orbax" and not orbax_io.is_orbax(src):
         src, step = _find_run(src)
@@ -58,14 +60,15 @@ def make_job() -> conversion.Job:
         overwrite=_OVERWRITE.value,
         src_key=_SRC_KEY.value,
         config_json=None if _CONFIG_JSON.value is None else pathlib.Path(_CONFIG_JSON.value),
-        base=None if _BASE.value is None else setup.resolve_path(_BASE.value),
+        base=None if _BASE.value is None else networks.resolve_path(_BASE.value),
         run_step=step,
-        find_base=setup.resolve_path,
+        find_base=networks.resolve_path,
     )
 
 
 def _find_run(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     """(workdir, newest checkpoint) from a workdir or its folder of checkpoints."""
+    # The config and the adapters' description lie in the workdir, one folder above.
     if path.name == checkpoint.FOLDER:
         path = path.parent
     folder = path / checkpoint.FOLDER
@@ -79,6 +82,7 @@ def _find_run(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
 
 def main() -> None:
     """Converts, and says what was written."""
+    # Nothing is computed, and an accelerator may be busy with a run.
     jax.config.update("jax_platforms", "cpu")
     written = conversion.convert(make_job(), sys.stderr)
     print(f"done: {written}; see {_DST.value}")

@@ -25,8 +25,8 @@ from sage_grpo_jax.training import (
     input_checks,
     loop,
     metrics,
+    programs,
     reward_service,
-    setup,
 )
 from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import workdir as workdir_lib
@@ -62,34 +62,39 @@ def evaluate(
       loop.StorageError: see `input_checks.open_prompts`.
       RewardServiceError: see `reward_service.open_scorer`.
     """
+    # What can be refused without loading anything.
     if split == "test" and not config.data.test_prompts:
         raise ValueError("--split: got test, but config.data.test_prompts is ''; allowed: eval")
     if ema and source is None:
         raise ValueError("--ema: without --checkpoint there is no average; allowed: both")
-    networks, mesh = input_checks.check(config)
+    blueprint = input_checks.check(config)
     workdir_lib.make_folder(out, "--out", _NAMES, "an evaluation")
+
+    # Prompts, and the policy: the recipe's weights, or a run's, whose encoder made the prompts.
     with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.set_mesh(mesh))
-        prompts = input_checks.open_prompts(config, out, networks)
+        stack.enter_context(jax.set_mesh(blueprint.mesh))
+        prompts = input_checks.open_prompts(config, out, blueprint.networks)
         if source is None:
-            trained = setup.fresh_state(networks, config, mesh).params
+            trained = blueprint.fresh_state().params
         else:
             what = f"config.data.eval_prompts: {config.data.eval_prompts}"
             workdir_lib.check_encoder(prompts.encoder, what, pathlib.Path(source))
-            abstract = setup.make_abstract_state(networks, config, mesh)
-            trained = _restore(source, abstract.params, ema)
+            trained = _restore(source, blueprint.state.params, ema)
+
+        # The learner of training, of which no step is taken.
         scorer = stack.enter_context(reward_service.open_scorer(config, out))
         learner = learner_lib.Learner(
-            setup.build_programs(networks, config, mesh),
-            setup.load_vae(networks, mesh),
+            programs.build(blueprint),
+            blueprint.load_vae(),
             prompts.negative,
             scorer,
-            mesh,
-            base=setup.load_base(networks, config, mesh),
+            base=blueprint.load_base(),
         )
         chosen = prompts.evaluation if split == "eval" else prompts.test
         result = evaluation.evaluate(learner, trained, chosen, split)
+
     if jax.process_index() == 0:
+        # Process 0 has the metrics of all.
         evaluation.save_samples(result, out, "evaluation", config)
         metrics.write_json(out / "metrics.json", result.metrics)
         folders.settle(out, _NAMES)
@@ -106,6 +111,7 @@ def _restore(source: str, abstract: Any, ema: bool) -> Any:
 def main() -> None:
     """Prints the metrics as JSON."""
     config = builder.from_config_dict(_CONFIG.value)
+    # Before anything else asks JAX for its devices.
     devices.start(config)
     out = pathlib.Path(_OUT.value)
     found = evaluate(config, _CHECKPOINT.value, out, _SPLIT.value, _EMA.value)

@@ -10,8 +10,11 @@ from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.config import schema
 from sage_grpo_jax.models import registry
 from sage_grpo_jax.parallel import sharding
-from sage_grpo_jax.training import micro_losses, ratio, setup
+from sage_grpo_jax.policy import networks as networks_lib
+from sage_grpo_jax.training import micro_losses, ratio
+from sage_grpo_jax.training import programs as programs_lib
 from sage_grpo_jax.training import update as update_lib
+from sage_grpo_jax.training.blueprint import Blueprint
 
 
 def lower_programs(config: schema.Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -24,12 +27,12 @@ def lower_programs(config: schema.Config, mesh: jax.sharding.Mesh) -> dict[str, 
       config: the recipe; only the networks' config.json files are read.
       mesh: of the target's devices, which may come from a topology description.
     """
-    networks = setup.describe_networks(config.model)
+    blueprint = Blueprint.describe(config, mesh)
     plan_lib.check_mesh(config, mesh)
-    programs = setup.build_programs(networks, config, mesh)
-    state = setup.make_abstract_state(networks, config, mesh)
+    programs, state, networks = programs_lib.build(blueprint), blueprint.state, blueprint.networks
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
+    # The arguments are shapes with shardings, so that nothing is allocated.
     def shape(size: tuple[int, ...], dtype: Any, place: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, dtype, sharding=place)
 
@@ -40,9 +43,11 @@ def lower_programs(config: schema.Config, mesh: jax.sharding.Mesh) -> dict[str, 
         text, mask = np.zeros((1, length, needs.text)), np.ones((1, length), bool)
         prompt = {"text": text, "text_mask": mask}
         frames = programs.plan.latent_shape[0]
+        # One prompt of zeros, as long as a recipe's longest, tells names, shapes and types.
         one = model.make_condition(prompt, networks.transformer, frames)
         return jax.tree.map(lambda x: shape((batch, *x.shape[1:]), x.dtype, place), one)
 
+    # One rollout as rollout and update see it
     batch = config.batch_size
     keys = shape((batch,), jax.random.key(0).dtype, rows)
     starts = shape((batch,), jnp.int32, rows)
@@ -52,9 +57,11 @@ def lower_programs(config: schema.Config, mesh: jax.sharding.Mesh) -> dict[str, 
         jnp.float32,
         sharding.batch_sharding(mesh, 1),
     )
+
+    # What does not change: VAE, negative prompt, base weights
     vae_params = jax.tree.map(
         lambda s: shape(s.shape, jnp.dtype(networks.vae.dtype), whole),
-        setup.abstract_params(networks.vae),
+        networks_lib.abstract_params(networks.vae),
     )
     update_batch = update_lib.UpdateBatch(
         trajectory,
@@ -64,9 +71,11 @@ def lower_programs(config: schema.Config, mesh: jax.sharding.Mesh) -> dict[str, 
         shape((batch,), bool, rows),
         starts,
     )
-    frozen = micro_losses.Frozen(condition(1, whole), setup.abstract_base(networks, config, mesh))
+    frozen = micro_losses.Frozen(condition(1, whole), blueprint.base)
     scalar = shape((), jnp.float32, whole)
     old = ratio.abstract_old_means(programs.plan, mesh)
+
+    # The programs. Their arguments are made before the mesh is set, see above.
     arguments = {
         "rollout": (state.params, condition(batch, rows), frozen, keys, starts),
         "decode": (

@@ -6,16 +6,17 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from sage_grpo_jax import weights
 from sage_grpo_jax.config import schema
 from sage_grpo_jax.models import lora as lora_lib
 from sage_grpo_jax.parallel import hosts, sharding
+from sage_grpo_jax.policy import networks as networks_lib
 from sage_grpo_jax.policy.policy import Policy
 from sage_grpo_jax.training import checkpoint as checkpoint_lib
-from sage_grpo_jax.training import input_checks, setup
+from sage_grpo_jax.training import input_checks
+from sage_grpo_jax.training.blueprint import Blueprint
 from sage_grpo_jax.weights import adapters as adapters_lib
 
 
@@ -46,6 +47,7 @@ def adapt_config(config: schema.Config, source: Source) -> schema.Config:
       ValueError: sources that exclude each other, a folder that is no run, adapters of a run on
         other weights.
     """
+    # Sources that exclude each other.
     if source.checkpoint and source.adapters:
         raise ValueError(
             f"--checkpoint={source.checkpoint} and --adapters={source.adapters}: both given; "
@@ -53,10 +55,14 @@ def adapt_config(config: schema.Config, source: Source) -> schema.Config:
         )
     if source.ema and not source.checkpoint:
         raise ValueError("--ema: without --checkpoint there is no average; allowed: both")
+
+    # Without a run: the weights as they are, or with adapters from a folder.
     if source.weights:
         config = _replace(config, "model", transformer=source.weights)
     if source.checkpoint is None:
         return _replace(config, "lora", rank=0)
+
+    # A run: all parameters, or adapters beside weights that are not in its checkpoints.
     workdir = pathlib.Path(source.checkpoint)
     if not (workdir / checkpoint_lib.FOLDER).is_dir():
         raise ValueError(
@@ -69,6 +75,8 @@ def adapt_config(config: schema.Config, source: Source) -> schema.Config:
     lora, base = adapters_lib.read_lora_json(file)
     if base is None:
         raise ValueError(f"{file}: base is missing: must be the folder of the run's weights")
+
+    # On other weights adapters would be noise, and nothing would fail.
     if not source.weights and not _same_folder(base, config.model.transformer):
         raise ValueError(
             f"--checkpoint: the adapters of {workdir} were trained on {base}, the recipe "
@@ -79,46 +87,40 @@ def adapt_config(config: schema.Config, source: Source) -> schema.Config:
     return _replace(config, "lora", rank=lora.rank, alpha=lora.alpha, targets=targets)
 
 
-def load(
-    networks: setup.Networks, config: schema.Config, mesh: jax.sharding.Mesh, source: Source
-) -> Policy:
+def load(blueprint: Blueprint, source: Source) -> Policy:
     """The policy on the mesh; weights without a checkpoint come in the compute dtype.
 
     Args:
-      networks: of `setup.read_networks`.
-      config: of `adapt_config`.
-      mesh: the device mesh.
+      blueprint: its config is that of `adapt_config`.
       source: the same as for `adapt_config`.
 
     Raises:
       ValueError, FileNotFoundError: files that are missing or do not fit.
     """
+    # A run may have diverged: better said than seen in the clips.
     if source.checkpoint is not None:
-        where = source.checkpoint
-        params, adapters = setup.load_policy(networks, config, mesh, where, source.ema)
+        params, adapters = blueprint.load_policy(source.checkpoint, source.ema)
         try:
             input_checks.require_finite(params if adapters is None else adapters)
         except ValueError as error:
             raise ValueError(f"--checkpoint: {source.checkpoint}: {error}") from error
-        scale = 1.0 if adapters is None else config.lora.adapters.scale
+        scale = 1.0 if adapters is None else blueprint.config.lora.adapters.scale
         return Policy(params, adapters, scale)
-    dtype = jnp.dtype(networks.transformer.dtype)
-    params = setup.load_transformer(networks, mesh, dtype)
+
+    params = blueprint.load_transformer(jnp.dtype(blueprint.networks.transformer.dtype))
     if source.adapters is None:
         return Policy(params)
-    adapters, lora = _load_adapters(networks, mesh, source.adapters)
+    adapters, lora = _load_adapters(blueprint, source.adapters)
     return Policy(params, adapters, lora.scale)
 
 
-def _load_adapters(
-    networks: setup.Networks, mesh: jax.sharding.Mesh, path: str
-) -> tuple[Any, lora_lib.LoraConfig]:
+def _load_adapters(blueprint: Blueprint, path: str) -> tuple[Any, lora_lib.LoraConfig]:
     # A few hundred megabytes at most: every device has all of them.
-    adapters, lora = weights.load_adapters(path, networks.transformer)
-    return hosts.to_global(adapters, sharding.replicated(mesh)), lora
+    adapters, lora = weights.load_adapters(path, blueprint.networks.transformer)
+    return hosts.to_global(adapters, sharding.replicated(blueprint.mesh)), lora
 
 
-def describe(networks: setup.Networks, source: Source) -> dict[str, Any]:
+def describe(networks: networks_lib.Networks, source: Source) -> dict[str, Any]:
     """What goes into the record of a sample, so that videos of other weights are told apart."""
     found: dict[str, Any] = {
         "transformer": str(networks.transformer_path.absolute()),
@@ -136,7 +138,7 @@ def describe(networks: setup.Networks, source: Source) -> dict[str, Any]:
 
 
 def _same_folder(first: str, second: str) -> bool:
-    paths = (setup.resolve_path(first), setup.resolve_path(second))
+    paths = (networks_lib.resolve_path(first), networks_lib.resolve_path(second))
     return paths[0].resolve() == paths[1].resolve()
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,41 +13,51 @@ from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.config import schema
 from sage_grpo_jax.models import attention
 from sage_grpo_jax.parallel import mesh as mesh_lib
+from sage_grpo_jax.policy import networks as networks_lib
+from sage_grpo_jax.policy import prompts as prompts_lib
 from sage_grpo_jax.policy import starting_adapters
-from sage_grpo_jax.training import checkpoint, setup
+from sage_grpo_jax.training import checkpoint
+from sage_grpo_jax.training.blueprint import Blueprint
 from sage_grpo_jax.weights import store
 
 
-def check(config: schema.Config) -> tuple[setup.Networks, jax.sharding.Mesh]:
-    """All that can be checked before weights are loaded, but for the prompts.
+def check(config: schema.Config) -> Blueprint:
+    """The blueprint of a run, after all checks that need no weights and no prompts.
 
     Raises:
       ValueError: naming the field: networks, clip, mesh, attention or weights that do not fit.
     """
-    networks = setup.read_networks(config.model)
-    plan_lib.make_plan(config, networks.transformer, networks.vae)
-    mesh = make_mesh(config)
-    plan_lib.check_mesh(config, mesh)
-    _check_attention(networks, mesh)
-    shapes = setup.abstract_params(networks.transformer)
+    blueprint = Blueprint.read(config, make_mesh(config))
+    networks = blueprint.networks
+    _ = blueprint.plan  # refuses clips and schedules
+    plan_lib.check_mesh(config, blueprint.mesh)
+    _check_attention(networks, blueprint.mesh)
+
+    shapes = networks_lib.abstract_params(networks.transformer)
     starting_adapters.check(config.lora, networks.transformer, shapes)
     check_weights(networks)
-    return networks, mesh
+    return blueprint
 
 
-def make_mesh(config: schema.Config) -> jax.sharding.Mesh:
+def make_mesh(
+    config: schema.Config, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
     """The mesh of a config.
+
+    Args:
+      config: the recipe.
+      devices: of the mesh; None: all.
 
     Raises:
       ValueError: naming the field.
     """
     try:
-        return mesh_lib.make_mesh(**dataclasses.asdict(config.mesh))
+        return mesh_lib.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     except ValueError as error:
         raise ValueError(f"config.{error}") from error
 
 
-def _check_attention(networks: setup.Networks, mesh: jax.sharding.Mesh) -> None:
+def _check_attention(networks: networks_lib.Networks, mesh: jax.sharding.Mesh) -> None:
     network = networks.transformer
     platform = mesh.devices.flat[0].platform
     head_size, dtype = network.attention_head_dim, jnp.dtype(network.dtype)
@@ -58,16 +68,16 @@ def _check_attention(networks: setup.Networks, mesh: jax.sharding.Mesh) -> None:
 
 
 def open_prompts(
-    config: schema.Config, workdir: pathlib.Path, networks: setup.Networks
-) -> setup.Prompts:
-    """`setup.open_prompts` of a run.
+    config: schema.Config, workdir: pathlib.Path, networks: networks_lib.Networks
+) -> prompts_lib.Prompts:
+    """`policy.prompts.open_prompts` of a run.
 
     Raises:
       ValueError: see there.
       StorageError: embeddings in the workdir that could not be written or read.
     """
     try:
-        return setup.open_prompts(config, workdir, networks)
+        return prompts_lib.open_prompts(config, workdir, networks)
     except RecursionError as error:  # a RuntimeError, but no trouble of a disk
         raise ValueError(
             f"config.data: values in a file are nested too deeply ({error})"
@@ -76,7 +86,7 @@ def open_prompts(
         raise checkpoint.storage_error("the embeddings", workdir, error) from error
 
 
-def check_weights(networks: setup.Networks) -> None:
+def check_weights(networks: networks_lib.Networks) -> None:
     """Reads the headers of both networks' weights, not their values.
 
     Raises:
@@ -118,6 +128,7 @@ def require_finite(params: Any) -> None:
       ValueError: naming the parameters.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
+    # The leaves are looked at where they are: one program, and one flag of each to the host.
     good = jax.device_get(_finite_leaves([x for _, x in leaves]))
     bad = [
         "/".join(str(key.key) for key in path)

@@ -5,7 +5,7 @@ import pytest
 
 from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.config import step_plan
-from sage_grpo_jax.training import setup
+from sage_grpo_jax.policy import networks as networks_lib
 
 FLOW = {
     "rollout.sde": "flow",
@@ -20,7 +20,7 @@ FLOW = {
 def make_plan(make_config):
     def make(overrides):
         config = make_config({**FLOW, **overrides})
-        networks = setup.read_networks(config.model)
+        networks = networks_lib.read_networks(config.model)
         return plan_lib.make_plan(config, networks.transformer, networks.vae)
 
     return make

@@ -11,8 +11,9 @@ import small_policy
 
 from sage_grpo_jax.config import methods
 from sage_grpo_jax.sampling import sources
-from sage_grpo_jax.training import checkpoint, evaluation, setup
+from sage_grpo_jax.training import checkpoint, evaluation
 from sage_grpo_jax.training import learner as learner_lib
+from sage_grpo_jax.training.blueprint import Blueprint
 
 # The policy that samples lags behind from the second update on, so the two differ.
 NFT = {
@@ -98,17 +99,17 @@ def test_a_stopped_run_ends_with_the_same_bits(runs, seen, tmp_path, monkeypatch
 
     # The average of the checkpoint, for who asks for it.
     config = runs.config(**OVERRIDES)
-    networks = setup.read_networks(config.model)
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "context"), devices=jax.devices()[:1])
-    abstract = setup.make_abstract_state(networks, config, mesh).params
+    abstract = Blueprint.read(config, mesh).state.params
     workdir = tmp_path / "broken"
     assert same(checkpoint.restore_params(workdir, abstract, ema=True), state.ema)
     assert same(checkpoint.restore_params(workdir, abstract), state.params)
     for wanted, ema in ((state.ema, True), (state.params, False)):
         source = sources.Source(checkpoint=str(workdir), ema=ema)
-        loaded = sources.load(networks, sources.adapt_config(config, source), mesh, source)
+        blueprint = Blueprint.read(sources.adapt_config(config, source), mesh)
+        loaded = sources.load(blueprint, source)
         assert same(loaded.params, wanted)
-        assert sources.describe(networks, source).get("ema", False) == ema
+        assert sources.describe(blueprint.networks, source).get("ema", False) == ema
 
 
 def test_a_run_without_an_average_says_so(runs, seen, tmp_path):
@@ -116,9 +117,8 @@ def test_a_run_without_an_average_says_so(runs, seen, tmp_path):
     runs.train(tmp_path / "run", **plain)
     assert same(seen["evaluated"][-1], runs.state.params)
     config = runs.config(**plain)
-    networks = setup.read_networks(config.model)
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "context"), devices=jax.devices()[:1])
-    abstract = setup.make_abstract_state(networks, config, mesh).params
+    abstract = Blueprint.read(config, mesh).state.params
     with pytest.raises(ValueError, match=r"keeps no moving average .* config\.ema\.decay above 0"):
         checkpoint.restore_params(tmp_path / "run", abstract, ema=True)
     with pytest.raises(ValueError, match="--ema: without --checkpoint there is no average"):

@@ -11,15 +11,18 @@ import pytest
 from tiny_recipe import LocalScorer
 
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.training import input_checks, loop, metrics, setup
+from sage_grpo_jax.training import input_checks, loop, metrics
+from sage_grpo_jax.training import programs as programs_lib
+from sage_grpo_jax.training.blueprint import Blueprint
 
 # Compiled programs, by what they depend on.
 _PROGRAMS: dict[Any, Any] = {}
-_build_programs = setup.build_programs
+_build_programs = programs_lib.build
 
 
-def _cached_programs(networks, config, mesh):
+def _cached_programs(blueprint):
     """The real programs; configs that differ only in what the host looks at share them."""
+    config = blueprint.config
     plain = type(config)()
     loss = dataclasses.replace(config.loss, ratio_tolerance=0.0, rollout_tolerance=0.0)
     key = dataclasses.replace(
@@ -32,9 +35,8 @@ def _cached_programs(networks, config, mesh):
         eval=dataclasses.replace(config.eval, every=0),
     )
     if key not in _PROGRAMS:
-        _PROGRAMS[key] = _build_programs(networks, config, mesh)
-    programs = _PROGRAMS[key]
-    return dataclasses.replace(programs, plan=dataclasses.replace(programs.plan, config=config))
+        _PROGRAMS[key] = _build_programs(blueprint)
+    return dataclasses.replace(_PROGRAMS[key], blueprint=blueprint)
 
 
 @dataclasses.dataclass
@@ -94,7 +96,7 @@ def runs(make_config, monkeypatch) -> Runs:
     made = Runs(make_config)
     mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     monkeypatch.setattr(input_checks, "make_mesh", lambda config: mesh)
-    monkeypatch.setattr(setup, "build_programs", _cached_programs)
+    monkeypatch.setattr(programs_lib, "build", _cached_programs)
 
     @contextlib.contextmanager
     def open_scorer(config, workdir):
@@ -132,8 +134,9 @@ def refused(runs, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("something expensive was done before the input was checked")
 
-    for name in ("load_vae", "load_transformer", "fresh_state", "build_programs"):
-        monkeypatch.setattr(setup, name, never)
+    for name in ("load_vae", "load_transformer", "fresh_state"):
+        monkeypatch.setattr(Blueprint, name, never)
+    monkeypatch.setattr(programs_lib, "build", never)
     monkeypatch.setattr(loop, "open_scorer", never)
 
     def attempt(overrides):

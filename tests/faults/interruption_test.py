@@ -6,8 +6,9 @@ from concurrent import futures
 
 import pytest
 
-from sage_grpo_jax.training import checkpoint, evaluation, metrics, scoring, setup
+from sage_grpo_jax.training import checkpoint, evaluation, metrics, scoring
 from sage_grpo_jax.training import learner as learner_lib
+from sage_grpo_jax.training.blueprint import Blueprint
 
 # What is running when the signal arrives, and the call of it (from 1) that is interrupted.
 PHASES = {
@@ -22,7 +23,7 @@ PHASES = {
     "samples": (evaluation, "save_samples", 2),
     "metrics": (metrics.MetricsWriter, "write", 2),
     "saving": (checkpoint.Checkpoints, "save", 1),
-    "loading weights": (setup, "load_vae", 1),
+    "loading weights": (Blueprint, "load_vae", 1),
 }
 
 

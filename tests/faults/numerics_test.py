@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from sage_grpo_jax.rewards import types as reward_types
-from sage_grpo_jax.training import checkpoint, loop, optimizers, ratio, setup
+from sage_grpo_jax.training import checkpoint, loop, ratio
 from sage_grpo_jax.training import learner as learner_lib
+from sage_grpo_jax.training import programs as programs_lib
 from sage_grpo_jax.training import update as update_lib
 
 
@@ -86,15 +87,15 @@ def test_a_broken_reference_or_moment_never_reaches_the_parameters(
 
 def _break_update(monkeypatch, gradients):
     """The real guard around `gradients`, which takes the place of the backward pass."""
-    original = setup.build_programs
+    original = programs_lib.build
 
-    def build(networks, config, mesh):
-        programs = original(networks, config, mesh)
-        update = update_lib.make_update(programs.plan, optimizers.make_optimizer(config))
+    def build(blueprint):
+        programs = original(blueprint)
+        update = update_lib.make_update(blueprint.plan, blueprint.optimizer)
         update = jax.jit(update)
         return dataclasses.replace(programs, update=update)
 
-    monkeypatch.setattr(setup, "build_programs", build)
+    monkeypatch.setattr(programs_lib, "build", build)
     monkeypatch.setattr(update_lib, "_gradients", gradients)
 
 
@@ -118,7 +119,7 @@ def test_a_gradient_that_is_not_finite_is_named(runs, tmp_path, monkeypatch, cap
 
 def _break_rollouts(monkeypatch, change):
     """Every rollout of a step passes through `change`."""
-    original = setup.build_programs
+    original = programs_lib.build
 
     def build(*args):
         programs = original(*args)
@@ -129,7 +130,7 @@ def _break_rollouts(monkeypatch, change):
 
         return dataclasses.replace(programs, rollout=rollout)
 
-    monkeypatch.setattr(setup, "build_programs", build)
+    monkeypatch.setattr(programs_lib, "build", build)
 
 
 def test_a_sample_that_ends_in_nan_is_masked(runs, tmp_path, monkeypatch, caplog):

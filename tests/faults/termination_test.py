@@ -19,7 +19,7 @@ MODEL = ROOT / "sage_grpo_jax/assets/moving_shapes/transformer"
 PROGRAM = """
 import importlib, json, os, pathlib, runpy, signal, sys, time
 for name in ("sage_grpo_jax.common.command_line", "sage_grpo_jax.weights.conversion",
-             "sage_grpo_jax.training.setup"):
+             "sage_grpo_jax.training.blueprint"):
     importlib.import_module(name)
 model, parent, moments = sys.argv[1], pathlib.Path(sys.argv[2]), json.loads(sys.argv[3])
 

@@ -15,7 +15,8 @@ from sage_grpo_jax.models import hunyuan_video
 from sage_grpo_jax.parallel import mesh as mesh_lib
 from sage_grpo_jax.parallel import sharding
 from sage_grpo_jax.policy import conditions
-from sage_grpo_jax.training import setup
+from sage_grpo_jax.policy import networks as networks_lib
+from sage_grpo_jax.policy import prompts as prompts_lib
 from sage_grpo_jax.worlds.moving_shapes import spec as moving_shapes_spec
 
 DIM, BYT5_DIM, IMAGE_DIM = 8, 6, 5
@@ -129,7 +130,7 @@ def test_a_negative_prompt_that_quotes_text_keeps_it(make_config, networks, tmp_
     changes = {**overrides(networks, path), "rollout.prompts_per_step": 2}
     changes |= {"loss.micro_batch": 4, "rollout.decode_batch": 4}
     config = make_config(changes)
-    prompts = setup.open_prompts(config, tmp_path, setup.read_networks(config.model))
+    prompts = prompts_lib.open_prompts(config, tmp_path, networks_lib.read_networks(config.model))
     place = sharding.replicated(mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
     condition, negative = (
         conditions.to_condition(batch, place, MODEL, 2)
@@ -161,13 +162,13 @@ def test_a_cache_that_does_not_fit_is_refused(make_config, networks, tiny_networ
     wrong = {**overrides(networks, cache), "model.transformer": str(tiny_networks / "transformer")}
     config = make_config(wrong)
     with pytest.raises(ValueError, match=r"config.data.train_prompts: .*byt5 width is 6"):
-        setup.open_prompts(config, tmp_path, setup.read_networks(config.model))
+        prompts_lib.open_prompts(config, tmp_path, networks_lib.read_networks(config.model))
     larger = make_config({**overrides(networks, cache), "video.height": 64})
     with pytest.raises(ValueError, match="first frame's latents"):
-        setup.open_prompts(larger, tmp_path, setup.read_networks(larger.model))
+        prompts_lib.open_prompts(larger, tmp_path, networks_lib.read_networks(larger.model))
     text = make_config({**overrides(networks, cache), "data.train_prompts": "prompts.txt"})
     with pytest.raises(ValueError, match="encode_prompts"):
-        setup.open_prompts(text, tmp_path, setup.read_networks(text.model))
+        prompts_lib.open_prompts(text, tmp_path, networks_lib.read_networks(text.model))
     absent = make_config({**overrides(networks, cache), "data.train_prompts": "cache:nowhere"})
     with pytest.raises(ValueError, match=r"config.data.train_prompts: .*manifest"):
-        setup.open_prompts(absent, tmp_path, setup.read_networks(absent.model))
+        prompts_lib.open_prompts(absent, tmp_path, networks_lib.read_networks(absent.model))

@@ -8,8 +8,10 @@ from flax import traverse_util
 
 from sage_grpo_jax.config import schema
 from sage_grpo_jax.models import hunyuan_video, lora
+from sage_grpo_jax.policy import networks as networks_lib
 from sage_grpo_jax.policy import starting_adapters
-from sage_grpo_jax.training import input_checks, setup
+from sage_grpo_jax.training import input_checks
+from sage_grpo_jax.training.blueprint import Blueprint
 
 # Diffusers' names of some layers, and ours: path and block.
 LAYERS = {
@@ -28,8 +30,8 @@ SCALE = 1.5  # alpha 3, rank 2
 def written(tmp_path, make_config):
     """(file, what it adds to each kernel in float64): adapters of rank 2 of some layers."""
     rng = np.random.default_rng(0)
-    transformer = setup.read_networks(make_config().model).transformer
-    kernels = traverse_util.flatten_dict(setup.abstract_params(transformer))
+    transformer = networks_lib.read_networks(make_config().model).transformer
+    kernels = traverse_util.flatten_dict(networks_lib.abstract_params(transformer))
     tensors, products = {}, {}
     for name, (path, layer) in LAYERS.items():
         fan_in, fan_out = kernels[(*path, "kernel")].shape[-2:]
@@ -43,9 +45,8 @@ def written(tmp_path, make_config):
 
 
 def state_of(config, one_device):
-    networks = setup.read_networks(config.model)
     with jax.set_mesh(one_device):
-        return setup.fresh_state(networks, config, one_device).params
+        return Blueprint.read(config, one_device).fresh_state().params
 
 
 def test_the_product_is_that_of_the_file(make_config, one_device, written):
@@ -53,8 +54,8 @@ def test_the_product_is_that_of_the_file(make_config, one_device, written):
     config = make_config(
         {"lora.rank": 3, "lora.alpha": 12.0, "lora.targets": TARGETS, "lora.init": str(file)}
     )
-    networks = setup.read_networks(config.model)
-    shapes = setup.abstract_params(networks.transformer)
+    networks = networks_lib.read_networks(config.model)
+    shapes = networks_lib.abstract_params(networks.transformer)
     starting_adapters.check(config.lora, networks.transformer, shapes)
     found = traverse_util.flatten_dict(state_of(config, one_device))
     plain = make_config({"lora.rank": 3, "lora.alpha": 12.0, "lora.targets": TARGETS})

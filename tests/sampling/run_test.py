@@ -14,9 +14,10 @@ from sage_grpo_jax.data import embedding_cache, media
 from sage_grpo_jax.data.prompts import Prompt
 from sage_grpo_jax.models import hunyuan_video, lora
 from sage_grpo_jax.parallel import mesh as mesh_lib
+from sage_grpo_jax.policy import networks as networks_lib
 from sage_grpo_jax.policy import sampler
 from sage_grpo_jax.sampling import run, sources
-from sage_grpo_jax.training import checkpoint, setup
+from sage_grpo_jax.training import checkpoint
 
 CAPTIONS = ("a red disk", "a blue square moves", "green")
 
@@ -139,9 +140,9 @@ def test_a_cache_with_quotes_and_images(make_config, make_reference, tmp_path, c
         assert np.abs(frames.astype(int) - together[name.partition("_")[2]]).max() <= 1
 
 
-def _adapters(networks: setup.Networks, config: lora.LoraConfig) -> dict:
+def _adapters(networks: networks_lib.Networks, config: lora.LoraConfig) -> dict:
     """Random adapters, none of them zero."""
-    params = setup.abstract_params(networks.transformer)
+    params = networks_lib.abstract_params(networks.transformer)
     shapes = lora.abstract_adapters(params, config, hunyuan_video)
     rng = np.random.default_rng(0)
     return jax.tree.map(
@@ -161,7 +162,7 @@ def _write_run(workdir: pathlib.Path, params) -> None:
 def test_runs_and_adapters_equal_merged_weights(make_config, prompts, tmp_path, clips):
     targets = ("query", "blocks/text/mlp/out", "text_refiner/blocks/value", "final/proj")
     config, adapted = make_config(), lora.LoraConfig(3, 4.5, targets)
-    networks = setup.read_networks(config.model)
+    networks = networks_lib.read_networks(config.model)
     adapters = _adapters(networks, adapted)
     base = str(networks.transformer_path.absolute())
     _write_run(tmp_path / "run", adapters)
@@ -202,7 +203,7 @@ def test_runs_and_adapters_equal_merged_weights(make_config, prompts, tmp_path, 
 
 def test_damaged_weights_end_in_one_line(make_config, prompts, tmp_path, capfd):
     config = make_config()
-    networks = setup.read_networks(config.model)
+    networks = networks_lib.read_networks(config.model)
     params = weights.load(networks.transformer_path, networks.transformer)
     weights.save(params, tmp_path / "orbax", "orbax", config=networks.transformer)
     source = sources.Source(weights=str(tmp_path / "orbax"))
@@ -217,7 +218,7 @@ def test_damaged_weights_end_in_one_line(make_config, prompts, tmp_path, capfd):
 
 def test_nan_in_a_run_is_told_before_anything_is_made(make_config, prompts, tmp_path):
     config, adapted = make_config(), lora.LoraConfig(2, 2.0, ("key",))
-    networks = setup.read_networks(config.model)
+    networks = networks_lib.read_networks(config.model)
     adapters = _adapters(networks, adapted)
     adapters["blocks"]["image"]["key"]["up"][0, 0, 0] = np.nan
     _write_run(tmp_path / "run", adapters)

@@ -10,11 +10,12 @@ import numpy as np
 from sage_grpo_jax.checks import shadow
 from sage_grpo_jax.config import schema
 from sage_grpo_jax.policy import conditions
+from sage_grpo_jax.policy import prompts as prompts_lib
 from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import programs as programs_lib
-from sage_grpo_jax.training import setup
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training import update as update_lib
+from sage_grpo_jax.training.blueprint import Blueprint
 
 
 @dataclasses.dataclass
@@ -23,7 +24,7 @@ class Trainer:
 
     learner: learner_lib.Learner
     state: state_lib.LearnerState
-    prompts: setup.Prompts
+    prompts: prompts_lib.Prompts
 
     def steps(self, count: int) -> list[dict[str, float]]:
         """Takes `count` steps."""
@@ -75,8 +76,9 @@ class Trainer:
 _PROGRAMS: dict[tuple, programs_lib.Programs] = {}
 
 
-def compiled(networks, config: schema.Config, mesh: jax.sharding.Mesh) -> programs_lib.Programs:
+def compiled(blueprint: Blueprint) -> programs_lib.Programs:
     """The programs of a config, compiled once for all tests."""
+    config = blueprint.config
     updates = config.loss.updates_per_rollout
     if not (config.loss.split_updates or config.loss.objective == "nft"):
         # One program serves all updates of a rollout, however many: 1 and more than 1 differ.
@@ -88,11 +90,10 @@ def compiled(networks, config: schema.Config, mesh: jax.sharding.Mesh) -> progra
         ratio_action="stop",
         updates_per_rollout=updates,
     )
-    key = (dataclasses.replace(config, loss=loss), mesh)
+    key = (dataclasses.replace(config, loss=loss), blueprint.mesh)
     if key not in _PROGRAMS:
-        _PROGRAMS[key] = setup.build_programs(networks, config, mesh)
-    plan = dataclasses.replace(_PROGRAMS[key].plan, config=config)
-    return dataclasses.replace(_PROGRAMS[key], plan=plan)
+        _PROGRAMS[key] = programs_lib.build(blueprint)
+    return dataclasses.replace(_PROGRAMS[key], blueprint=blueprint)
 
 
 def make(
@@ -100,19 +101,18 @@ def make(
     scorer: Any,
     mesh: jax.sharding.Mesh,
     folder: pathlib.Path,
-    build_programs=setup.build_programs,
+    build_programs=programs_lib.build,
 ) -> Trainer:
     """The trainer of a config, on a mesh that is set; `folder` gets the embeddings."""
-    networks = setup.read_networks(config.model)
-    prompts = setup.open_prompts(config, folder, networks)
-    programs = build_programs(networks, config, mesh)
+    blueprint = Blueprint.read(config, mesh)
+    prompts = prompts_lib.open_prompts(config, folder, blueprint.networks)
+    programs = build_programs(blueprint)
     learner = learner_lib.Learner(
         programs,
-        setup.load_vae(networks, mesh),
+        blueprint.load_vae(),
         prompts.negative,
         scorer,
-        mesh,
-        base=setup.load_base(networks, config, mesh),
+        base=blueprint.load_base(),
         check=shadow.Shadow(programs.plan) if config.debug.shadow else None,
     )
-    return Trainer(learner, setup.fresh_state(networks, config, mesh), prompts)
+    return Trainer(learner, blueprint.fresh_state(), prompts)

@@ -9,7 +9,7 @@ import small_policy
 import textbook
 
 from sage_grpo_jax.models import hunyuan_video
-from sage_grpo_jax.training import setup
+from sage_grpo_jax.training import programs as programs_lib
 
 
 def as_pixels(latents: np.ndarray) -> np.ndarray:
@@ -17,13 +17,13 @@ def as_pixels(latents: np.ndarray) -> np.ndarray:
     return np.clip(np.round(128 + 24 * latents), 0, 255).astype(np.uint8)
 
 
-def build_programs(networks, config, mesh):
+def build_programs(blueprint):
     """The real programs but for the VAE, which has no part in this."""
 
     def decode(vae_params, latents, piece, size):
         return jnp.asarray(as_pixels(np.asarray(latents)[piece :: latents.shape[0] // size]))
 
-    programs = setup.build_programs(networks, config, mesh)
+    programs = programs_lib.build(blueprint)
     return dataclasses.replace(programs, decode=decode)
 
 

@@ -17,9 +17,12 @@ import pytest
 
 from sage_grpo_jax.config import builder
 from sage_grpo_jax.parallel import mesh as mesh_lib
+from sage_grpo_jax.policy import prompts as prompts_lib
 from sage_grpo_jax.training import learner as learner_lib
-from sage_grpo_jax.training import micro_losses, setup
+from sage_grpo_jax.training import micro_losses
+from sage_grpo_jax.training import programs as programs_lib
 from sage_grpo_jax.training import update as update_lib
+from sage_grpo_jax.training.blueprint import Blueprint
 
 RECIPE = pathlib.Path(__file__).parents[2] / "configs" / "moving_shapes.py"
 
@@ -32,11 +35,11 @@ def make_learner(overrides, workdir, mesh):
     values = module.get_config()
     values.update_from_flattened_dict({"trust_region.kind": "none", **overrides})
     config = builder.from_config_dict(values)
-    networks = setup.read_networks(config.model)
-    prompts = setup.open_prompts(config, workdir, networks)
-    programs = setup.build_programs(networks, config, mesh)
-    learner = learner_lib.Learner(programs, None, prompts.negative, None, mesh)
-    return learner, setup.load_transformer(networks, mesh), next(iter(prompts))
+    blueprint = Blueprint.read(config, mesh)
+    prompts = prompts_lib.open_prompts(config, workdir, blueprint.networks)
+    programs = programs_lib.build(blueprint)
+    learner = learner_lib.Learner(programs, None, prompts.negative, None)
+    return learner, blueprint.load_transformer(), next(iter(prompts))
 
 
 def gradient_norms(learner, params, prompts):

@@ -9,8 +9,7 @@ from PIL import Image
 
 from sage_grpo_jax.experiments import run_report
 from sage_grpo_jax.policy import conditions
-from sage_grpo_jax.training import evaluation, scoring, setup
-from sage_grpo_jax.worlds.moving_shapes import spec
+from sage_grpo_jax.training import evaluation, scoring
 
 
 def _write_run(folder, seed: int, before: float, after: float):
@@ -23,8 +22,10 @@ def _write_run(folder, seed: int, before: float, after: float):
         {"step": 1, "reward/overall": before, "reward/vq": 0.1, "time/update": 2.0},
         {"step": 2, "reward/overall": after, "reward/vq": 0.2, "time/update": 3.0, **last},
     ]
+
     (folder / "samples").mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
     summary = {
         "method": "sage",
         "seed": seed,
@@ -54,11 +55,13 @@ def test_report_counts_changes_in_standard_errors(tmp_path):
     text = run_report.table(runs[0])
     assert "+4.0 standard errors" in text  # 0.2 / hypot(0.03, 0.04)
     assert "update 0:05" in text
+
     table = run_report.seeds_table(runs)
     # mean 0.3, standard error 0.1 / √3
     assert "+0.300 ± 0.058" in table
     assert "+5.2 (over seeds)" in table
     assert "+5.0 %" in table
+
     # The rewards of the samples tell the change of every prompt: 0.5 and 0.1, ± 0.2.
     for step, rewards in ((0, [0.0, 0.0, 1.0, 3.0]), (2, [0.4, 0.6, 1.1, None])):
         samples = {"VQ": rewards, "TA": [1.0, 1.0, 2.0, 0.0]}
@@ -66,6 +69,7 @@ def test_report_counts_changes_in_standard_errors(tmp_path):
         path.write_text(json.dumps({"prompts": ["a", "a", "b", "c"], "rewards": samples}))
     assert runs[0].gain_error() == pytest.approx(0.2)
     assert "+1.0 standard errors" in run_report.table(runs[0])
+
     run_report.write_curve(runs, tmp_path / "curve.png")
     assert Image.open(tmp_path / "curve.png").size[0] > 800
     run_report.write_before_after(runs[0], tmp_path)
@@ -230,37 +234,3 @@ def test_errors_are_over_prompts_and_diversity_within_them(make_config):
     ]
     assert found["test/diversity"] == pytest.approx(np.mean(distances), rel=1e-5)
     assert np.mean(distances[3:6]) == 0
-
-
-def test_test_prompts_have_their_own_encoder_and_number_checked(make_config, tmp_path):
-    config = make_config({"eval.num_test_prompts": 73})
-    networks = setup.read_networks(config.model)
-    with pytest.raises(ValueError, match=r"config.eval.num_test_prompts: got 73; allowed: .* 72 "):
-        setup.open_prompts(config, tmp_path, networks)
-
-
-def test_evaluation_prompts_follow_their_own_seed_alone(make_config, tmp_path):
-    def chosen(**overrides):
-        config = make_config({name.replace("__", "."): v for name, v in overrides.items()})
-        prompts = setup.open_prompts(config, tmp_path, setup.read_networks(config.model))
-        return prompts.evaluation.ids, prompts.test.ids
-
-    first = chosen()
-    assert chosen(seed=9, eval__every=7, num_steps=3) == first
-    other = chosen(eval__seed=1)
-    assert other[0] != first[0]
-    assert other[1] != first[1]
-    repeated = chosen(eval__samples_per_prompt=3)
-    for names, once in zip(repeated, first, strict=True):
-        assert names == [name for name in once for _ in range(3)]
-
-
-def test_every_split_is_read_from_its_own_prompts(make_config, tmp_path):
-    config = make_config({"eval.num_prompts": 72, "eval.num_test_prompts": 0})
-    prompts = setup.open_prompts(config, tmp_path, setup.read_networks(config.model))
-    assert set(prompts.evaluation.prompts) == set(spec.split_captions("validation"))
-    assert set(prompts.test.prompts) == set(spec.split_captions("test"))
-    seen = {text for _ in range(20) for text in next(iter(prompts)).prompts}
-    assert seen <= set(spec.split_captions("train"))
-    without = make_config({"data.test_prompts": ""})
-    assert setup.open_prompts(without, tmp_path, setup.read_networks(config.model)).test is None

@@ -10,7 +10,8 @@ from sage_grpo_jax.config import methods
 from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.grpo import trust_region
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.training import ratio, setup
+from sage_grpo_jax.policy import networks as networks_lib
+from sage_grpo_jax.training import ratio
 
 BASELINES = ("flow_grpo", "dance_grpo", "cps", "diffusion_nft", "sage_official", "sage_paper")
 # Where the trust region has no part in what is tested: compiles in half the time.
@@ -188,7 +189,7 @@ def test_the_trust_region_counts_in_elements(make_config, local_scorer, one_devi
 def test_equalized_kl_weighs_steps_by_their_sensitivity(make_config, local_scorer):
     """Per unit of velocity every step costs the same: w_t·N_t² is one number."""
     config = make_config({"trust_region.kl_time_weight": "equalized", "loss.log_prob": "squared"})
-    networks = setup.read_networks(config.model)
+    networks = networks_lib.read_networks(config.model)
     made = plan_lib.make_plan(config, networks.transformer, networks.vae)
     sigmas = np.asarray(made.schedule.sigmas, np.float64)
     costs = []
@@ -292,6 +293,8 @@ def test_random_windows_and_shared_initial_noise(make_config, local_scorer, one_
     )
     trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
     learner, batch = trainer.learner, next(iter(trainer.prompts))
+
+    # Noise where the window is, one start for a group
     starts = np.asarray(learner.window_starts(batch, 0))
     assert learner.plan.steps.window_places == 2
     trajectory, group = trainer.rollout(batch), config.rollout.group_size
@@ -299,6 +302,7 @@ def test_random_windows_and_shared_initial_noise(make_config, local_scorer, one_
     for b in range(16):
         np.testing.assert_array_equal(np.flatnonzero(stds[:, b]), starts[b] + np.arange(2))
         np.testing.assert_array_equal(latents[0, b], latents[0, b - b % group])
+
     # Within a group the samples part where their window starts, and not before.
     for b in range(1, 16, group):
         start = starts[b]

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 
 from sage_grpo_jax.common import phases
-from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.flow import noise, rollout
 from sage_grpo_jax.models import frames
 from sage_grpo_jax.policy import conditions
 from sage_grpo_jax.rewards import types
-from sage_grpo_jax.training import evaluation, programs, scoring, setup
+from sage_grpo_jax.training import evaluation, programs, scoring
 from sage_grpo_jax.training import learner as learner_lib
 from sage_grpo_jax.training import state as state_lib
 from sage_grpo_jax.training import update as update_lib
+from sage_grpo_jax.training.blueprint import Blueprint
 
 P, G = 3, 4  # not the same: a transposed group shows
 WEIGHTS = {"VQ": 1.0, "MQ": -0.5, "TA": 2.0}
@@ -51,7 +51,7 @@ def reward(name: str, number: int) -> float:
 class Scripted:
     """Programs and scorer; notes what it is given."""
 
-    plan: plan_lib.Plan
+    blueprint: Blueprint
     failing: frozenset[int] = frozenset()
     code: str = types.INTERNAL
     lacking: dict[int, str] = dataclasses.field(default_factory=dict)  # sample -> reward of NaN
@@ -66,7 +66,7 @@ class Scripted:
 
     def programs(self) -> programs.Programs:
         return programs.Programs(
-            plan=self.plan,
+            blueprint=self.blueprint,
             rollout=self.rollout,
             sample=self.sample,
             decode=self.decode,
@@ -83,7 +83,7 @@ class Scripted:
         self.starts.append(np.asarray(starts))
         numbers = np.arange(len(keys), dtype=np.float32)
         numbers[list(self.broken)] = np.nan
-        shape = (len(keys), *self.plan.latent_shape)
+        shape = (len(keys), *self.blueprint.plan.latent_shape)
         clean = np.broadcast_to(numbers[:, None, None, None, None], shape)
         states = np.full((3, *shape), 200, np.float32)
         states[-1] = clean
@@ -129,13 +129,9 @@ def make_learner(make_config, one_device):
 
     def make(overrides=None, check=None, **fields):
         config = make_config({**OVERRIDES, **(overrides or {})})
-        networks = setup.read_networks(config.model)
-        made = plan_lib.make_plan(config, networks.transformer, networks.vae)
-        script = Scripted(made, **fields)
+        script = Scripted(Blueprint.read(config, one_device), **fields)
         negative = prompt_batch(1)
-        learner = learner_lib.Learner(
-            script.programs(), None, negative, script, one_device, check=check
-        )
+        learner = learner_lib.Learner(script.programs(), None, negative, script, check=check)
         return learner, script
 
     return make

@@ -8,7 +8,8 @@ from flax import traverse_util
 from sage_grpo_jax.config import builder, schema
 from sage_grpo_jax.models import hunyuan_video, lora
 from sage_grpo_jax.parallel import mesh as mesh_lib
-from sage_grpo_jax.training import optimizers, setup
+from sage_grpo_jax.training import optimizers
+from sage_grpo_jax.training.blueprint import Blueprint
 
 
 def make_config(**overrides) -> schema.Config:
@@ -55,6 +56,7 @@ def test_adamw_by_hand():
     tx = optimizers.make_optimizer(config)
     params = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5]])}
     state, grads = tx.init(params), [np.array([3.0, -4.0, 0.0]), np.array([0.3, 0.4, -1.0])]
+
     x, first, second = np.array([1.0, -2.0, 0.5]), 0.0, 0.0
     for t, (gradient, rate) in enumerate(zip(grads, (0.05, 0.1), strict=True), start=1):
         tree = {"a": jnp.asarray(gradient[:2], jnp.float32), "b": jnp.full((1, 1), gradient[2])}
@@ -119,8 +121,7 @@ def test_muon_state_is_sharded_like_its_parameters(tiny_overrides):
     config = schema.default_config()
     config.update_from_flattened_dict({**tiny_overrides, "optimizer.name": "muon"})
     config = builder.from_config_dict(config)
-    networks = setup.read_networks(config.model)
-    state = setup.make_abstract_state(networks, config, mesh_lib.make_mesh(2, 2, 2))
+    state = Blueprint.read(config, mesh_lib.make_mesh(2, 2, 2)).state
     by_path = {
         jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)

@@ -12,7 +12,8 @@ import pytest
 from sage_grpo_jax.config import builder, schema
 from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.flow import noise
-from sage_grpo_jax.training import ratio, setup, workdir
+from sage_grpo_jax.policy import networks as networks_lib
+from sage_grpo_jax.training import ratio, workdir
 from sage_grpo_jax.training import update as update_lib
 
 NO_KL = {"trust_region.kind": "none"}
@@ -33,7 +34,7 @@ def make_trainer(make_config, local_scorer, one_device, tmp_path):
 def make_plan(make_config):
     def make(overrides):
         config = make_config({**NO_KL, **overrides})
-        networks = setup.read_networks(config.model)
+        networks = networks_lib.read_networks(config.model)
         return plan_lib.make_plan(config, networks.transformer, networks.vae)
 
     return make
@@ -166,6 +167,8 @@ def test_later_updates_use_the_means_of_the_first(make_trainer):
     _, refused, second_means = update(second, learner.programs.no_means())
     assert not refused["update/applied"]
     assert later["update/applied"]
+
+    # The ratios between the two, in float64
     stds = np.asarray(trajectory.stds)[learner.plan.trained]
     delta = (second_means.means.astype(np.float64) - first_means.means) / np.repeat(
         stds, len(kept.means) // len(stds)
@@ -175,6 +178,7 @@ def test_later_updates_use_the_means_of_the_first(make_trainer):
     shape = learner.plan.latent_shape
     draws = in_order(learner.plan, np.stack([noise.step_noise(keys, t, shape) for t in steps]))
     log_ratio = (draws * delta - delta**2 / 2).mean((2, 3, 4, 5))
+
     assert later["ratio/max_deviation"] > learner.config.loss.clip_range
     np.testing.assert_allclose(
         later["ratio/max_deviation"], np.abs(np.expm1(log_ratio)).max(), rtol=2e-3

@@ -6,7 +6,9 @@ import pytest
 from scripted_service import Script, scripted
 
 from sage_grpo_jax.common.frozen_dict import FrozenDict
-from sage_grpo_jax.training import loop, reward_service, setup
+from sage_grpo_jax.training import loop, reward_service
+from sage_grpo_jax.training import programs as programs_lib
+from sage_grpo_jax.training.blueprint import Blueprint
 
 
 @pytest.fixture
@@ -28,8 +30,9 @@ def test_a_reward_that_the_service_lacks_is_refused_before_anything_is_loaded(
     def never(*args):
         raise AssertionError("weights were loaded")
 
-    for name in ("load_vae", "load_base", "build_programs", "fresh_state"):
-        monkeypatch.setattr(setup, name, never)
+    for name in ("load_vae", "load_base", "fresh_state"):
+        monkeypatch.setattr(Blueprint, name, never)
+    monkeypatch.setattr(programs_lib, "build", never)
     with scripted(Script()) as address:
         config = make_run(address, {"VQ": 1.0, "zoom": 1.0, "aesthetic": 0.0})
         with pytest.raises(ValueError, match=r"^config\.rewards\.weights: ") as error:

@@ -94,8 +94,8 @@ def make_scoring(monkeypatch):
     def make(results):
         scorer = Answers(results)
         config = SimpleNamespace(rewards=REWARDS, video=SimpleNamespace(fps=6.0))
-        programs = SimpleNamespace(plan=SimpleNamespace(config=config))
-        return scoring.Scoring(programs, None, scorer, None), scorer
+        programs = SimpleNamespace(plan=SimpleNamespace(config=config), mesh=None)
+        return scoring.Scoring(programs, None, scorer), scorer
 
     return make
 

@@ -1,170 +1,26 @@
-"""Puts a run together: networks onto the mesh, prompts into an embedding cache, the scorer."""
+"""The prompts of a run: texts or captions, their embeddings in a cache, batches of them."""
 
 import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Iterator
-from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from sage_grpo_jax import weights
-from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.config import schema
 from sage_grpo_jax.data import embedding_cache
 from sage_grpo_jax.data import prompts as prompts_lib
-from sage_grpo_jax.flow import noise
-from sage_grpo_jax.models import door, frames, lora, registry
-from sage_grpo_jax.parallel import sharding
-from sage_grpo_jax.policy import conditions, starting_adapters
-from sage_grpo_jax.policy.networks import (
-    ASSET,
-    Networks,
-    describe_networks,
-    read_networks,
-    resolve_path,
-)
-from sage_grpo_jax.training import checkpoint as checkpoint_lib
-from sage_grpo_jax.training import optimizers
-from sage_grpo_jax.training import programs as programs_lib
-from sage_grpo_jax.training import state as state_lib
+from sage_grpo_jax.models import door, frames, registry
+from sage_grpo_jax.policy import conditions
+from sage_grpo_jax.policy.networks import Networks
 from sage_grpo_jax.worlds.moving_shapes import captions, word_embeddings
 from sage_grpo_jax.worlds.moving_shapes import spec as moving_shapes_spec
 
-# The networks are reached from here.
-__all__ = ["ASSET", "Networks", "describe_networks", "read_networks", "resolve_path"]
-
 WORLD = "moving_shapes:"
 CACHE = "cache:"
-
-
-def abstract_params(network: Any) -> Any:
-    """Shapes of a network's parameters, without making any."""
-    model = registry.of(network)
-    return jax.eval_shape(lambda key: model.init_params(network, key), jax.random.key(0))
-
-
-def load_vae(networks: Networks, mesh: jax.sharding.Mesh) -> Any:
-    """The VAE's parameters in its compute dtype, on every device."""
-    place = jax.tree.map(lambda _: sharding.replicated(mesh), abstract_params(networks.vae))
-    return weights.load(networks.vae_path, networks.vae, place, dtype=jnp.dtype(networks.vae.dtype))
-
-
-def load_transformer(networks: Networks, mesh: jax.sharding.Mesh, dtype: Any = jnp.float32) -> Any:
-    """The transformer's parameters, sharded."""
-    shardings = state_lib.shardings_of(_abstract_transformer(networks, mesh, dtype))
-    return weights.load(networks.transformer_path, networks.transformer, shardings, dtype=dtype)
-
-
-def _abstract_transformer(networks: Networks, mesh: jax.sharding.Mesh, dtype: Any) -> Any:
-    """The transformer's parameters as shapes with shardings."""
-    shapes = abstract_params(networks.transformer)
-    names = registry.of(networks.transformer).partition_names(networks.transformer)
-    shardings = sharding.parameter_shardings(mesh, names, shapes)
-    return jax.tree.map(
-        lambda s, place: jax.ShapeDtypeStruct(s.shape, dtype, sharding=place), shapes, shardings
-    )
-
-
-def _base_dtype(networks: Networks, config: schema.Config) -> Any:
-    wanted = config.lora.base_dtype
-    return jnp.dtype(networks.transformer.dtype if wanted == "auto" else wanted)
-
-
-def abstract_base(networks: Networks, config: schema.Config, mesh: jax.sharding.Mesh) -> Any:
-    """The frozen weights under the adapters as shapes with shardings; None without adapters."""
-    if config.lora.adapters is None:
-        return None
-    return _abstract_transformer(networks, mesh, _base_dtype(networks, config))
-
-
-def load_base(networks: Networks, config: schema.Config, mesh: jax.sharding.Mesh) -> Any:
-    """The frozen weights under the adapters; None without adapters."""
-    if config.lora.adapters is None:
-        return None
-    return load_transformer(networks, mesh, _base_dtype(networks, config))
-
-
-def make_abstract_state(
-    networks: Networks, config: schema.Config, mesh: jax.sharding.Mesh
-) -> state_lib.LearnerState:
-    """The learner's state as shapes with shardings; with LoRA its parameters are the adapters."""
-    shapes, adapters = abstract_params(networks.transformer), config.lora.adapters
-    model = registry.of(networks.transformer)
-    if adapters is None:
-        names = model.partition_names(networks.transformer)
-    else:
-        shapes = lora.abstract_adapters(shapes, adapters, model)
-        names = lora.partition_names(adapters, model)
-    tx = optimizers.make_optimizer(config)
-    return state_lib.abstract_state(tx, shapes, names, mesh, config.averages)
-
-
-def fresh_state(
-    networks: Networks, config: schema.Config, mesh: jax.sharding.Mesh
-) -> state_lib.LearnerState:
-    """The state at step 0: loaded weights or adapters, empty optimizer, trust region."""
-    tx, averages = optimizers.make_optimizer(config), config.averages
-    shardings = state_lib.shardings_of(make_abstract_state(networks, config, mesh))
-    adapters = config.lora.adapters
-    if adapters is None:
-        init = jax.jit(
-            lambda params: state_lib.init_state(tx, params, averages), out_shardings=shardings
-        )
-        return init(load_transformer(networks, mesh))
-    shapes, model = abstract_params(networks.transformer), registry.of(networks.transformer)
-    given, ratio = starting_adapters.load(config.lora, networks.transformer, mesh)
-
-    def init_adapters(key, given):
-        fresh = lora.init_adapters(shapes, adapters, key, model)
-        return state_lib.init_state(tx, lora.start_from(fresh, given, ratio), averages)
-
-    return jax.jit(init_adapters, out_shardings=shardings)(noise.adapter_key(config.seed), given)
-
-
-def load_policy(
-    networks: Networks,
-    config: schema.Config,
-    mesh: jax.sharding.Mesh,
-    checkpoint: str | pathlib.Path | None = None,
-    ema: bool = False,
-) -> tuple[Any, Any]:
-    """The policy of a run, or of a recipe that has not started.
-
-    Args:
-      networks: of `read_networks`.
-      config: of the run; its `lora` decides what a checkpoint holds.
-      mesh: the device mesh.
-      checkpoint: workdir of a run, for its newest checkpoint; None for the recipe's own weights.
-      ema: whether the moving average of the run is wanted; not read without a checkpoint.
-
-    Returns:
-      (weights, adapters): what the model's `velocity` takes; adapters None where there are none.
-
-    Raises:
-      FileNotFoundError: no complete checkpoint there.
-      ValueError: a damaged one, or a run without a moving average.
-    """
-    base = load_base(networks, config, mesh)
-    if checkpoint is None:
-        return (load_transformer(networks, mesh) if base is None else base), None
-    abstract = make_abstract_state(networks, config, mesh)
-    trained = checkpoint_lib.restore_params(checkpoint, abstract.params, ema=ema)
-    return (trained, None) if base is None else (base, trained)
-
-
-def build_programs(
-    networks: Networks, config: schema.Config, mesh: jax.sharding.Mesh
-) -> programs_lib.Programs:
-    """The recipe's constants and its jitted programs."""
-    plan = plan_lib.make_plan(config, networks.transformer, networks.vae)
-    tx = optimizers.make_optimizer(config)
-    state = make_abstract_state(networks, config, mesh)
-    return programs_lib.build(plan, tx, mesh, state, abstract_base(networks, config, mesh))
 
 
 def read_prompts(source: str, field: str) -> list[prompts_lib.Prompt]:
@@ -185,6 +41,7 @@ def read_prompts(source: str, field: str) -> list[prompts_lib.Prompt]:
             + ", ".join(WORLD + name for name in moving_shapes_spec.SPLITS)
         )
     captions = moving_shapes_spec.split_captions(split)
+    # The id of a prompt decides its noise, so it follows from the caption alone.
     return [prompts_lib.Prompt(text.replace(" ", "_"), text) for text in captions]
 
 
@@ -214,6 +71,8 @@ def open_cache(
     """
     source = getattr(config.data, field)
     dim = _needs(networks).text
+
+    # Made before, by a text encoder
     if source.startswith(CACHE):
         try:
             cache = embedding_cache.EmbeddingCache(source.removeprefix(CACHE))
@@ -221,11 +80,14 @@ def open_cache(
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"config.data.{field}: {error}") from error
         return cache
+
+    # Made here, from the words of the captions: only the small world has few enough of them
     if config.data.text_encoder != "words":
         raise ValueError(
             f"config.data.{field}: got {source!r}; allowed: {CACHE}FOLDER, written by "
             "python -m sage_grpo_jax.encode_prompts"
         )
+
     prompts = read_prompts(source, field)
     try:
         captions.check(prompts, whole=whole_captions)
@@ -236,6 +98,7 @@ def open_cache(
     path = workdir / "embeddings" / f"{field}-{digest}"
     if jax.process_index() == 0 and not path.exists():
         word_embeddings.write_cache(path, prompts, dim)
+    # The others read what the first one writes, from the file system that they share.
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"embeddings/{field}")
     return embedding_cache.EmbeddingCache(path)
@@ -252,6 +115,8 @@ def _check_fits(
         encoder, wants_frame = of_variant.encoder, of_variant.first_frame
     if config.data.text_encoder == "words":
         encoder = word_embeddings.encoder(needs.text).name
+
+    # The latent of a first frame, [h, w, C], was encoded for one size of clip.
     video, latent_shape = config.video, None
     if wants_frame or cache.image_shape is not None:
         latent_shape = frames.latent_shape(networks.vae, 1, video.height, video.width)[1:]
@@ -298,16 +163,21 @@ def open_prompts(config: schema.Config, workdir: pathlib.Path, networks: Network
         for field in ("eval_prompts", "test_prompts")
         if getattr(config.data, field) or field == "eval_prompts"
     }
+
+    # How many of them are fixed for the whole run; all test prompts unless a number is given
     counts = {"eval_prompts": config.eval.num_prompts}
     for field, cache in fixed.items():
         counts.setdefault(field, config.eval.num_test_prompts or len(cache))
         _check_fixed(config, field, cache, counts[field], train)
+
+    # Every batch of a run has the same lengths: one compilation
     shapes = _static_shapes(config, networks, train, *fixed.values())
     batches = {
         field: _fixed_batch(cache, counts[field], config.eval, shapes)
         for field, cache in fixed.items()
     }
     negative = embedding_cache.pad_entries([train.negative], **shapes)
+
     logging.info("%d training prompts, %d evaluation prompts", len(train), config.eval.num_prompts)
     return Prompts(
         train=embedding_cache.make_prompt_iterator(
@@ -330,6 +200,7 @@ def _check_fixed(
 ) -> None:
     """Refuses evaluation or test prompts of another encoder, or too few of them."""
     source = getattr(config.data, field)
+    # Embeddings of another encoder may have the same shape, and mean something else to the model.
     if differing := cache.encoder.differences(train.encoder):
         raise ValueError(
             f"config.data.{field}: {source} comes from another encoder than "
@@ -350,6 +221,8 @@ def _fixed_batch(
     shapes: dict[str, int | None],
 ) -> conditions.PromptBatch:
     """`count` prompts, the same in every run, each `samples_per_prompt` times in a row."""
+    # The order follows from the seed of the evaluation, not from that of the run: runs that are
+    # compared see the same prompts.
     chosen = embedding_cache.make_prompt_iterator(
         cache, count, settings.seed, repeat=False, **shapes
     )
@@ -364,6 +237,9 @@ def _static_shapes(
         max(cache.max_length for cache in caches)
     )
     quoted = max(cache.byt5_max_length for cache in caches)
+
+    # Without quoted text in any prompt its branch is left out of the program; masked tokens would
+    # be computed all the same.
     if not quoted:
         return {"length": length, "byt5_length": None, "byt5_dim": None}
     return {
