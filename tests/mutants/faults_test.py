@@ -176,3 +176,24 @@ def test_several_copies_share_the_work(tree, tmp_path):
     assert outcomes == {"a/0": mutation.SURVIVED} | dict.fromkeys(
         ("a/1", "a/2", "a/3"), mutation.KILLED
     )
+
+
+def test_faults_come_in_the_order_of_the_filters():
+    faults = [fault(name=name) for name in ("a/sign", "a/step", "b/sign")]
+    names = [f.name for f in run._chosen(faults, ["b/", "sign"])]
+    assert names == ["b/sign", "a/sign"]
+    assert run._chosen(faults, []) == faults
+    with pytest.raises(fault_table.TableError, match="no fault has 'axis' in its name"):
+        run._chosen(faults, ["sign", "axis"])
+
+
+def test_faulty_programs_do_not_go_among_those_of_the_tests(tmp_path, monkeypatch):
+    (tmp_path / "of tests").mkdir()
+    (tmp_path / "of tests" / "program").write_bytes(b"compiled")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "of tests"))
+    environment = run._compiled(tmp_path / "copy")
+    assert environment == {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "copy")}
+    assert (tmp_path / "copy" / "program").read_bytes() == b"compiled"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "not yet there"))
+    run._compiled(tmp_path / "empty")
+    assert not list((tmp_path / "empty").iterdir())
