@@ -121,7 +121,10 @@ def _try(faults: list[fault_table.Fault], options: argparse.Namespace) -> int:
 
 
 def _compiled(folder: pathlib.Path) -> dict[str, str]:
-    """A copy of the compiled programs of the tests, so that faulty ones do not go among them."""
+    """A copy of the compiled programs of the tests, so that faulty ones do not go among them.
+
+    It also takes those that compile at once: every fault would compile them again.
+    """
     variable = "JAX_COMPILATION_CACHE_DIR"
     name = f"sage_grpo_jax_test_cache_{os.getuid()}"  # as in tests/conftest.py
     source = pathlib.Path(os.environ.get(variable, pathlib.Path(tempfile.gettempdir()) / name))
@@ -130,7 +133,7 @@ def _compiled(folder: pathlib.Path) -> dict[str, str]:
         for path in source.iterdir():
             with contextlib.suppress(FileNotFoundError):  # Tests beside us may have removed it.
                 shutil.copy2(path, folder / path.name)
-    return {variable: str(folder)}
+    return {variable: str(folder), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 def _tell(result: mutation.Result) -> None:
