@@ -295,7 +295,9 @@ def _splash_local(
         interpret=interpret,
     )
 
-    def one_sample(query, key, value, segments):
+    def one_sample(
+        query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array
+    ) -> jax.Array:
         # Every query is in segment 1, so only keys are masked.
         ids = splash_attention_kernel.SegmentIds(q=jnp.ones(queries, jnp.int32), kv=segments)
         return kernel(query, key, value, segment_ids=ids)

@@ -81,11 +81,15 @@ def apply_rotary(x_BxNxHxD: jax.Array, cos_NxD: jax.Array, sin_NxD: jax.Array) -
     return x_BxNxHxD * cos_NxD[:, None, :] + swapped * sin_NxD[:, None, :]
 
 
-def _forward(x, cos, sin):
+def _forward(
+    x: jax.Array, cos: jax.Array, sin: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return apply_rotary(x, cos, sin), (cos, sin)
 
 
-def _backward(tables, gradient):
+def _backward(
+    tables: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, None, None]:
     # The transpose of a rotation is the rotation back; derived automatically it would be a slow
     # chain of pads and slices.
     cos, sin = tables

@@ -6,6 +6,7 @@ calls them. They are also what the TPU compile checks lower.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ class Programs:
         return self.blueprint.mesh
 
 
-def make_rollout(plan: Plan):
+def make_rollout(plan: Plan) -> Callable[..., rollout_lib.Trajectory]:
     """(params, condition [B], frozen, keys [B], starts int32 [B]) -> Trajectory.
 
     That of the forward process holds its last state only, [1, B, ...].
@@ -65,7 +66,13 @@ def make_rollout(plan: Plan):
         ),
     )
 
-    def rollout(params, condition, frozen, keys, starts):
+    def rollout(
+        params: Any,
+        condition: Any,
+        frozen: micro_losses.Frozen,
+        keys: jax.Array,
+        starts: jax.Array,
+    ) -> rollout_lib.Trajectory:
         initial = None
         if config.same_initial_noise:
             # Every sample takes the key of the first one of its group: groups lie in a row in a
@@ -89,7 +96,7 @@ def make_rollout(plan: Plan):
     return rollout
 
 
-def make_sample(plan: Plan):
+def make_sample(plan: Plan) -> Callable[..., jax.Array]:
     """(params, condition [B], frozen, keys [B]) -> clean latents [B, ...] of the evaluation."""
     config = plan.config
     # The policy samples as it would be used: by the ODE, in as many steps as the evaluation has.
@@ -101,7 +108,9 @@ def make_sample(plan: Plan):
     )
     rollout = sampler.make_rollout(plan.transformer, sampling)
 
-    def sample(params, condition, frozen, keys):
+    def sample(
+        params: Any, condition: Any, frozen: micro_losses.Frozen, keys: jax.Array
+    ) -> jax.Array:
         policy = micro_losses.policy_of(plan, params, frozen)
         return rollout(policy, condition, frozen.negative, keys).latents[-1]
 

@@ -450,37 +450,3 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
             (),
             tmp_path,
         )
-
-
-@pytest.mark.parametrize(
-    ("section", "change", "message"),
-    [
-        ("vae", {"steps": 0}, r"VaeStageConfig.steps is 0; allowed: at least 1"),
-        ("vae", {"step": 1}, r"vae: unknown fields \['step'\]"),
-        ("flow", {"caption_drop": 1.0}, r"caption_drop is 1.0; allowed: 0 <= value < 1"),
-        ("flow", {"optimizer": "sgd"}, r"optimizer is 'sgd'; allowed: adamw, muon"),
-        ("flow", {"shift": -1.0}, r"shift is -1.0; allowed: a number above 0"),
-        (
-            "latents",
-            {"num_clips": 13},
-            r"num_clips is 13; allowed: a positive multiple of .* \(4\)",
-        ),
-        ("report", {"sampling_steps": ()}, r"sampling_steps is \(\); allowed"),
-        ("report", {"sheet_rows": 99}, r"sheet_rows is 99; allowed: at most"),
-    ],
-)
-def test_bad_settings(section, change, message):
-    config = dataclasses.asdict(tiny_config())
-    config[section] |= change
-    with pytest.raises(ValueError, match=message):
-        pretraining_config.from_mapping(config)
-
-
-def test_missing_settings():
-    config = dataclasses.asdict(tiny_config())
-    del config["flow"]["batch_size"]
-    with pytest.raises(ValueError, match=r"flow: missing fields \['batch_size'\]"):
-        pretraining_config.from_mapping(config)
-    del config["vae"]
-    with pytest.raises(ValueError, match=r"missing sections \['vae'\]"):
-        pretraining_config.from_mapping(config)

@@ -44,6 +44,8 @@ VERSION = 2  # To be raised with every change of a score that the tables below d
 
 
 class Term(NamedTuple):
+    """One error of a clip in one reward, which it lowers by weight·log(error + floor)."""
+
     reward: str
     weight: float
     floor: float
