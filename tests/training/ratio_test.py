@@ -108,6 +108,30 @@ def test_what_is_not_finite_is_never_in_tolerance(make_plan):
     assert not metrics["ratio/rollout_shift"] <= np.inf
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("deviation", "shift", "passes"),
+    [
+        (0.0, 0.0, True),
+        (1e-6, 1e-3, True),  # as much as is allowed
+        (2e-6, 0.0, False),
+        (0.0, 2e-3, False),
+        (NAN, 0.0, False),
+        (0.0, NAN, False),
+    ],
+)
+def test_the_limits_hold_for_the_first_update_alone(deviation, shift, passes):
+    metrics = {"ratio/max_deviation": deviation, "ratio/rollout_shift": shift}
+    metrics = {name: jnp.float32(value) for name, value in metrics.items()}
+    limits = ratio.Tolerances(np.float32(1e-6), np.float32(1e-3))
+    assert bool(ratio.in_tolerance(metrics, limits, None)) == passes
+    first, later = (ratio.OldMeans(None, jnp.int32(turn)) for turn in (0, 1))
+    assert bool(ratio.in_tolerance(metrics, limits, first)) == passes
+    assert bool(ratio.in_tolerance(metrics, limits, later))
+
+
 def rollout_means(trainer, batch, trajectory) -> np.ndarray:
     """x' - std·ε of the trained steps, float64 [K, B, ...]."""
     plan, keys = trainer.learner.plan, trainer.learner.sample_keys(batch, 0)

@@ -162,6 +162,9 @@ def check_step(trainer, problem, scorer, batch, index: int) -> None:
     assert np.abs(videos.astype(int) - as_pixels(outcome.videos).astype(int)).max() <= 1
     for name, value in outcome.metrics.items():
         assert metrics[name] == pytest.approx(float(value), rel=5e-4, abs=2e-7), name
+    elements = sum(leaf.size for leaf in jax.tree.leaves(before["params"]))
+    rms = metrics["grad/norm"] / np.sqrt(elements)
+    assert metrics["grad/rms_over_eps"] == pytest.approx(rms / problem.config.optimizer.eps)
     # The moments hold the gradient, leaf by leaf.
     assert_leaves_agree(after["mu"], outcome.mu, 5e-4)
     assert_leaves_agree(after["nu"], outcome.nu, 1e-3)
