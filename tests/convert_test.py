@@ -273,7 +273,9 @@ def large(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "how", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_killed_half_way(how, large, tmp_path):
     """The process is stopped as soon as some of the data is written."""
     target = tmp_path / "out"

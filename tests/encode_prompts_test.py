@@ -98,6 +98,7 @@ command_line.run(encode_prompts.main)
 """
 
 
+@pytest.mark.slow
 def test_the_command_killed_and_run_again(pipeline, prompts, tmp_path, encode_with_diffusers):
     flags = [f"--prompts={prompts}", f"--text_encoder={pipeline}", f"--byt5={pipeline}",
              "--batch_size=2", "--dtype=float32", "--device=cpu"]  # fmt: skip

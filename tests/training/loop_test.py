@@ -134,14 +134,18 @@ def finish_two(processes: list[subprocess.Popen], workdir: pathlib.Path) -> None
     assert codes == [0, 0], logs
 
 
-def assert_same_run(found: pathlib.Path, wanted: pathlib.Path) -> None:
-    """The same metrics and parameters, apart from the order of summation."""
-    mine, theirs = rows(found), rows(wanted)
+def assert_same_rows(mine: list[dict], theirs: list[dict]) -> None:
+    """The same metrics, apart from the order of summation."""
     assert [row.keys() for row in mine] == [row.keys() for row in theirs]
     for a, b in zip(mine, theirs, strict=True):
         for name in a:
             if name.startswith(("reward/", "eval/", "grad/", "kl/", "advantage/", "step")):
                 assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-3), (a["step"], name)
+
+
+def assert_same_run(found: pathlib.Path, wanted: pathlib.Path) -> None:
+    """The same metrics and parameters."""
+    assert_same_rows(rows(found), rows(wanted))
     for a, b in zip(saved_arrays(found), saved_arrays(wanted), strict=True):
         np.testing.assert_allclose(a.astype(float), b.astype(float), rtol=1e-3, atol=1e-4)
 
@@ -155,15 +159,30 @@ def test_four_devices(overrides, straight, tmp_path):
     assert_same_run(workdir, straight)
 
 
-def test_two_processes_stopped_and_resumed(overrides, straight, tmp_path):
-    """A signal to one process stops both after the same step; the same commands go on."""
-    workdir = tmp_path / "two"
-    mesh = ("--config.mesh.data=2",)
-    processes = start_two(workdir, overrides, *mesh)
+def stop_two(workdir: pathlib.Path, overrides) -> None:
+    """Starts two processes on a mesh of two and stops them by a signal to one of them."""
+    processes = start_two(workdir, overrides, "--config.mesh.data=2")
     wait_for(lambda: len(rows(workdir)) >= 3, processes[0])
     processes[1].send_signal(signal.SIGTERM)
     finish_two(processes, workdir)
     assert not (workdir / "summary.json").exists()
-    finish_two(start_two(workdir, overrides, *mesh), workdir)
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(overrides, straight, tmp_path):
+    """After the same step, which both have saved; up to it they trained as one process does."""
+    workdir = tmp_path / "two"
+    stop_two(workdir, overrides)
+    found = rows(workdir)
+    assert_same_rows(found, rows(straight)[: len(found)])
+    saved = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+    assert max(saved) == found[-1]["step"]
+
+
+@pytest.mark.slow
+def test_two_processes_stopped_and_resumed(overrides, straight, tmp_path):
+    """The same commands go on where both were stopped."""
+    workdir = tmp_path / "two"
+    stop_two(workdir, overrides)
+    finish_two(start_two(workdir, overrides, "--config.mesh.data=2"), workdir)
     assert (workdir / "summary.json").exists()
     assert_same_run(workdir, straight)

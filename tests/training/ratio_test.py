@@ -229,7 +229,7 @@ def stale_parameters(trainer, batch):
 @pytest.mark.parametrize(
     ("dtype", "spoil"),
     [
-        ("float32", other_noise),
+        pytest.param("float32", other_noise, marks=pytest.mark.slow),
         ("float32", stale_parameters),
         ("bfloat16", other_noise),
     ],
