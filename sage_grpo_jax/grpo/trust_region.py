@@ -29,6 +29,7 @@ KINDS = ("none", "fixed", "stepwise", "moving", "dual", "fixed_stepwise")
 FEEDBACKS = ("tighten", "paper", "none")
 ESTIMATORS = ("closed_form", "log_ratio")
 TIME_WEIGHTS = ("uniform", "equalized", "step_length")
+REFERENCE_DTYPES = ("float32", "bfloat16")
 
 _FIXED_KINDS = ("fixed", "fixed_stepwise")
 _MOVING_KINDS = ("moving", "dual")
@@ -66,6 +67,10 @@ class TrustRegionConfig:
             at every step, as much as at the median step; `step_length`: times σ - σ', which turns
             the std of an Euler-Maruyama step in the denominator into the diffusion coefficient
             (Flow-GRPO).
+        reference_dtype: `float32`, or `bfloat16` for references of half the size. The KL to a
+            rounded reference is not zero where the policy has not moved: about as large as what the
+            rounding of the compute dtype makes, so it is meant for a network that computes in
+            bfloat16.
         step_bound: an update is scaled down so that KL(π_new ‖ π) is expected to stay below this,
             from the measured KL of the last update and the lengths of both; 0: no bound.
     """
@@ -89,6 +94,7 @@ class TrustRegionConfig:
     down: float = 0.9
     previous_estimator: str = "closed_form"
     kl_time_weight: str = "uniform"
+    reference_dtype: str = "float32"
     step_bound: float = 0.0
 
     def __post_init__(self) -> None:
@@ -107,6 +113,11 @@ class TrustRegionConfig:
             "kl_time_weight",
             self.kl_time_weight in TIME_WEIGHTS,
             f"one of {', '.join(TIME_WEIGHTS)}",
+        )
+        self._require(
+            "reference_dtype",
+            self.reference_dtype in REFERENCE_DTYPES,
+            f"one of {', '.join(REFERENCE_DTYPES)}",
         )
         self._require("step_bound", self.step_bound >= 0, ">= 0")
         self._require_counts_and_weights()
@@ -213,8 +224,8 @@ def trust_region(config: TrustRegionConfig) -> optax.GradientTransformationExtra
 
     def init(params: Any) -> TrustRegionState:
         return TrustRegionState(
-            anchor=_copy(params) if config.has_anchor else None,
-            previous=_copy(params) if config.has_previous else None,
+            anchor=_copy(params, config) if config.has_anchor else None,
+            previous=_copy(params, config) if config.has_previous else None,
             weight=_warmup_weight(config, jnp.zeros([], jnp.int32)),
             history=jnp.zeros([config.history], jnp.float32),
             count=jnp.zeros([], jnp.int32),
@@ -243,7 +254,7 @@ def trust_region(config: TrustRegionConfig) -> optax.GradientTransformationExtra
         count = optax.safe_increment(state.count)
         return updates, TrustRegionState(
             anchor=_next_anchor(config, state.anchor, params, updates, count),
-            previous=_copy(params) if config.has_previous else None,
+            previous=_copy(params, config) if config.has_previous else None,
             weight=_next_weight(config, state.weight, history, count),
             history=history,
             count=count,
@@ -310,7 +321,11 @@ def _next_anchor(
         return anchor
     refresh = count % config.anchor_every == 0
     new_params = optax.apply_updates(params, updates)
-    return jax.tree.map(lambda new, old: jnp.where(refresh, new, old), new_params, anchor)
+
+    def leaf(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(refresh, _rounded(new, config), old)
+
+    return jax.tree.map(leaf, new_params, anchor)
 
 
 def _next_weight(
@@ -337,6 +352,12 @@ def _warmup_weight(config: TrustRegionConfig, count: jax.Array) -> jax.Array:
     return jnp.asarray(config.initial_weight + change * progress, jnp.float32)
 
 
-def _copy(params: Any) -> Any:
+def _copy(params: Any, config: TrustRegionConfig) -> Any:
     # Aliases would be donated twice with parameters and state; jit keeps jnp.copy a real copy.
-    return jax.tree.map(jnp.copy, params)
+    return jax.tree.map(lambda leaf: jnp.copy(_rounded(leaf, config)), params)
+
+
+def _rounded(leaf: jax.Array, config: TrustRegionConfig) -> jax.Array:
+    """A parameter as a reference keeps it; one that is smaller than that anyway stays as it is."""
+    narrow = config.reference_dtype == "bfloat16" and leaf.dtype == jnp.float32
+    return leaf.astype(jnp.bfloat16) if narrow else leaf
