@@ -45,6 +45,7 @@ class RandomSource(Source):
         self._random = np.random.default_rng(0)
 
     def read(self, path: tuple[str, ...], index: Index) -> np.ndarray:
+        # What is asked for is made, so that the model never lies in memory whole.
         sizes = zip(index, self.shapes[path], strict=True)
         shape = [len(range(*part.indices(size))) for part, size in sizes]
         return self._random.standard_normal(shape, np.float32)
@@ -59,6 +60,7 @@ def measure(command: list[str]) -> dict[str, float]:
     """Seconds (wall and CPU), and peaks of resident and anonymous memory in bytes, of a process."""
     start, cpu = time.monotonic(), _cpu_seconds()
     process = subprocess.Popen(command)
+    # Resident memory keeps its own peak (VmHWM); anonymous memory is looked at every 10 ms.
     peaks = {"VmHWM": 0, "RssAnon": 0}
     while process.poll() is None:
         for line in _status(process.pid):
@@ -96,21 +98,28 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="blocks of the synthetic model")
     parser.add_argument("--folder", default=None, help="where to work; the temporary folder")
     arguments = parser.parse_args()
+
+    # The synthetic model, and what the goal is measured by.
     config = HunyuanVideoConfig(num_layers=arguments.layers)
     source = RandomSource(config)
     size, leaf = writing.total_bytes(source, np.float32), largest_leaf(config)
     full_leaf = largest_leaf(HunyuanVideoConfig(num_layers=FULL_LAYERS))
+
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = pathlib.Path(name)
         if shutil.disk_usage(folder).free < 3.5 * size:
             sys.exit(f"error: {folder} has not {3.5 * size / 1e9:.0f} GB free")
         first = current = folder / "0_tencent"
         writing.write_model(first, config, source, "tencent")
+
+        # Libraries alone take memory: the table tells what the weights add.
         idle = baseline()
         print(f"model: {size / 1e9:.2f} GB; largest stacked parameter: {leaf / 1e9:.2f} GB")
         print(f"an idle process: {idle / 1e9:.2f} GB")
         print("from       to           s/GB   CPU s/GB   peak GB   anonymous GB")
         peaks = []
+
+        # Each in its own process, since a peak is that of a whole process.
         for i, (old, new) in enumerate(CHAIN, start=1):
             target = folder / f"{i}_{new}"
             flags = {"src": current, "src_format": old, "dst": target, "dst_format": new}
@@ -126,9 +135,12 @@ def main() -> None:
                 f" {memory[0]:9.2f} {memory[1]:14.2f}",
                 flush=True,
             )
+
+            # The disk holds the first file and two steps of the chain at most.
             if current != first:
                 shutil.rmtree(current)
             current = target
+
         file = f"{writing.STEM}.safetensors"
         same = filecmp.cmp(first / file, current / file, shallow=False)
         print(f"first and last file: {'the same bytes' if same else 'DIFFERENT'}")

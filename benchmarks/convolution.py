@@ -40,11 +40,13 @@ VAE = vae.VaeConfig(
 
 
 def pad(x: jax.Array) -> jax.Array:
+    # Two frames before the first and none after the last: causal in time.
     return jnp.pad(x, ((0, 0), (2, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
 
 
 def one_image_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Temporal taps concatenated in the channels, then one 2-D convolution."""
+    # [B·T, H + 2, W + 2, 3 C] against [3, 3, 3 C, out].
     batch, frames, height, width, channels = x.shape
     padded = pad(x)
     x = jnp.concatenate([padded[:, t : t + frames] for t in range(3)], axis=-1)
@@ -94,6 +96,7 @@ FORMULATIONS: dict[str, Callable] = {
 
 def measure(function: Callable[[], object], repeats: int) -> str:
     """'median wall / minimum CPU' in milliseconds."""
+    # The first call compiles.
     function()
     wall, cpu = [], []
     for _ in range(repeats):
@@ -105,12 +108,14 @@ def measure(function: Callable[[], object], repeats: int) -> str:
 
 
 def time_jax(apply: Callable, x: jax.Array, kernel: jax.Array, repeats: int) -> tuple[str, str]:
+    # A scalar of the squares: its gradient depends on the output, as that of training does.
     forward = jax.jit(apply)
     gradient = jax.jit(jax.grad(lambda x, k: jnp.sum(apply(x, k) ** 2), argnums=(0, 1)))
     return tuple(measure(lambda f=f: f(x, kernel), repeats) for f in (forward, gradient))
 
 
 def time_torch(x: jax.Array, kernel: jax.Array, repeats: int) -> tuple[str, str]:
+    # Channels first, and [out, in, t, h, w] for the kernel.
     x = torch.tensor(np.asarray(x)).permute(0, 4, 1, 2, 3).contiguous().requires_grad_()
     kernel = torch.tensor(np.asarray(kernel)).permute(4, 3, 0, 1, 2).contiguous().requires_grad_()
 
@@ -149,6 +154,7 @@ def main() -> None:
     args = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, batch {args.batch}, ms: wall / CPU")
     for *clip, channels, out_channels in SHAPES:
+        # Random values: zeros or denormals would take another time.
         x = jax.random.normal(jax.random.key(0), (args.batch, *clip, channels))
         kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, channels, out_channels)) * 0.1
         print(f"\n{clip} {channels} -> {out_channels}{'':12s} {'forward':>16s} {'gradient':>17s}")

@@ -49,6 +49,8 @@ def make_config(args: argparse.Namespace) -> HunyuanVideoConfig:
 
 def make_params(config: HunyuanVideoConfig) -> dict[str, Any]:
     """Random weights of one block [1, ...], none of them 0; NumPy float32."""
+    # Shapes only: an initialisation would leave biases and modulation at 0, and with them parts of
+    # the gradient.
     block = double_stream.Block(config)
 
     def init(key):
@@ -57,10 +59,12 @@ def make_params(config: HunyuanVideoConfig) -> dict[str, Any]:
         return block.init(key, (tokens, tokens), jnp.zeros((1, config.hidden_size)), None, tables)
 
     shapes = traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0))["params"])
+
     rng, params = np.random.default_rng(0), {}
     for path, box in shapes.items():
         shape = box.value.shape
         scale = shape[0] ** -0.5 if len(shape) == 2 else 0.1
+        # Scales of norms are around 1, as trained ones are.
         values = scale * rng.standard_normal((1, *shape), np.float32)
         params[path] = values + (path[-1] == "scale")
     return traverse_util.unflatten_dict(params)
@@ -75,6 +79,7 @@ class FusedAttention:
         def split(x):
             return x.unflatten(2, (attn.heads, -1))
 
+        # Image tokens, turned by their place; text tokens, which have none.
         query = attn.norm_q(split(attn.to_q(hidden_states)))
         key = attn.norm_k(split(attn.to_k(hidden_states)))
         query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
@@ -82,6 +87,8 @@ class FusedAttention:
         text_query = attn.norm_added_q(split(attn.add_q_proj(encoder_hidden_states)))
         text_key = attn.norm_added_k(split(attn.add_k_proj(encoder_hidden_states)))
         value = split(attn.to_v(hidden_states)), split(attn.add_v_proj(encoder_hidden_states))
+
+        # [B, heads, image + text, channels].
         joined = ((query, text_query), (key, text_key), value)
         query, key, value = (torch.cat(pair, 1).transpose(1, 2) for pair in joined)
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value)
@@ -95,12 +102,15 @@ def make_torch_block(config: HunyuanVideoConfig, params: Any, device: str) -> to
     block = reference.HunyuanVideo15TransformerBlock(
         config.num_attention_heads, config.attention_head_dim, config.mlp_ratio
     )
+    # Our first layer of the stack, renamed by the table that conversions use.
     flat, tensors = traverse_util.flatten_dict({"blocks": params}), {}
     for row in hunyuan_video_keys.diffusers_rows(config):
         if row.ours in flat:
             (name,) = row.names()
             values = np.ascontiguousarray(row.layout.to_theirs(flat[row.ours][0]))
             tensors[name.removeprefix(PREFIX)] = torch.tensor(values)
+
+    # Strict: a name that is missing or too much is an error.
     block.load_state_dict(tensors)
     block.attn.set_processor(FusedAttention())
     return block.to(device=device, dtype=getattr(torch, config.dtype))
@@ -121,6 +131,7 @@ def make_inputs(config: HunyuanVideoConfig, args: argparse.Namespace) -> dict[st
 
 def jax_side(config: HunyuanVideoConfig, params: Any, inputs: dict) -> dict[str, Callable]:
     """{"forward", "backward"}: functions without arguments that return when the result is there."""
+    # Everything on the device before the clock starts.
     dtype = jnp.dtype(config.dtype)
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
     tokens = tuple(jnp.asarray(inputs[name], dtype) for name in ("image", "text"))
@@ -133,6 +144,7 @@ def jax_side(config: HunyuanVideoConfig, params: Any, inputs: dict) -> dict[str,
     def loss(params, tokens):
         return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in apply(params, tokens))
 
+    # JAX returns before it has computed: each call waits for its result.
     forward, backward = jax.jit(apply), jax.jit(jax.grad(loss, argnums=(0, 1)))
     return {
         "forward": lambda: jax.block_until_ready(forward(params, tokens)),
@@ -151,11 +163,14 @@ def torch_side(
 
     image, text = (put(inputs[name], dtype).requires_grad_() for name in ("image", "text"))
     vector = put(inputs["vector"], dtype)
+    # diffusers wants every angle twice, for the two channels that it turns.
     angles = np.repeat(inputs["angles"], 2, axis=-1)
     tables = put(np.cos(angles), torch.float32), put(np.sin(angles), torch.float32)
+
     apply = torch.compile(block) if args.compile else block
 
     def finish(result: Any) -> Any:
+        # PyTorch too returns before it has computed.
         if device.type == "cuda":
             torch.cuda.synchronize()
         return result
@@ -174,6 +189,7 @@ def torch_side(
 
 def check(ours: dict[str, Callable], theirs: dict[str, Callable], dtype: str) -> None:
     """Outputs and the gradients of the tokens agree, or it is an error."""
+    # The last two gradients are those of image and text tokens on both sides.
     pairs = [
         *zip(ours["forward"](), theirs["forward"](), strict=True),
         *zip(ours["forward and backward"]()[1], theirs["forward and backward"]()[-2:], strict=True),
@@ -181,6 +197,7 @@ def check(ours: dict[str, Callable], theirs: dict[str, Callable], dtype: str) ->
     names = ("image", "text", "gradient of image", "gradient of text")
     for name, (mine, other) in zip(names, pairs, strict=True):
         mine, other = np.asarray(mine, np.float32), other.detach().float().cpu().numpy()
+        # Of the largest number: small values are lost in bfloat16's rounding.
         error = float(np.abs(mine - other).max() / np.abs(other).max())
         print(f"difference of {name}: {error:.1e}")
         if not error <= TOLERANCE[dtype]:
@@ -189,6 +206,8 @@ def check(ours: dict[str, Callable], theirs: dict[str, Callable], dtype: str) ->
 
 def operations(config: HunyuanVideoConfig, args: argparse.Namespace) -> dict[str, float]:
     """Floating-point operations of one call."""
+    # A multiply and an add count as two. Per token: four projections of attention, two products of
+    # the MLP; attention itself is two products of [length, length].
     length, width = args.tokens + args.text_tokens, config.hidden_size
     products = 2 * length * width**2 * (4 + 2 * config.mlp_ratio)
     forward = args.batch * (products + 4 * length**2 * width)
@@ -208,6 +227,7 @@ def seconds(function: Callable[[], Any], repeats: int) -> float:
 
 def ceilings(args: argparse.Namespace, device: str) -> dict[str, float]:
     """Operations per second of the best large product, on each side."""
+    # What a device reaches is less than its data sheet says, and depends on the size.
     best = {"JAX": 0.0, "PyTorch": 0.0}
     for size in args.products:
         x = np.random.default_rng(0).standard_normal((size, size), np.float32)
@@ -240,17 +260,22 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile on the other side")
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
+
+    # On which device; both sides must be on the same one.
     on_gpu = jax.default_backend() == "gpu"
     if on_gpu and not torch.cuda.is_available():
         raise SystemExit("error: JAX sees a GPU and PyTorch does not: install PyTorch with CUDA")
     device = "cuda" if on_gpu else "cpu"
     args.products = args.products or ([4096, 8192, 16384] if on_gpu else [1024])
     print(f"{jax.devices()[0].device_kind}; {vars(args)}", flush=True)
+
+    # Equal first, then timed.
     config = make_config(args)
     params, inputs = make_params(config), make_inputs(config, args)
     ours = jax_side(config, params, inputs)
     theirs = torch_side(config, make_torch_block(config, params, device), inputs, args)
     check(ours, theirs, args.dtype)
+
     ceiling, count = ceilings(args, device), operations(config, args)
     print(f"\nceiling: {', '.join(f'{n} {v / 1e12:.3f} TFLOP/s' for n, v in ceiling.items())}\n")
     print("| | JAX | PyTorch | ratio | JAX, share of the ceiling | PyTorch |")

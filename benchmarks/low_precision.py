@@ -41,18 +41,23 @@ class Side:
     """The quick start's policy in one precision, with one batch of prompts."""
 
     def __init__(self, overrides: dict[str, Any], mesh: jax.sharding.Mesh) -> None:
+        # The recipe, by its path: configs/ is no package.
         spec = importlib.util.spec_from_file_location("quick_start", RECIPE)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         values = module.get_config()
         values.update_from_flattened_dict(overrides)
         self.config = builder.from_config_dict(values)
+
+        # One batch of prompts, the same in both precisions.
         blueprint = Blueprint.read(self.config, mesh)
         with tempfile.TemporaryDirectory() as folder:
             prompts = prompts_lib.open_prompts(
                 self.config, pathlib.Path(folder), blueprint.networks
             )
             self.batch = next(iter(prompts))
+
+        # The programs of training, without a reward service: rewards are computed here.
         self.programs = programs_lib.build(blueprint)
         vae = blueprint.load_vae()
         self.learner = learner_lib.Learner(self.programs, vae, prompts.negative, None)
@@ -80,6 +85,7 @@ class Side:
     def advantages(self, rewards: np.ndarray) -> np.ndarray:
         """Within the groups; [B]."""
         table = rewards.reshape(-1, self.config.rollout.group_size)
+        # The recipe's epsilon and clip.
         found = advantage.group_advantages(table, np.isfinite(table), 1e-4, 5.0)
         return np.asarray(found).reshape(-1)
 
@@ -93,6 +99,7 @@ class Side:
     @functools.cached_property
     def _gradients(self):
         plan = self.learner.plan
+        # What the update does before its optimizer.
         return jax.jit(lambda *args: update_lib._gradients(plan, *args, None)[:2])
 
     def gradient(self, latents: Any, advantages: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
@@ -104,6 +111,7 @@ class Side:
 
     def updated(self, latents: Any, advantages: np.ndarray) -> Any:
         """The parameters after one update; the side's own state stays."""
+        # The update gives the buffers of its state away.
         state = jax.tree.map(jnp.copy, self.state)
         batch = self.update_batch(latents, advantages)
         limits = NO_LIMITS
@@ -129,6 +137,7 @@ class Setting:
 
 
 def measure(setting: Setting, args: argparse.Namespace, mesh: jax.sharding.Mesh) -> None:
+    # The same step in both; one micro-batch takes all samples.
     common = {
         "trust_region.kind": "none",
         "model.remat": args.remat,
@@ -139,15 +148,21 @@ def measure(setting: Setting, args: argparse.Namespace, mesh: jax.sharding.Mesh)
         "rollout.group_size": args.group,
         "loss.micro_batch": args.prompts * args.group,
     }
+
+    # bfloat16 against float32 with matrix products of full precision.
     exact = Side({**common, "model.matmul_precision": "highest"}, mesh)
     coarse = Side({**common, "model.compute_dtype": "bfloat16"}, mesh)
     latents, latents_bf16 = exact.rollout(), coarse.rollout()
     print(f"\n### {setting}\n")
+
+    # The advantages of the exact rollout for both: what is compared is the gradient.
     advantages = print_rollout(exact, coarse, latents, latents_bf16)
     print_gradients(exact, coarse, latents, latents_bf16, advantages)
+
     print("| update | rollout | ratio/rollout_shift | ratio/rollout_mismatch |\n|---|---|---|---|")
     print_gate("float32", exact, latents, advantages)
     print_gate("bfloat16", coarse, latents_bf16, advantages)
+
     _, metrics = coarse.gradient(latents_bf16, advantages)
     values = metrics["ratio/rollout_mismatch/step"]
     print("\nratio/rollout_mismatch in bfloat16, step by step: ", end="")
@@ -156,12 +171,15 @@ def measure(setting: Setting, args: argparse.Namespace, mesh: jax.sharding.Mesh)
 
 def print_rollout(exact: Side, coarse: Side, latents: Any, latents_bf16: Any) -> np.ndarray:
     """What the rollout's rounding does to videos and rewards; the advantages in float32."""
+    # The rounding of the transformer alone, of the VAE alone, and of both.
     videos = exact.learner.scoring.decode(latents[-1])
     mixed, videos_bf16 = (
         exact.learner.scoring.decode(latents_bf16[-1]),
         coarse.learner.scoring.decode(latents[-1]),
     )
     both = coarse.learner.scoring.decode(latents_bf16[-1])
+
+    # Judged by the same rewards, and by the advantages that come of them.
     rewards = exact.rewards(videos)
     advantages = exact.advantages(rewards)
     spread = rewards.reshape(-1, exact.config.rollout.group_size).std(axis=1).mean()
@@ -170,6 +188,7 @@ def print_rollout(exact: Side, coarse: Side, latents: Any, latents_bf16: Any) ->
         "| bfloat16 in | latents (relative) | pixels (of 255) | reward, mean | reward, each "
         "| cosine of the advantages |\n|---|---|---|---|---|---|"
     )
+
     rows = {"transformer": mixed, "VAE": videos_bf16, "both": both}
     for name, found in rows.items():
         other = exact.rewards(found)
@@ -188,6 +207,7 @@ def print_gradients(
     exact: Side, coarse: Side, latents: Any, latents_bf16: Any, advantages: np.ndarray
 ) -> None:
     """Of the same advantages: cosine and length against float32."""
+    # The truth: float32 update, float32 rollout.
     wanted, _ = exact.gradient(latents, advantages)
     print("| gradient | cosine | length | max abs(ratio - 1) | clipped |\n|---|---|---|---|---|")
     rows = {
@@ -207,6 +227,7 @@ def print_gradients(
 
 def print_gate(name: str, side: Side, latents: Any, advantages: np.ndarray) -> None:
     """What the gate sees of a good rollout and of those that it is there for."""
+    # Besides its own rollout: policies that are a little off, and another noise.
     later = side.updated(latents, advantages)
     noise = np.random.default_rng(0)
     shaken = jax.tree.map(

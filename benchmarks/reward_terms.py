@@ -30,12 +30,15 @@ COUNT, STEPS, SEED = 144, 20, 1
 
 def clips(run: pathlib.Path) -> tuple[dict[str, np.ndarray], list[str]]:
     """uint8 clips by what made them, and the captions of each set."""
+    # The config that the run recorded.
     values = json.loads((run / "config.json").read_text())
     values["method"] = methods.Applied(values["method"])  # the record of a run: its preset
     config = builder.from_config_dict(ml_collections.ConfigDict(values))
     mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     blueprint = Blueprint.read(config, mesh)
     networks = blueprint.networks
+
+    # The same captions and the same noise for all sets.
     captions = pretraining_report.spread(moving_shapes.split_captions("test"), COUNT)
     with jax.set_mesh(mesh):
         vae_params = blueprint.load_vae()
@@ -63,10 +66,12 @@ def edge_width(video: np.ndarray) -> float:
     The integral of 4·c·(1 - c) over the coverage c across an outline, measured without any of the
     rewards' code: the coverage is the distance from the background in units of the largest one.
     """
+    # The largest distance but for half a percent of outliers stands for full coverage.
     pixels = video.astype(np.float64) / 255
     ground = np.median(pixels.reshape(-1, 3), axis=0)
     distance = np.linalg.norm(pixels - ground, axis=-1)
     coverage = np.clip(distance / np.quantile(distance, 0.995), 0, 1)
+    # The circumference of a disk of this area.
     outline = 2 * np.sqrt(np.pi * coverage.sum((1, 2)) + 1e-6)
     return float(np.mean((4 * coverage * (1 - coverage)).sum((1, 2)) / outline))
 
@@ -78,9 +83,12 @@ def main() -> None:
     sets, captions = clips(parser.parse_args().run)
     rows: dict[str, list[float]] = {}
     for videos in sets.values():
+        # The errors one by one, at the world's 8 frames a second.
         errors = [backend.measure(v, c, 8.0) for v, c in zip(videos, captions, strict=True)]
         for name, term in backend.TERMS.items():
             rows.setdefault(f"{term.reward} {name}", []).append(np.mean([e[name] for e in errors]))
+
+        # The rewards that they add up to.
         scores = [
             backend.MovingShapesBackend().score(v, c, 8.0)
             for v, c in zip(videos, captions, strict=True)
@@ -88,6 +96,8 @@ def main() -> None:
         for name in backend.MovingShapesBackend.names:
             mean = np.mean([score[name].normalised for score in scores])
             rows.setdefault(f"**{name}**", []).append(mean)
+
+        # What no reward reads.
         rows.setdefault("edge width, pixels", []).append(np.mean([edge_width(v) for v in videos]))
         identity = shape_recognition.identity(videos, captions)
         rows.setdefault("clips right throughout", []).append(identity.clips)

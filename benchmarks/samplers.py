@@ -34,6 +34,7 @@ def print_gaussian(std: float, eta_of) -> None:
     for steps in STEPS:
         errors = [variance_error(kind, steps, eta_of(kind, steps), std) for kind in KINDS]
         print(f"| {steps} | " + " | ".join(f"{100 * e:+.2f} %" for e in errors) + " |")
+
     # The slope over the last two rows: 1 where the error halves with the step.
     last = [
         [abs(variance_error(kind, steps, eta_of(kind, steps), std)) for steps in STEPS[-2:]]

@@ -34,6 +34,7 @@ ROWS = {
 
 def bytes_per_device(config: schema.Config, devices: int) -> int:
     """Of parameters, gradients, optimizer, trust region, and the frozen base with adapters."""
+    # A mesh without devices: sizes of any slice on any machine.
     mesh = jax.sharding.AbstractMesh((1, devices, 1), mesh_lib.AXES)
     blueprint = Blueprint.describe(config, mesh)
     state, base = blueprint.state, blueprint.base
@@ -57,6 +58,7 @@ def main() -> None:
     print("|---" * (len(devices) + 1) + "|")
     recipe = sweeps.load_module(pathlib.Path(file))
     for name, overrides in ROWS.items():
+        # A fresh config for each row: overrides stay where they were put.
         config: ml_collections.ConfigDict = recipe.get_config(arg or None)
         config.update_from_flattened_dict(overrides)
         validated = builder.from_config_dict(config)

@@ -46,10 +46,13 @@ def run(program: Any, rest: tuple, state: Any) -> None:
 
 def cost(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> None:
     """The update with and without our terms; also its operations as XLA counts them."""
+    # The variants, each with its own program.
     variants = {n: v for n, v in VARIANTS.items() if args.references or n not in WITH_REFERENCES}
     sides = {name: Ours(make_config(args, values), mesh) for name, values in variants.items()}
     count = args.prompts * args.group
     advantages = np.random.default_rng(0).standard_normal(count).astype(np.float32)
+
+    # One rollout for all: what is compared is the update.
     times, latents = Times(), next(iter(sides.values())).rollout()
     calls, flops = {}, {}
     for name, side in sides.items():
@@ -57,12 +60,16 @@ def cost(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> None:
         program = side.programs.update.lower(side.state, *rest).compile()
         flops[name] = program.cost_analysis()["flops"]
         calls[name] = functools.partial(run, program, rest)
+        # Once, to warm up.
         calls[name](side.copy_of_state())
         print(f"compiled: {name}", flush=True)
+
+    # In turn, so that what else the machine does falls on all of them.
     for _ in range(args.repeats):
         for name, side in sides.items():
             state = side.copy_of_state()
             times(name, functools.partial(calls[name], state))
+
     print("\n| update | operations | CPU | wall |\n|---|---|---|---|")
     for name in sides:
         share = flops[name] / flops["plain GRPO"] - 1
@@ -80,11 +87,13 @@ def against_plain(seconds: dict[str, list[float]], name: str) -> str:
 
 def profile(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> None:
     """Time by operation, and how much of it has only one thread at work."""
+    # Compiled before anything is measured.
     ours = Ours(make_config(args, {"trust_region.kind": "none"}), mesh)
     advantages = np.ones(ours.config.batch_size, np.float32)
     latents = ours.rollout()
     batch = ours.batch(latents, advantages)
     ours.update(ours.copy_of_state(), batch)
+
     for name, function in (
         ("rollout", lambda state: ours.rollout()),
         ("update", lambda state: ours.update(state, batch)),
@@ -93,6 +102,7 @@ def profile(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> None:
             state = ours.copy_of_state()
             print_threads(name, lambda s=state, f=function: f(s))
         state = ours.copy_of_state()
+        # A run of its own for the trace: tracing slows down what it traces.
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
                 function(state)
@@ -104,6 +114,7 @@ def thread_seconds() -> dict[str, np.ndarray]:
     """(ran, waited for a core) in seconds for every thread of this process (Linux)."""
     found = {}
     for path in pathlib.Path("/proc/self/task").glob("*/schedstat"):
+        # Nanoseconds on a core and in the queue for one, and how often it was there.
         ran, waited, _ = path.read_text().split()
         found[path.parent.name] = np.array([int(ran), int(waited)]) / 1e9
     return found
@@ -132,6 +143,7 @@ CONTAINERS = ("ThunkExecutor", "while", "call", "end:", "SlinkyThreadPool", "Thr
 
 def print_profile(name: str, data: jax.profiler.ProfileData) -> None:
     """Operations by thread time, and for how long each was the only one at work."""
+    # Beginnings (+1) and ends (-1) of all operations on all threads of XLA's pool.
     edges = []
     for plane in data.planes:
         for line in plane.lines:
@@ -142,6 +154,8 @@ def print_profile(name: str, data: jax.profiler.ProfileData) -> None:
                     kind = event.name.split(".")[0]
                     edges.append((event.start_ns, 1, kind))
                     edges.append((event.start_ns + event.duration_ns, -1, kind))
+
+    # Between two edges nothing changes: the time goes to all that are at work.
     edges.sort(key=lambda edge: edge[:2])
     busy, alone, by_count = collections.Counter(), collections.Counter(), collections.Counter()
     running, last = collections.Counter(), edges[0][0]
@@ -153,6 +167,7 @@ def print_profile(name: str, data: jax.profiler.ProfileData) -> None:
             alone[other] += (now - last) * (working.total() == 1)
         running[kind] += change
         last = now
+
     wall = sum(by_count.values())
     shares = ", ".join(f"{n}: {100 * by_count[n] / wall:.0f} %" for n in sorted(by_count))
     print(

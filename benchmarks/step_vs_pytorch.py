@@ -53,10 +53,12 @@ NO_LIMITS = ratio_lib.Tolerances(np.float32(np.inf), np.float32(np.inf))
 
 def make_config(args: argparse.Namespace, overrides: dict[str, Any]) -> schema.Config:
     """The quick start's recipe at the sizes of the command line."""
+    # The recipe, by its path: configs/ is no package.
     spec = importlib.util.spec_from_file_location("quick_start", RECIPE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     values = module.get_config()
+
     values.rollout.update(
         num_steps=args.steps,
         prompts_per_step=args.prompts,
@@ -79,6 +81,8 @@ class Ours:
         with tempfile.TemporaryDirectory() as folder:
             prompts = prompts_lib.open_prompts(config, pathlib.Path(folder), networks)
             batch = next(iter(prompts))
+
+        # The learner without VAE and rewards: neither is part of what is timed.
         programs = programs_lib.build(blueprint)
         self.learner = learner_lib.Learner(programs, None, prompts.negative, None)
         self.plan, self.programs = self.learner.plan, programs
@@ -127,6 +131,8 @@ class Theirs:
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
         )
+
+        # Our noise and our prompts, in torch's layout.
         shape = ours.plan.latent_shape
         self.first = to_torch(noise.initial_noise(ours.keys, shape))
         count = len(ours.plan.trained)
@@ -135,6 +141,8 @@ class Theirs:
         negative, negative_mask = ours.negative.text, ours.negative.mask
         self.text = torch.tensor(text), torch.tensor(mask).long()
         self.negative = torch.tensor(negative), torch.tensor(negative_mask).long()
+
+        # Both sides use the sampler's closed form; the rest is written again below.
         sigmas = np.asarray(ours.plan.schedule.sigmas, np.float64)
         rollout = self.config.rollout
         removed, std = sde.step_coefficients(
@@ -150,6 +158,7 @@ class Theirs:
         scale = self.config.rollout.guidance
         if scale == 1.0:
             return self.network(x, t, text, mask)
+        # Both branches in one batch, as ours.
         repeats = (len(x), *[1] * (text.ndim - 1))
         text = torch.cat([text, self.negative[0].repeat(*repeats)])
         mask = torch.cat([mask, self.negative[1].repeat(len(x), 1)])
@@ -174,11 +183,13 @@ class Theirs:
 
     def mean(self, x: torch.Tensor, t: int, rows: slice = slice(None)) -> torch.Tensor:
         velocity, (sigma, sigma_next) = self.velocity(x, t, rows), self.sigmas[t : t + 2]
+        # At σ the sample is data and noise: x + (1 - σ) v is its noise.
         predicted_noise = x + (1 - sigma) * velocity
         return x + (sigma_next - sigma) * velocity - self.removed[t] * predicted_noise
 
     @torch.no_grad()
     def rollout(self) -> list[torch.Tensor]:
+        # T + 1 states from noise to data.
         states = [self.first]
         for t, draw in enumerate(self.noise):
             states.append(self.mean(states[-1], t) + self.std[t] * draw)
@@ -190,10 +201,13 @@ class Theirs:
         steps, size = np.flatnonzero(self.plan.trained), loss_config.micro_batch
         normalizer = len(steps) * len(advantages)
         self.optimizer.zero_grad(set_to_none=True)
+
+        # Each backward pass adds to the gradient of the whole step.
         for t in steps:
             for start in range(0, len(advantages), size):
                 rows = slice(start, start + size)
                 draw, std = self.noise[t][rows], self.std[t]
+                # The rollout's own mean, and how many std the new one is away from it.
                 mean_old = states[t + 1][rows] - std * draw
                 delta = (self.mean(states[t][rows], t, rows) - mean_old) / std
                 ratio = (draw * delta - delta**2 / 2).mean((1, 2, 3, 4)).exp()
@@ -202,6 +216,7 @@ class Theirs:
                 loss = -(gain * float(self.plan.weights[t])).sum() / normalizer
                 loss.backward()
                 total += float(loss.detach())
+
         norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self.config.optimizer.grad_clip
         )
@@ -217,6 +232,7 @@ def load_torch_model(folder: pathlib.Path) -> torch.nn.Module:
     fields["text_embed_2_dim"] = fields["text_embed_2_dim"] or 8
     fields["image_embed_dim"] = fields["image_embed_dim"] or 8
     model = diffusers.HunyuanVideo15Transformer3DModel(**fields)
+
     tensors = safetensors_torch.load_file(folder / "diffusion_pytorch_model.safetensors")
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     unused = ("context_embedder_2.", "image_embedder.")
@@ -263,6 +279,7 @@ def compare(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> None:
     advantages = np.random.default_rng(0).standard_normal(count).astype(np.float32)
     first, times = Times(), Times()
 
+    # Compiled and compared. Ours updates on the states of the other side: one thing differs.
     latents = first("rollout", ours.rollout)
     states = theirs.rollout()
     batch, state = ours.batch(to_ours(states), advantages), ours.copy_of_state()
@@ -276,6 +293,7 @@ def compare(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> None:
         times("rollout, PyTorch", theirs.rollout)
         times("update, here", lambda s=state: ours.update(s, batch))
         times("update, PyTorch", lambda: theirs.update(states, torch.tensor(advantages)))
+
     print(f"\ncompilation: rollout {first.wall['rollout']} update {first.wall['update']} s\n")
     print("| | wall here | wall PyTorch | ratio | CPU here | CPU PyTorch | ratio | cores | cores |")
     print("|---" * 9 + "|")

@@ -44,6 +44,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.name = f"hunyuan_video_15_{variant}"
     config.num_steps = 300
 
+    # Networks, clips and prompts
     folder = f"weights/hunyuan_video_15/{variant}"
     config.model.update(variant=variant, transformer=f"{folder}/transformer", vae=f"{folder}/vae")
     config.model.update(compute_dtype="bfloat16", remat=True, vae_tiling="official")
@@ -53,6 +54,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.update(text_encoder="cache", max_text_tokens=0)
     config.data.update(train_prompts="cache:prompts/train", eval_prompts="cache:prompts/eval")
 
+    # Rollout and update, in the sizes of the official recipe
     config.rollout.update(num_steps=20, shift=shift, eta=0.5, guidance=guidance)
     config.rollout.update(prompts_per_step=16, group_size=4, decode_batch=1)
     # One sample, with both branches of guidance, in flight on each of 16 devices. More devices

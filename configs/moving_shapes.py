@@ -17,6 +17,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.name = "moving_shapes"
     config.num_steps = 90
 
+    # Networks, clips and prompts. So small a network needs no remat, and no scan over blocks.
     config.model.transformer = "asset:moving_shapes/transformer"
     config.model.vae = "asset:moving_shapes/vae"
     config.model.update(remat=False, unroll=True)
@@ -25,6 +26,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.eval_prompts = "moving_shapes:validation"
     config.data.test_prompts = "moving_shapes:test"
 
+    # Rollout and update
     config.rollout.update(num_steps=10, shift=3.0, eta=0.8, prompts_per_step=8, group_size=8)
     config.rollout.decode_batch = 4  # small pieces stay in the caches of a CPU
     config.loss.micro_batch = 64

@@ -9,6 +9,10 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.vae_model = vae_model()
     config.transformer = transformer()
+
+    # The autoencoder, from nothing: first on cuts of 5 frames, which cost two thirds of whole
+    # clips. Without the contrast weight no shape is painted for long: background is nine tenths of
+    # a frame.
     config.vae = ConfigDict(
         {
             "steps": 4000,
@@ -33,6 +37,9 @@ def get_config() -> ConfigDict:
             "kl_weight": 3e-5,
         }
     )
+
+    # The same once more from its averaged weights, on whole clips: the change from the cuts leaves
+    # their last frames worse than the others.
     config.polish = ConfigDict(
         {
             **config.vae.to_dict(),
@@ -42,10 +49,18 @@ def get_config() -> ConfigDict:
             "learning_rate": 5e-4,
         }
     )
+
+    # The decoder alone, as sharp as it gets: the latents are settled from here on, so that the
+    # transformer can be trained meanwhile. A little noise stands for what sampling gets wrong.
     config.decoder = ConfigDict(
         {**config.polish.to_dict(), "steps": 3000, "kl_weight": 0.0, "latent_noise": 0.02}
     )
+
+    # Training captions only: what the transformer has not been shown is left to test it with
     config.latents = ConfigDict({"num_clips": 16384, "batch_size": 64})
+
+    # Rectified flow; σ is the logistic of a standard normal, shifted as in sampling. One caption in
+    # ten is dropped, so that there is an unconditional branch to guide with.
     config.flow = ConfigDict(
         {
             "steps": 9000,
@@ -64,6 +79,9 @@ def get_config() -> ConfigDict:
             "caption_drop": 0.1,
         }
     )
+
+    # One pass learns what guidance makes of four (docs/pretraining.md). The first latent frame
+    # stands for one frame of the video alone and comes out worst, so it counts double.
     config.distill = ConfigDict(
         {
             **config.flow.to_dict(),
@@ -76,6 +94,8 @@ def get_config() -> ConfigDict:
             "first_frame_weight": 2.0,
         }
     )
+
+    # The decoder on latents as sampling makes them: noised, then denoised by the transformer
     config.sharpen = ConfigDict(
         {
             **config.decoder.to_dict(),
@@ -86,6 +106,7 @@ def get_config() -> ConfigDict:
             "denoising_steps": 3,
         }
     )
+
     config.report = ConfigDict(
         {
             "sampling_steps": (10, 40),
@@ -95,6 +116,7 @@ def get_config() -> ConfigDict:
             "sheet_frames": 6,
         }
     )
+
     return config
 
 

@@ -46,6 +46,7 @@ def make_job() -> conversion.Job:
     Raises:
       ValueError: bad input.
     """
+    # --src may be a run: its newest checkpoint is meant, and its workdir tells of what model.
     src, step = pathlib.Path(_SRC.value), None
     if _SRC_FORMAT.value == "orbax" and not orbax_io.is_orbax(src):
         src, step = _find_run(src)
@@ -67,6 +68,7 @@ def make_job() -> conversion.Job:
 
 def _find_run(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     """(workdir, newest checkpoint) from a workdir or its folder of checkpoints."""
+    # The config and the adapters' description lie in the workdir, one folder above.
     if path.name == checkpoint.FOLDER:
         path = path.parent
     folder = path / checkpoint.FOLDER
@@ -80,6 +82,7 @@ def _find_run(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
 
 def main() -> None:
     """Converts, and says what was written."""
+    # Nothing is computed, and an accelerator may be busy with a run.
     jax.config.update("jax_platforms", "cpu")
     written = conversion.convert(make_job(), sys.stderr)
     print(f"done: {written}; see {_DST.value}")

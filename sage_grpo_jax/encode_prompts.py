@@ -46,6 +46,8 @@ def main() -> None:
     """Encodes, and says what was written."""
     # JAX (the VAE) and torch may share a GPU: JAX then must not take all of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+    # Only now: importing it imports JAX, which must find the setting.
     from sage_grpo_jax.text_encoders import encode
 
     request = encode.Request(
@@ -63,6 +65,7 @@ def main() -> None:
         negative_prompt=_NEGATIVE_PROMPT.value,
         resume=_RESUME.value,
     )
+
     try:
         cache = encode.encode(request)
     except RuntimeError as error:  # torch's and JAX's own kinds

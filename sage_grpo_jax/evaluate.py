@@ -62,12 +62,15 @@ def evaluate(
       loop.StorageError: see `input_checks.open_prompts`.
       RewardServiceError: see `reward_service.open_scorer`.
     """
+    # What can be refused without loading anything.
     if split == "test" and not config.data.test_prompts:
         raise ValueError("--split: got test, but config.data.test_prompts is ''; allowed: eval")
     if ema and source is None:
         raise ValueError("--ema: without --checkpoint there is no average; allowed: both")
     blueprint = input_checks.check(config)
     workdir_lib.make_folder(out, "--out", _NAMES, "an evaluation")
+
+    # Prompts, and the policy: the recipe's weights, or a run's, whose encoder made the prompts.
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(blueprint.mesh))
         prompts = input_checks.open_prompts(config, out, blueprint.networks)
@@ -77,6 +80,8 @@ def evaluate(
             what = f"config.data.eval_prompts: {config.data.eval_prompts}"
             workdir_lib.check_encoder(prompts.encoder, what, pathlib.Path(source))
             trained = _restore(source, blueprint.state.params, ema)
+
+        # The learner of training, of which no step is taken.
         scorer = stack.enter_context(reward_service.open_scorer(config, out))
         learner = learner_lib.Learner(
             programs.build(blueprint),
@@ -87,7 +92,9 @@ def evaluate(
         )
         chosen = prompts.evaluation if split == "eval" else prompts.test
         result = evaluation.evaluate(learner, trained, chosen, split)
+
     if jax.process_index() == 0:
+        # Process 0 has the metrics of all.
         evaluation.save_samples(result, out, "evaluation", config)
         metrics.write_json(out / "metrics.json", result.metrics)
         folders.settle(out, _NAMES)
@@ -104,6 +111,7 @@ def _restore(source: str, abstract: Any, ema: bool) -> Any:
 def main() -> None:
     """Prints the metrics as JSON."""
     config = builder.from_config_dict(_CONFIG.value)
+    # Before anything else asks JAX for its devices.
     devices.start(config)
     out = pathlib.Path(_OUT.value)
     found = evaluate(config, _CHECKPOINT.value, out, _SPLIT.value, _EMA.value)

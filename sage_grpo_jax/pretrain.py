@@ -30,9 +30,12 @@ def main() -> None:
     """Writes config.json and runs the stages."""
     config = pretraining_config.from_mapping(_CONFIG.value.to_dict())
     workdir = pathlib.Path(_WORKDIR.value)
+
+    # A folder from before there were manifests is known by its config.
     file = workdir / "config.json"
     ours = functools.partial(workdir_lib.is_config, file)
     workdir_lib.make_folder(workdir, "--workdir", pretraining.NAMES, "a pretraining", ours)
+
     settings = json.dumps(_CONFIG.value.to_dict(), indent=2, default=str)
     files.write_atomically(file, f"{settings}\n".encode())
     pretraining.run(config, workdir, _STAGES.value)

@@ -25,6 +25,7 @@ _OF_SWEEP = ("runs.csv", "sweep.md", "heat_map.png", "curves.png")
 def main() -> None:
     """Reads the runs, or the sweep, and writes the report."""
     out, paths = pathlib.Path(_OUT.value), [pathlib.Path(path) for path in _RUNS.value]
+    # Runs or a sweep, told apart by the sweep's own file.
     found = [path for path in paths if (path / sweeps.SWEEP_FILE).exists()]
     if not found:
         _report_runs([run_report.read_run(path) for path in paths], out)
@@ -39,9 +40,12 @@ def main() -> None:
 
 
 def _report_runs(runs: list[run_report.RunRecord], out: pathlib.Path) -> None:
+    # The names are claimed first: somebody else's report.md is not overwritten.
     workdir_lib.make_folder(out, "--out", _OF_RUNS, "a report")
     run_report.write_curve(runs, out / "reward_curve.png")
     with_pictures = run_report.write_before_after(runs[0], out)
+
+    # Text, on the screen and as a file.
     sections = [f"## {run.workdir.name}\n\n```\n{run_report.table(run)}\n```\n" for run in runs]
     for run in runs:
         print(f"\n{run.workdir}\n{run_report.table(run)}")
@@ -49,6 +53,7 @@ def _report_runs(runs: list[run_report.RunRecord], out: pathlib.Path) -> None:
         over_seeds = run_report.seeds_table(runs)
         sections.append(f"## over seeds\n\n{over_seeds}\n")
         print(f"\n{over_seeds}")
+
     files.write_atomically(out / "report.md", "\n".join(sections).encode())
     folders.settle(out, _OF_RUNS)
     pictures = ", before_after.png, before_after.gif" if with_pictures else ""

@@ -38,6 +38,7 @@ _PROMPTS = flags.DEFINE_string(
 _OUT = flags.DEFINE_string("out", None, "Folder of the clips.", required=True)
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds, a clip of every prompt for each.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Samples at a time, on all devices.")
+# Values of `sampling.settings` by name; None leaves the recipe's.
 _SETTINGS = {
     "sampler": flags.DEFINE_string("sampler", None, f"{', '.join(kinds.KINDS)}; default: ode."),
     "steps": flags.DEFINE_integer("steps", None, "Denoising steps."),
@@ -67,6 +68,7 @@ def main() -> None:
         batch_size=_BATCH_SIZE.value,
         overrides={name: flag.value for name, flag in _SETTINGS.items()},
     )
+    # Before JAX is used, and after the flags: a bad one is told without waiting for the others.
     hosts.initialize()
     made = run.sample(config, request)
     if jax.process_index() == 0:

@@ -40,21 +40,30 @@ def describe(config: schema.Config) -> dict[str, object]:
     Raises:
       ValueError: a recipe without a stochastic step.
     """
+    # What the plan says of the steps: their noise levels, weights S and gradient scales N; [T].
     rollout, plan = config.rollout, step_plan.plan_steps(config)
     sigmas = np.asarray(plan.schedule.sigmas, np.float64)
     weights = plan_lib.step_weights(config, plan)
     arguments = (rollout.sde, plan.schedule, rollout.eta)
     scale = equalizer.gradient_scale(*arguments, log_prob=config.loss.log_prob, clamp=rollout.clamp)
+
+    # Every place of the window, bool [places, T], and the share of rollouts that have it there.
     masks, shares = windows.places(plan.counted, rollout.window, plan.window, rollout.window_motion)
     coverage = shares @ (masks & plan.noisy)
     trained = shares @ (masks & plan.trained & (np.cumsum(masks, axis=1) <= plan.positions))
     if plan.draws:
         trained = (shares @ masks) * plan.positions / plan.window
+
+    # How much of the gradient comes from each step; the forward process has no N.
     gradient = trained * weights * (1.0 if config.loss.objective == "nft" else scale)
+
+    # Closed forms for data in one point, with the noise of each place. The std of a step is the
+    # same in all places that hold it.
     chains = [
         excess.point_mass(*arguments, place & plan.noisy, clamp=rollout.clamp) for place in masks
     ]
     stds = excess.point_mass(*arguments, plan.noisy, clamp=rollout.clamp).stds
+
     return {
         "method": config.method,
         "sde": rollout.sde,
@@ -77,11 +86,14 @@ def describe(config: schema.Config) -> dict[str, object]:
 
 def table(values: dict[str, object]) -> str:
     """The description as text."""
+    # What holds for the whole recipe.
     lines = [
         f"method {values['method']}: {values['sde']}, eta {values['eta']:.4g}, "
         f"{values['trained_steps']} trained steps a sample, injected std "
         f"{values['injected_std']:.4g} (root of the summed variances)",
     ]
+
+    # Columns and their widths; the last two only where they say something.
     columns = {"sigma": 8, "next": 8, "std": 8, "excess": 8, "N": 9, "S": 9, "share": 7}
     if values["window_places"] > 1:
         kind = "random" if values["window"] == "random_k" else values["window"]
@@ -94,6 +106,8 @@ def table(values: dict[str, object]) -> str:
     if not np.allclose(values["trained"], values["coverage"]):
         lines.append("trained: samples that are trained at the step")
         columns["trained"] = 8
+
+    # A line for each step.
     lines.append(f"{'step':>4} " + " ".join(f"{name:>{width}}" for name, width in columns.items()))
     names = ("sigma", "sigma_next", "std", "excess", "N", "S", "share", "coverage", "trained")
     for step, row in enumerate(zip(*(values[name] for name in names), strict=True)):

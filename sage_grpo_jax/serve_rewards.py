@@ -52,9 +52,11 @@ _log = logging.getLogger(__name__)
 
 def main() -> None:
     """Serves until a signal, or until the backend is lost."""
+    # First of all: while a model loads, the parent may end as well.
     if _PARENT_PID.value is not None:
         spawn.die_with_parent(_PARENT_PID.value)
     _check_host(_HOST.value)
+
     server = RewardServer(
         backends.create(_BACKEND.value),
         name=_BACKEND.value,
@@ -65,20 +67,29 @@ def main() -> None:
         max_message_bytes=_MAX_MESSAGE_MIB.value * 2**20,
         cache_size=_CACHE_SIZE.value,
     )
+
+    # Listens before the long warm-up: a port that is taken is told at once.
     try:
         address = server.start()
     except RuntimeError as error:
         raise ValueError(f"--port: {error}; allowed: a free one, or 0") from error
+
     try:
         server.warm_up()
     except Exception:
         _log.exception("the warm-up of backend %s failed", _BACKEND.value)
         server.stop(0.0)
         sys.exit(1)
+
+    # Before the line is out: whoever reads it may send a signal at once.
     stop = _stop_on_signals()
     print(spawn.listening_line(address, server.fingerprint), flush=True)
+
+    # gRPC's threads serve; this one waits for a signal, and looks for a backend that is lost.
     while not stop.wait(0.2) and not server.lost.is_set():
         pass
+
+    # All that was accepted is answered, or the exit status says that it was not.
     drained = server.stop(_GRACE.value)
     _log.info("stopped; calls by outcome: %s", server.counts)
     if server.lost.is_set() or not drained:
@@ -89,6 +100,7 @@ def main() -> None:
 
 
 def _check_host(host: str) -> None:
+    # Names other than "localhost" may lead anywhere, whatever they lead to now.
     try:
         loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:

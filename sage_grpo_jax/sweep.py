@@ -40,6 +40,7 @@ def run(point: sweeps.Point, shared: list[str]) -> tuple[int, bool]:
     """
     command = [sys.executable, "-m", "sage_grpo_jax.train", *shared]
     command += [*sweeps.flags_of(point.overrides), f"--workdir={point.folder}"]
+
     asked: list[int] = []
     # Before the process is there: a signal that comes in between is passed on as soon as it is.
     previous = {
@@ -79,6 +80,7 @@ def listing(points: list[sweeps.Point]) -> str:
 
 def plan(points: list[sweeps.Point]) -> str:
     """What is left, in runs, steps and transformer passes; and in time, once a run has finished."""
+    # What is left; a run that has begun counts as a whole one.
     left = [p for p in points if p.status != "finished"]
     steps = sum(p.config.num_steps for p in left)
     passes = sum(p.config.num_steps * sum(sweeps.forward_passes(p.config)) for p in left)
@@ -86,6 +88,8 @@ def plan(points: list[sweeps.Point]) -> str:
         f"{len(points)} points, {len(points) - len(left)} finished; left: {len(left)} runs, "
         f"{steps} steps, {passes:.3g} transformer passes (a backward pass counts as two)"
     ]
+
+    # Time is estimated by transformer passes, in which points differ.
     seconds = _seconds_per_pass([p for p in points if p.status == "finished"])
     if seconds is not None:
         seconds *= passes
@@ -114,6 +118,8 @@ def main() -> None:
     """Lists, plans, or runs what is not finished; exit status 1 if a run failed."""
     # The runs are processes of their own, and an accelerator has room for one.
     jax.config.update("jax_platforms", "cpu")
+
+    # All points are validated here, also those that are not run now.
     workdir, path = pathlib.Path(_WORKDIR.value), config_flags.get_config_filename(_config_flag())
     points = sweeps.read_points(path.partition(":")[0], _CONFIG.value, workdir)
     if _INDEX.value is not None and not 0 <= _INDEX.value < len(points):
@@ -121,9 +127,11 @@ def main() -> None:
     if _LIST.value or _PLAN.value:
         print(listing(points) if _LIST.value else plan(points))
         return
+
     chosen = points if _INDEX.value is None else [points[_INDEX.value]]
     file = workdir / sweeps.SWEEP_FILE
     ours = functools.partial(workdir_lib.is_config, file)
+    # sweep.json is written before the runs: `report` reads it while they go on.
     workdir_lib.make_folder(workdir, "--workdir", [file.name], "a sweep", ours)
     sweeps.write_index(path, points, workdir)
     failed = _run_all(chosen, [f"--config={path}", *sweeps.flags_of(_given_overrides())])
@@ -140,6 +148,7 @@ def _run_all(points: list[sweeps.Point], shared: list[str]) -> list[str]:
             continue
         print(f"[{number}/{len(points)}] {point.name}", flush=True)
         status, asked = run(point, shared)
+        # A run that a signal stopped has saved its state: it did not fail.
         if status != 0 and not (asked and status in (-signal.SIGTERM, 128 + signal.SIGTERM)):
             failed.append(f"{point.name} (exit status {status})")
         if asked or (status == 0 and point.status != "finished"):

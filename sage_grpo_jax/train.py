@@ -37,10 +37,15 @@ STOPPED = (
 def main() -> None:
     """Validates and trains."""
     config = builder.from_config_dict(_CONFIG.value)
+    # The shadow knows some formulas only: refused now, not after the first step.
     if config.debug.shadow:
         shadow_formulas.check(config)
+
+    # Devices before any other use of JAX.
     devices.start(config)
     metrics.log_versions()
+
+    # The shadow is handed in, since training knows no room above it. None: stopped by a signal.
     summary = loop.train(config, pathlib.Path(_WORKDIR.value), shadow.Shadow)
     if summary is not None:
         print(f"done: {summary['steps']} steps; see {_WORKDIR.value}")

@@ -32,6 +32,7 @@ def lower_programs(config: schema.Config, mesh: jax.sharding.Mesh) -> dict[str, 
     programs, state, networks = programs_lib.build(blueprint), blueprint.state, blueprint.networks
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
+    # The arguments are shapes with shardings, so that nothing is allocated.
     def shape(size: tuple[int, ...], dtype: Any, place: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, dtype, sharding=place)
 
@@ -42,9 +43,11 @@ def lower_programs(config: schema.Config, mesh: jax.sharding.Mesh) -> dict[str, 
         text, mask = np.zeros((1, length, needs.text)), np.ones((1, length), bool)
         prompt = {"text": text, "text_mask": mask}
         frames = programs.plan.latent_shape[0]
+        # One prompt of zeros, as long as a recipe's longest, tells names, shapes and types.
         one = model.make_condition(prompt, networks.transformer, frames)
         return jax.tree.map(lambda x: shape((batch, *x.shape[1:]), x.dtype, place), one)
 
+    # One rollout as rollout and update see it
     batch = config.batch_size
     keys = shape((batch,), jax.random.key(0).dtype, rows)
     starts = shape((batch,), jnp.int32, rows)
@@ -54,6 +57,8 @@ def lower_programs(config: schema.Config, mesh: jax.sharding.Mesh) -> dict[str, 
         jnp.float32,
         sharding.batch_sharding(mesh, 1),
     )
+
+    # What does not change: VAE, negative prompt, base weights
     vae_params = jax.tree.map(
         lambda s: shape(s.shape, jnp.dtype(networks.vae.dtype), whole),
         networks_lib.abstract_params(networks.vae),
@@ -69,6 +74,8 @@ def lower_programs(config: schema.Config, mesh: jax.sharding.Mesh) -> dict[str, 
     frozen = micro_losses.Frozen(condition(1, whole), blueprint.base)
     scalar = shape((), jnp.float32, whole)
     old = ratio.abstract_old_means(programs.plan, mesh)
+
+    # The programs. Their arguments are made before the mesh is set, see above.
     arguments = {
         "rollout": (state.params, condition(batch, rows), frozen, keys, starts),
         "decode": (

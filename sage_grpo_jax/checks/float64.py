@@ -33,6 +33,8 @@ def in_float64(function: Callable, *inputs: Any) -> Callable:
       NotImplementedError: the function holds a primitive whose result depends on the width of its
         inputs, or a kernel, or a loop other than scan.
     """
+    # The program is taken as it is in float32: every cast that a layer asks for is an equation of
+    # it, which can be run with other types.
     traced, out_shape = jax.make_jaxpr(function, return_shape=True)(*inputs)
     tree = jax.tree.structure(out_shape)
     wanted = [leaf.shape for leaf in jax.tree.leaves(inputs)]
@@ -58,6 +60,7 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Any, inputs: Any) -> list[Any]:
     for variable, value in zip(jaxpr.constvars, consts, strict=True):
         values[variable] = widen(value)
     values.update(zip(jaxpr.invars, inputs, strict=True))
+    # The program is run as the interpreter of JAX does it, equation by equation.
     for equation in jaxpr.eqns:
         results = _apply(equation, [read(atom) for atom in equation.invars])
         values.update(zip(equation.outvars, results, strict=True))
@@ -68,8 +71,11 @@ def _apply(equation: core.JaxprEqn, inputs: list[Any]) -> list[Any]:
     name, params = equation.primitive.name, equation.params
     if name in _REFUSED:
         raise NotImplementedError(f"in_float64: the program holds {name}")
+
     if name in _SKIPPED:
         return inputs
+    # What is called runs with wide types too. A derivative rule of its own would have been written
+    # for float32, so it is left out.
     if name in _INLINED:
         inner = next(params[key] for key in _CALLS if key in params)
         return _evaluate(*_open(inner), inputs)
@@ -79,6 +85,8 @@ def _apply(equation: core.JaxprEqn, inputs: list[Any]) -> list[Any]:
         # The sum of two numbers is part of its parameters, in the types that it was traced with.
         rest = {key: params[key] for key in ("indices_are_sorted", "unique_indices", "mode")}
         return [jax.lax.scatter_add(*inputs, params["dimension_numbers"], **rest)]
+
+    # Everything else takes the type of its inputs; only types among its parameters are changed.
     params = {key: _wide_type(value) for key, value in params.items()}
     if name == "convert_element_type" and inputs[0].dtype == params["new_dtype"]:
         return inputs
@@ -92,6 +100,7 @@ def _open(jaxpr: Any) -> tuple[core.Jaxpr, Any]:
 
 
 def _scan(params: dict[str, Any], inputs: list[Any]) -> list[Any]:
+    # A scan takes constants, then what it carries, then what it slices.
     program, consts = _open(params["jaxpr"])
     fixed, carried = params["num_consts"], params["num_carry"]
 

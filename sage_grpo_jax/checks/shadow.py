@@ -69,6 +69,7 @@ class Shadow:
                 "config.debug.shadow: got True without a CPU backend; allowed: JAX_PLATFORMS that "
                 "ends with ,cpu, or False"
             ) from error
+
         self._recipe = plan
         self._mesh = mesh_lib.make_mesh(1, 1, 1, devices=[device])
         self._float32 = jax.jit(functools.partial(_float32_side, plan))
@@ -92,8 +93,12 @@ class Shadow:
         """
         plan = self._recipe
         pieces = plan.config.batch_size // plan.config.loss.micro_batch
+        # Each step looks at another (position, piece), so that all of them have their turn. The
+        # turn follows from the step: a resumed run goes on where the other would have.
         turn = int(state.step) % (plan.positions * pieces)
         position, piece = turn // pieces, turn % pieces
+
+        # Both sides: float32 where the run computes, float64 on the CPU
         inputs = self._inputs(state, batch, frozen, position, piece)
         sides = self._float32(state, batch, frozen, np.int32(position), np.int32(piece))
         found = jax.device_get(sides)
@@ -111,6 +116,8 @@ class Shadow:
     ) -> _Inputs:
         """The micro-batch and its constants from config and rollout, on the host."""
         plan, config = self._recipe, self._recipe.config
+
+        # Which samples, at which steps
         size = config.loss.micro_batch
         rows = np.arange(size) * (config.batch_size // size) + piece  # see `update.split_batch`
         sigmas = np.asarray(plan.schedule.sigmas, np.float64)
@@ -122,14 +129,19 @@ class Shadow:
         if config.rollout.trained_choice == "random":
             place = np.asarray(noise.chosen_steps(keys, window, positions))[:, position]
         step = noisy[np.asarray(batch.starts)[rows] + place]
+
+        # A masked sample may hold NaN, and 0 · NaN in a sum is NaN: its latents count as 0.
         valid, latents = np.asarray(batch.valid), np.asarray(batch.latents)
         of_sample = valid[rows].reshape(-1, *[1] * (latents.ndim - 2))
+
+        # λ, by the count and the measured KLs alone, and the references
         region = trust_region.find_state(state.opt_state)
         weight = self._controller.weight(
             int(region.count), np.asarray(region.history), float(region.weight)
         )
         references = [region.anchor] * config.trust_region.has_anchor
         references += [region.previous] * config.trust_region.has_previous
+
         return _Inputs(
             trained=jax.device_get(state.params),
             base=jax.device_get(frozen.base),
@@ -166,6 +178,7 @@ class Shadow:
 def deviations(found: Sides, exact: Sides, scale: float) -> dict[str, float]:
     """The metrics of `Shadow`; NaN on either side stays NaN. On the host, in float64."""
     log_ratio, wanted = np.asarray(found.log_ratio, np.float64), np.asarray(exact.log_ratio)
+
     pairs = zip(jax.tree.leaves(found.gradient), jax.tree.leaves(exact.gradient), strict=True)
     difference = wanted_norm = 0.0
     for ours, theirs in pairs:
@@ -211,6 +224,9 @@ def _float32_side(
     """The update's own loss, gradient and log-ratio at one micro-batch."""
     given = update_lib.loss_inputs(plan, state, frozen, jnp.sum(batch.valid))
     micro = update_lib.take_micro_batch(plan, batch, position, piece)
+
+    # The ratio of the loss is 1 in a first pass and would tell nothing. So the ratio to the
+    # rollout's own means is compared, which depends on every number of the transition.
     loss = functools.partial(micro_losses.policy_micro_loss, plan=plan)
     (total, _), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, micro, given)
     draw = noise.step_noise(micro.keys, micro.step, plan.latent_shape)
@@ -237,6 +253,7 @@ def _velocity_program(plan: Plan) -> Callable:
 def _float64_side(plan: Plan, velocity: Callable, inputs: _Inputs) -> tuple[Sides, jax.Array]:
     """The same quantities from the papers, and the scale that the loss is judged by."""
     config, rollout = plan.config, plan.config.rollout
+    # σ is [m, 1, ..., 1] where it meets the latents of m samples.
     shape = (-1,) + (1,) * (inputs.latents.ndim - 1)
     sigmas = jnp.asarray(np.asarray(plan.schedule.sigmas, np.float64))
     sigma, sigma_next = (sigmas[inputs.step + i].reshape(shape) for i in (0, 1))
@@ -264,6 +281,7 @@ def _float64_side(plan: Plan, velocity: Callable, inputs: _Inputs) -> tuple[Side
         penalty = _penalty(config, mean, std, log_ratio, inputs, transition)
         total = gain * inputs.weights + inputs.kl_weight * penalty
         size = jnp.abs(inputs.advantages) * inputs.weights + inputs.kl_weight * jnp.abs(penalty)
+
         of_rollout = log_ratio_to(inputs.next_latents - std * inputs.noise, mean, std)
         shown = jnp.where(inputs.valid, of_rollout, 0.0), jnp.sum(masked * size)
         return jnp.sum(masked * total) / inputs.normalizer, shown
@@ -279,8 +297,10 @@ def _penalty(config, mean, std, log_ratio, inputs: _Inputs, transition) -> jax.A
     betas += [region.previous_weight] * region.has_previous
     for beta, reference in zip(betas, inputs.references, strict=True):
         reference_mean = jax.lax.stop_gradient(transition(reference)[0])
+        # KL of two Gaussians with one std
         distance = (mean - reference_mean) ** 2 / (2 * std**2)
         total += beta * inputs.kl_weights * shadow_formulas.reduced(config.loss, distance)
+    # Eq. 15: log π_old - log π over the samples of π_old.
     if region.penalises_motion and not region.has_previous:
         total -= region.previous_weight * log_ratio
     return total

@@ -63,6 +63,7 @@ def check(config: schema.Config) -> None:
 def variance(kind: str, sigma: Any, sigma_next: Any, eta: float, clamp: float = 0.0) -> Any:
     """Of the noise that a step injects, as the papers print it; any shape."""
     if kind == "precise":
+        # App. A.2 integrates σ/(1 - σ) over the step, with both ends clamped away from σ = 1.
         lowest = float(np.float32(clamp)) or _CLAMP
         start, end = jnp.maximum(1 - sigma, lowest), jnp.maximum(1 - sigma_next, lowest)
         inside = eta**2 * (jnp.log(end / start) - (end - start))
@@ -92,8 +93,11 @@ def transition(
     clean, predicted_noise = sample - sigma * velocity, sample + (1 - sigma) * velocity
     injected = variance(kind, sigma, sigma_next, eta, clamp)
     if kind == "cps":
+        # Flow-CPS turns the predicted noise towards a fresh one; x̂0 stays where it is.
         turned = sigma_next * (math.cos(eta * math.pi / 2) * predicted_noise)
         return (1 - sigma_next) * clean + turned, jnp.sqrt(injected)
+    # An Euler-Maruyama step of the SDE with the same marginals goes half the variance along the
+    # score.
     score = -predicted_noise / sigma
     mean = sample + (sigma_next - sigma) * velocity + injected * score / 2
     return mean, jnp.sqrt(injected)
@@ -101,6 +105,7 @@ def transition(
 
 def log_prob(loss: schema.LossConfig, sample: Any, mean: Any, std: Any) -> jax.Array:
     """Log-probability [m] up to constants that do not depend on the mean."""
+    # Flow-CPS leaves the std out of the exponent.
     squares = -((sample - mean) ** 2)
     return reduced(loss, squares if loss.log_prob == "squared" else squares / (2 * std**2))
 
@@ -110,6 +115,7 @@ def policy_loss(loss: schema.LossConfig, log_ratio: Any, advantages: Any) -> jax
     if loss.objective == "reinforce":
         return -advantages * log_ratio
     ratio = jnp.exp(log_ratio)
+    # PPO takes the worse of the two for whoever maximises.
     clipped = jnp.clip(ratio, 1 - loss.clip_range, 1 + loss.clip_range)
     return -jnp.minimum(advantages * ratio, advantages * clipped)
 
@@ -144,6 +150,7 @@ def trained_steps(config: schema.Config, noisy: np.ndarray) -> np.ndarray:
     rollout = config.rollout
     window, positions = window_and_positions(config, noisy)
     places = len(noisy) - window + 1
+    # A window may begin at these places, counted in steps that can inject noise.
     starts = {"all": [0], "first_k": [0], "random_k": range(places)}.get(
         rollout.window, range(0, places, rollout.window_motion.stride)
     )
@@ -165,6 +172,8 @@ def step_weights(
         at_one, std = transition(rollout.sde, 1.0, 0.0, *arguments)
         at_zero, _ = transition(rollout.sde, 0.0, 0.0, *arguments)
         slope = np.abs(np.asarray(at_one - at_zero))
+
+    # ∂ log π/∂v has the size λ/std for the Gaussian, λ·std for the squares, up to a constant.
     scale = slope * np.asarray(std) if squared else slope / np.asarray(std)
     ordered = np.sort(scale)
     middle = ordered[(len(ordered) - 1) // 2]  # torch.median: the lower of an even count
@@ -223,6 +232,7 @@ class Controller:
         unknown = first or count - self._count > size or count < self._count
         start = max(0, count - size) if unknown else self._count
         weight = of_run if unknown else self._weight
+        # One update after another: a rule that multiplies depends on the order.
         for n in range(start + 1, count + 1):
             self._kls.append(float(history[(n - 1) % size]))
             if not unknown:
@@ -247,6 +257,8 @@ class Controller:
         region = self._region
         if (ramp := self._ramp(count)) is not None:
             return ramp
+        # As Eq. 42 is printed a high KL lowers the weight; a trust region needs the other
+        # direction.
         target, measured = region.target_shift**2 / 2, float(np.mean(self._kls))
         raise_it, lower_it = region.up, region.down
         if region.feedback == "paper":

@@ -46,6 +46,8 @@ def load(path: pathlib.Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
+            # One byte more than is allowed shows that a file is too large, without reading all of
+            # it.
             text = file.read(max_bytes + 1)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -128,6 +130,8 @@ def _no_number(text: str) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # A later key would silently replace the earlier one; what is missing afterwards was there
+    # twice.
     values = dict(pairs)
     if len(values) < len(pairs):
         left = dict(pairs)
@@ -149,6 +153,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return same and all(map(_fits, value, arguments))
     if hint is float and type(value) is float:
         return math.isfinite(value)
+    # `isinstance` would take True for 1: a bool is an int in Python.
     if hint in (int, float) and type(value) is int:
         return -_MAX_INTEGER <= value < _MAX_INTEGER
     return value is None if hint in (None, type(None)) else type(value) is hint

@@ -68,6 +68,7 @@ def call(
     except BrokenPipeError as error:
         _leave(FAILED, f"stopped: {_of_file(error)}; nobody reads what is printed")
     except Exception as error:
+        # A full disk shows as errors of many types, also of libraries: it is looked for first.
         if (said := files.disk_failure(error)) is not None:
             _leave(FAILED, f"stopped: {said}; the same command goes on once there is room")
         if not isinstance(error, _BAD_INPUT):
@@ -105,6 +106,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         _fail(_reason(error))
     finally:
         std_logging.disable(std_logging.NOTSET)
+
+    # What absl lets through
     if len(left) > 1:
         _fail(f"unexpected arguments: {' '.join(left[1:])}; allowed: flags, as in --name=value")
     for name in flags.FLAGS:
@@ -184,10 +187,13 @@ def _reason(error: BaseException) -> str:
     # Outer messages name the flag, but for recipes: there they hold a trace.
     if isinstance(error, flags.Error) and "Traceback" not in text:
         return text
+
+    # Of errors that led to one another the first one says what is wrong.
     cause = error
     while cause.__cause__ is not None or cause.__context__ is not None:
         cause = cause.__cause__ or cause.__context__
     text = one_line(cause)
+
     if _is_of_config(cause):
         name = re.search(r"""['"](\w+)['"]""", text)
         return f"unknown config field: {repr(name[1]) if name else text}"
@@ -211,6 +217,7 @@ def _of_file(error: OSError) -> str:
         return one_line(error)
     path = os.path.abspath(os.fsdecode(error.filename))
     given = {name: flags.FLAGS[name].value for name in flags.FLAGS if flags.FLAGS[name].present}
+    # Where several flags name a folder above the file, the deepest one was meant.
     folders = [
         (len(os.path.abspath(folder)), f"--{name}: ")
         for name, value in given.items()

@@ -31,11 +31,14 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path, TEMPORARY)
     remove = functools.partial(temporary.unlink, missing_ok=True)
+    # Whether an error or a signal ends this, nothing is left under the temporary name.
     with termination.on_stop(remove):
         try:
             with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
+                # The data goes to disk before the rename: after a crash the new name must not lead
+                # to an empty file.
                 os.fsync(file.fileno())
             temporary.replace(path)
         finally:
@@ -71,6 +74,8 @@ def remove_leftovers(folder: pathlib.Path) -> None:
 def _temporaries(folder: pathlib.Path, kind: str) -> list[tuple[pathlib.Path, str]]:
     """(path, name that it stands for) of what dead processes of this host left."""
     host = re.escape(socket.gethostname())
+    # Host and process are in the name: what a living process writes is left alone, and what another
+    # host wrote cannot be judged from here.
     pattern = re.compile(rf"\.(.+)\.{host}\.([0-9]{{1,10}})\.{kind}", re.DOTALL)
     found = []
     for path in sorted(folder.iterdir()):
@@ -83,6 +88,7 @@ def _temporaries(folder: pathlib.Path, kind: str) -> list[tuple[pathlib.Path, st
 
 def _runs(pid: int) -> bool:
     try:
+        # Signal 0 is not sent; it only tells whether there is such a process.
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
@@ -106,6 +112,7 @@ def disk_failure(error: BaseException) -> str | None:
     Libraries put these words into errors of their own, beside much else.
     """
     seen: set[int] = set()
+    # Errors may lead to one another in a circle.
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in _FAILURES:
@@ -121,5 +128,6 @@ def silence(stream: object) -> None:
     """Sends what a stream still holds nowhere: its disk is full, its reader is gone."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         descriptor = os.open(os.devnull, os.O_WRONLY)
+        # The interpreter flushes once more at its end, and must not fail again then.
         os.dup2(descriptor, stream.fileno())
         os.close(descriptor)

@@ -44,20 +44,27 @@ def new_folder(
     target = check_target(path, overwrite, field)
     target.parent.mkdir(parents=True, exist_ok=True)
     _recover(target)
+
     new, old = (files.temporary_path(target, kind) for kind in (_NEW, _OLD))
 
     def tidy() -> None:
         _remove_temporary(new)
         _put_right(old, target)
 
+    # Whether an error or a signal ends this block, the old target is there or the new one.
     with termination.on_stop(tidy):
         try:
             new.mkdir()
+            # It is marked from the start, so that a later process knows whose half of a folder it
+            # finds.
             _mark(new, Manifest(holds, manifest.UNFINISHED))
             yield new
             _mark(new, manifest.describe(new, holds))
             _sync_tree(new)
+            # Two renames are not one: a signal waits until both are done.
             with termination.uninterrupted():
+                # The target is looked at once more: writing may have taken hours, and somebody may
+                # have put something there.
                 check_target(path, overwrite, field)
                 _publish(new, old, target)
         except Exception as error:
@@ -89,6 +96,7 @@ def check_target(
         raise ValueError(f"{shown}: must be a folder, or not exist")
     if os.path.ismount(target):
         raise ValueError(f"{shown}: a disk is mounted there; allowed: a folder below it")
+
     if _is_empty(target):
         return target
     if not overwrite:
@@ -103,6 +111,7 @@ def check_target(
 def check_space(path: str | os.PathLike, count: int, field: str = "path") -> None:
     """Raises a StorageError if the disk of a folder to be written has not `count` bytes free."""
     parent = files.real_path(path)
+    # The folder itself may not be there yet: the nearest one above tells which disk it is.
     while not parent.is_dir():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
@@ -148,6 +157,8 @@ def claim(
     if known is None and existing and is_ours():
         known = Manifest(holds, manifest.SHARED, dict.fromkeys(names))
     known = known or Manifest(holds, manifest.SHARED)
+
+    # What is there under our names must be ours, as it was when it was written
     taken = [name for name in existing if not known.owns(folder, name)]
     if taken:
         raise ValueError(
@@ -193,6 +204,7 @@ def _existing(folder: pathlib.Path, names: Iterable[str]) -> list[str]:
     """What is there of names and patterns; of a folder, what is in it."""
     found: list[str] = []
     for name in names:
+        # "samples/*" stands for the folder with all that is in it.
         plain = name.removesuffix("/*")
         for path in [folder / name] if plain == name and "*" not in name else folder.glob(plain):
             if path.is_dir() and not path.is_symlink():
@@ -217,6 +229,8 @@ def _not_ours(folder: pathlib.Path) -> str | None:
         )
     if known.state != manifest.COMPLETE:
         return f"holds {known.holds}, which grew by and by ({manifest.FILE} says so)"
+
+    # A file that was added or changed is a person's work.
     beyond = [name for name in found if name not in known.files]
     if beyond:
         return f"holds {_listed(beyond)}, which this program did not write"
@@ -235,9 +249,11 @@ def _mark(folder: pathlib.Path, known: Manifest) -> None:
 
 def _publish(new: pathlib.Path, old: pathlib.Path, target: pathlib.Path) -> None:
     """Puts the new folder in place of the target, which is empty, or ours, or not there."""
+    # A folder cannot be renamed onto one with files in it: the old one steps aside.
     if target.exists() and not _is_empty(target):
         target.rename(old)
     new.rename(target)  # onto an empty folder too
+    # The rename is on disk once the folder above is.
     files.sync(target.parent)
     _put_right(old, target)
 

@@ -55,6 +55,8 @@ class Manifest:
             return True
         if known is not None:
             return _is_plain(path) and stamp(path) == known
+
+        # Names without a stamp grow while a run goes on: they are ours whatever they hold.
         patterns = [pattern for pattern, value in self.files.items() if value is None]
         return name in patterns or any(fnmatch.fnmatchcase(name, p) for p in patterns)
 
@@ -89,6 +91,8 @@ def describe(folder: pathlib.Path, holds: str) -> Manifest:
 def contents(folder: pathlib.Path) -> list[str]:
     """Everything below a folder but the manifest, sorted: files, links, empty folders ("name/")."""
     found = []
+    # By itself os.walk passes over what it cannot read, and what is not seen would count as not
+    # there.
     for parent, folders, names in os.walk(folder, onerror=_raise):
         here = pathlib.Path(parent).relative_to(folder)
         links = [name for name in folders if (pathlib.Path(parent) / name).is_symlink()]
@@ -115,6 +119,7 @@ def stamp(path: pathlib.Path) -> Stamp:
             digest.update(file.read())
         else:
             for i in range(_BLOCKS):
+                # The blocks lie evenly from the first one of the file to its last one.
                 file.seek((size - _BLOCK) * i // (_BLOCKS - 1))
                 digest.update(file.read(_BLOCK))
     return Stamp(size, digest.hexdigest())
@@ -149,6 +154,7 @@ def _parse(values: dict[str, Any]) -> Manifest:
 
 def _parse_entry(name: str, value: Any) -> Stamp | None:
     path = pathlib.PurePosixPath(name)
+    # Listed files may be deleted, so a manifest that somebody wrote must not name any outside.
     if path.is_absolute() or ".." in path.parts or path.as_posix() != name or name == FILE:
         raise ValueError(f"files: {checked_json.shown(name)}: must be a file in the folder")
     if checked_json.typed(value, dict | None, f"files: {name}") is None:

@@ -33,6 +33,7 @@ class Progress:
         self._done += n
         now = time.monotonic()
         due = self._last_line is None or now - self._last_line >= _SECONDS_BETWEEN_LINES
+        # A terminal shows every unit, a log a line now and then and the last one.
         if not (self._terminal or due or self._done >= self._total):
             return
         self._last_line = now

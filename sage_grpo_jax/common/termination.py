@@ -49,6 +49,8 @@ def install() -> None:
     global _read_end
     if _read_end is None:
         _read_end, write_end = os.pipe()
+        # Python writes the number of each signal into the pipe, whatever the main thread is doing;
+        # the second thread reads it there.
         os.set_blocking(write_end, False)
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_forget)
@@ -98,6 +100,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
     """The handler, in the main thread."""
     global _asked
     here = threading.get_ident()
+    # In a block that must not be cut the signal waits for its end; while the process ends, a second
+    # one changes nothing.
     if here in _holders or here == _ended_by:
         _asked = number
         return
@@ -106,6 +110,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 def _watch(read_end: int) -> None:
     """Ends the process where the main thread does not come to it."""
+    # Each signal is one byte, its number.
     while data := os.read(read_end, 1):
         number = data[0]
         # While an entry saves and stops by itself, the handler is its own.
@@ -118,12 +123,14 @@ def _end(number: int) -> NoReturn:
     global _ended_by
     _lock.acquire()  # never released: whoever waits for it is not needed any more
     _ended_by = threading.get_ident()
+    # The newest comes first: what was begun later may lie inside of what was begun before.
     for undo in reversed(list(_undo.values())):
         try:
             undo()
         except Exception as error:  # the others have to be undone too
             _say(f"while stopping: {error}")
     _say(f"stopped: {signal.Signals(number).name}")
+    # sys.exit could be caught, and would let libraries clean up while their threads still run.
     os._exit(128 + number)
 
 

@@ -242,8 +242,10 @@ def apply(config: ml_collections.ConfigDict, method: str) -> None:
         group, _, name = path.rpartition(".")
         if group == "rewards.weights" and name not in config.rewards.weights:
             del overrides[path]
+
     config.update_from_flattened_dict(overrides)
     if config.loss.split_updates:
+        # Whole pieces of the batch take turns in the U updates: U has to divide their number.
         samples = config.rollout.prompts_per_step * config.rollout.group_size
         share = samples // config.loss.updates_per_rollout
         config.loss.micro_batch = math.gcd(config.loss.micro_batch, share)

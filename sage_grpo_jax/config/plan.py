@@ -77,6 +77,7 @@ def make_plan(
         video.width,
         lambda field: f"config.video.{field}",
     )
+
     if config.lora.rank > transformer.hidden_size:
         raise ValueError(
             f"config.lora.rank: got {config.lora.rank}; allowed: at most the width of the "
@@ -87,6 +88,7 @@ def make_plan(
             f"config.model: the transformer makes {transformer.out_channels} latent channels, "
             f"the VAE decodes {vae_config.latent_channels}; allowed: networks that fit"
         )
+
     steps = step_plan.plan_steps(config)
     weights, kl_weights = step_weights(config, steps), step_kl_weights(config, steps)
     return Plan(config, transformer, vae_config, steps, weights, kl_weights)
@@ -106,6 +108,7 @@ def step_kl_weights(config: schema.Config, steps: step_plan.StepPlan) -> np.ndar
         # Whatever the form of the log-probability, the KL is that of the Gaussian transitions.
         return _equalized(config, steps, "gaussian") ** 2
     if kind == "step_length":
+        # The length of a step is σ - σ'; diff is negative, as the schedule falls.
         return trained * -np.diff(np.asarray(steps.schedule.sigmas, np.float64)).astype(np.float32)
     return trained
 

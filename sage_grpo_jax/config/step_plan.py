@@ -54,6 +54,8 @@ def plan_steps(config: schema.Config) -> StepPlan:
     """
     rollout = config.rollout
     schedule = schedules.make_schedule(rollout.num_steps, rollout.shift)
+
+    # What can be trained: steps that inject noise, or for the forward process every noise level
     noisy = sde.stochastic_steps(
         rollout.sde, schedule, rollout.eta, rollout.last_step, clamp=rollout.clamp
     )
@@ -65,6 +67,8 @@ def plan_steps(config: schema.Config) -> StepPlan:
             f"config.rollout.window_size: got {rollout.window_size}; allowed: at most the {count} "
             f"stochastic steps of {rollout.num_steps}"
         )
+
+    # A window, and how many of its steps a sample is trained at
     window = rollout.window_size or count
     # What is whole up to rounding stays whole: 0.29 of 100 steps are 29.
     positions = math.floor(window * rollout.trained_fraction + 1e-9)
@@ -73,10 +77,13 @@ def plan_steps(config: schema.Config) -> StepPlan:
             f"config.rollout.trained_fraction: got {rollout.trained_fraction}, which is less than "
             f"one of {window} steps; allowed: at least {1 / window:.3g}"
         )
+
+    # Where windows can be, bool [places, T], and the steps that are trained somewhere in them
     masks = windows.places(counted, rollout.window, window, rollout.window_motion).masks
     trained = masks
     if rollout.trained_choice == "first":
         trained = masks & (np.cumsum(masks, axis=1) <= positions)
+
     return StepPlan(
         schedule=schedule,
         counted=counted,
@@ -105,6 +112,7 @@ def window_starts(
     if steps.kind == "random_k":
         slots = np.arange(count, dtype=np.uint32)  # its places are a step apart
         return noise.window_starts(config.seed, step, slots, prompt_hashes, steps.window_places)
+    # All other windows are at one place for all prompts of a rollout.
     start = 0
     if steps.kind in windows.MOVING:
         total = int(steps.counted.sum())
@@ -121,6 +129,7 @@ def noisy_steps(steps: StepPlan, starts: jax.Array) -> Any:
     """
     if steps.window_places == 1:
         return steps.noisy
+    # Ranks are [T, 1], starts [B].
     rank = jnp.asarray(np.cumsum(steps.counted) - 1)[:, None]
     inside = (rank >= starts) & (rank < starts + steps.window)
     return jnp.asarray(steps.noisy)[:, None] & inside
@@ -135,6 +144,7 @@ def trained_step(steps: StepPlan, position: Any, starts: jax.Array, keys: jax.Ar
       starts: int32 [m].
       keys: of the samples, [m].
     """
+    # Windows count ranks; this gives the number of the step that has a rank.
     counted = jnp.asarray(np.flatnonzero(steps.counted), jnp.int32)
     if not steps.varies:
         return counted[position]

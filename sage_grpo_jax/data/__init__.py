@@ -1,1 +1,1 @@
-"""Prompts, the embedding cache, and the moving-shapes world."""
+"""Prompts, the embedding cache, pictures and clips as files."""

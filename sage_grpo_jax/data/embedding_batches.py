@@ -63,11 +63,14 @@ def pad_entries(
     Raises:
       ValueError: when an entry has more tokens than allowed, or only some have an image.
     """
+    # Text: [P, length, D].
     batch: dict[str, Any] = {
         "ids": [entry["id"] for entry in entries],
         "prompts": [entry["prompt"] for entry in entries],
     }
     batch["text"], batch["mask"] = _pad(entries, "text", length)
+
+    # Quoted text: an entry without any gets none of its tokens marked in the mask.
     if byt5_dim is not None:
         empty = np.zeros((0, byt5_dim), np.float32)
         entries = [{"byt5": empty, **entry} for entry in entries]
@@ -76,6 +79,8 @@ def pad_entries(
             longest = max(len(entry.get("byt5", ())) for entry in entries)
             byt5_length = text_bucket(longest, BYT5_LENGTHS)
         batch["byt5"], batch["byt5_mask"] = _pad(entries, "byt5", byt5_length)
+
+    # First frames: every clip has one, or none has; all are of one size, so nothing is padded.
     for field in ("image", "image_latents"):
         without = [entry["id"] for entry in entries if field not in entry]
         if len(without) == len(entries):
@@ -90,6 +95,7 @@ def pad_entries(
 
 def _pad(entries: Sequence[Entry], field: str, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Values f32[P, length, D] and mask bool[P, length]; entries without the field are masked."""
+    # The width is that of any entry that has the field.
     dim = next(entry[field].shape[1] for entry in entries if field in entry)
     values = np.zeros((len(entries), length, dim), np.float32)
     mask = np.zeros((len(entries), length), bool)
@@ -98,6 +104,7 @@ def _pad(entries: Sequence[Entry], field: str, length: int) -> tuple[np.ndarray,
             continue
         tokens = entry[field]
         chex.assert_shape(tokens, (None, dim))
+        # Never cut silently: a prompt without its end is another prompt.
         if len(tokens) > length:
             what = "" if field == "text" else f" of {field}"
             raise ValueError(
@@ -140,6 +147,8 @@ def make_prompt_iterator(
         longest prompt does not fit.
     """
     _check_split(cache, prompts_per_step, repeat, process_index, process_count)
+
+    # One length for the whole run: another one would be another program to compile.
     length, byt5_length = cache.lengths(length, byt5_length)
     dataset = grain.MapDataset.source(cache)
     if shuffle:
@@ -148,6 +157,7 @@ def make_prompt_iterator(
     dataset = dataset.repeat() if repeat else dataset[: _whole(len(cache), prompts_per_step)]
     if process_count > 1:
         dataset = dataset[process_index::process_count]
+    # The stride above leaves every process whole batches of its share.
     padded = dataset.batch(
         prompts_per_step // process_count,
         drop_remainder=True,

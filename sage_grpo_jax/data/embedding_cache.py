@@ -58,6 +58,7 @@ _FIELDS = {
     "image_shape": tuple[int, int] | None,
     "image_latents_shape": tuple[int, int, int, int] | None,
 }  # fmt: skip
+# Sizes decide what is allocated: a damaged or made-up manifest must not name huge ones.
 _MOST = 1 << 24
 _REQUIRED = ("encoder", "dtype", "dim", "max_length", "count", "negative", "sha256")
 
@@ -99,8 +100,11 @@ class EmbeddingCache:
     """
 
     def __init__(self, path: str | pathlib.Path):
+        # What the manifest says.
         self.path = pathlib.Path(path)
         self.manifest = _read_manifest(self.path)
+
+        # What is there, without reading it all: `_entry` checks each record when it is wanted.
         records = self.path / RECORDS
         if not records.exists():
             raise FileNotFoundError(f"{records} is missing; write the embedding cache again")
@@ -113,6 +117,7 @@ class EmbeddingCache:
                 f"{records} has {len(self._records)} records; the manifest says "
                 f"{self.manifest['count'] + 1} with the negative entry; write the cache again"
             )
+
         self.dim: int = self.manifest["dim"]
         self.max_length: int = self.manifest["max_length"]
         self.byt5_dim: int | None = self.manifest.get("byt5_dim")
@@ -147,6 +152,7 @@ class EmbeddingCache:
                 f"{self.path / RECORDS}: record {index} cannot be read: {error}; write the cache "
                 "again"
             ) from error
+        # The same fields in every entry, so that all batches have one structure.
         if self.byt5_dim is not None and "byt5" not in entry:
             entry["byt5"] = np.zeros((0, self.byt5_dim), np.float32)
         return entry
@@ -208,6 +214,7 @@ class EmbeddingCache:
 
     def verify(self) -> None:
         """Reads every record; ValueError when they are not those that were written."""
+        # In the order of writing, the negative entry last.
         digest = hashlib.sha256()
         for index in range(len(self._records)):
             digest.update(self._records[index])
@@ -233,15 +240,19 @@ class EmbeddingCache:
         Raises:
           ValueError: with all that does not fit, in one line.
         """
+        # All of it at once: a cache that has to be written again is hours of work.
         wrong = []
 
         def check(field: str, found: Any, allowed: Any) -> None:
             if found != allowed:
                 wrong.append(f"{field} is {found}, the model takes {allowed}")
 
+        # A cache without quoted text suits any model; one with it only a model that reads it.
         check("text width", self.dim, text_dim)
         if self.byt5_dim is not None:
             check("byt5 width", self.byt5_dim, byt5_dim)
+
+        # First frames: there with image-to-video, and only there.
         if self.image_shape is not None:
             check("image width", self.image_shape[-1], image_dim)
         if latent_shape is not None and self.image_shape is None:
@@ -249,6 +260,7 @@ class EmbeddingCache:
         wanted = None if latent_shape is None else tuple(latent_shape)[-3:]
         found = self.image_latents_shape
         check("shape of the first frame's latents (h, w, C)", found and found[-3:], wanted)
+
         if encoder is not None:
             check("encoder", repr(self.encoder.name), repr(encoder))
         if wrong:
@@ -263,6 +275,7 @@ def _shape(value: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
+    # Is it a manifest?
     file = path / MANIFEST
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing; no embedding cache at {path}")
@@ -270,6 +283,8 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
         manifest = checked_json.load(file)
     except ValueError as error:
         raise ValueError(f"{error}; write the cache again") from error
+
+    # Of a version that we know? (Not isinstance: `true` would pass as 1.)
     version = manifest.get("format_version")
     if type(version) is not int or version not in READABLE_VERSIONS:
         allowed = ", ".join(map(str, READABLE_VERSIONS))
@@ -277,6 +292,8 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
             f"{file}: format_version is {checked_json.shown(version)}; allowed: {allowed}; write "
             "the cache again"
         )
+
+    # In a version that we know, the fields mean what the writer meant.
     missing = [field for field in _REQUIRED if manifest.get(field) in (None, "")]
     if missing:
         raise ValueError(f"{file}: no {', '.join(missing)}; write the cache again")
@@ -291,6 +308,7 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
 def _check_fields(manifest: dict[str, Any]) -> None:
     """Types and bounds of what the manifest says about the records."""
     for field, hint in _FIELDS.items():
+        # One number, or those of a shape; none where a cache has no such input.
         value = checked_json.typed(manifest.get(field), hint, field)
         sizes = value if isinstance(value, list) else [value] * isinstance(value, int)
         least = 0 if field == "byt5_max_length" else 1

@@ -40,6 +40,7 @@ def pack(name: str, prompt: str, dtype: str, arrays: dict[str, np.ndarray]) -> b
       dtype: what the values are stored as; `image_latents` are always float32: they are few, and
         they stand beside float32 latents.
     """
+    # bfloat16 halves the file, and is what the encoders compute in by default.
     stored = {
         field: array.astype(DTYPES[dtype_of(field, dtype)]) for field, array in arrays.items()
     }
@@ -60,6 +61,7 @@ def parse(record: bytes) -> Entry:
     Raises:
       ValueError: damaged: no header, or one that does not fit the record.
     """
+    # The header. A record may be damaged: a length is believed once the bytes for it are there.
     length = int.from_bytes(record[:4], "little")
     if 4 + length > len(record):
         raise ValueError(f"its header is cut off ({len(record)} bytes)")
@@ -69,16 +71,21 @@ def parse(record: bytes) -> Entry:
     stored_as = checked_json.member(header, "dtype", str)
     if stored_as not in DTYPES:
         raise ValueError(f"dtype={checked_json.shown(stored_as)}: must be one of {list(DTYPES)}")
+
+    # The arrays, one after the other.
     for field, shape in checked_json.member(header, "shapes", dict[str, list[int]]).items():
         axes = FIELDS.get(field, "").count(",") + 1
         if field not in FIELDS or len(shape) != axes or not all(0 < n < 1 << 32 for n in shape):
             raise ValueError(f"shapes: {checked_json.shown({field: shape})}: must be of {FIELDS}")
+        # Checked before anything of this size is made.
         dtype, count = DTYPES[dtype_of(field, stored_as)], math.prod(shape)
         if offset + count * dtype.itemsize > len(record):
             raise ValueError(f"record of {_shown(entry)} ends within {field}")
         values = np.frombuffer(record, dtype, count, offset)
         entry[field] = values.reshape(shape).astype(np.float32)
         offset += count * dtype.itemsize
+
+    # Bytes left over mean that header and values are not of one record.
     if offset != len(record):
         raise ValueError(f"record of {_shown(entry)} has {len(record)} bytes, expected {offset}")
     return entry

@@ -51,6 +51,7 @@ class Encoder:
             raise ValueError("the encoder has no name")
         kinds = {"name": str, "template_hash": str, "versions": dict, "models": dict}
         for field, value in values.items():
+            # A field that is not known has no kind to be of, and is refused.
             if not isinstance(value, kinds.get(field, ())):
                 raise ValueError(f"the encoder's {field} is {value!r}; allowed: {_listed(kinds)}")
         return cls(**values)
@@ -69,6 +70,7 @@ class Encoder:
         )
 
     def _identity(self, other: "Encoder") -> dict[str, str]:
+        # What one side does not know cannot differ.
         models = self.models if other.models else {}
         found = {f"models.{role}": value for role, value in models.items()}
         return {"name": self.name, "template_hash": self.template_hash} | found
@@ -104,11 +106,14 @@ class EmbeddingCacheWriter:
         dtype: str = "bfloat16",
         details: Mapping[str, Any] | None = None,
     ):
+        # Refused before anything is made.
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
         self._path = pathlib.Path(path)
         if self._path.exists():
             raise FileExistsError(f"{self._path} exists; remove it or choose another name")
+
+        # Folder and file. If the second cannot be opened, the stack takes the first away again.
         self._encoder, self._dtype, self._details = encoder, dtype, dict(details or {})
         with contextlib.ExitStack() as stack:
             self._folder = stack.enter_context(folders.new_folder(self._path, "embeddings"))
@@ -117,6 +122,8 @@ class EmbeddingCacheWriter:
                 str(self._folder / RECORDS), "group_size:1"
             )
             self._stack = stack.pop_all()
+
+        # What the entries so far have in common, for checks and for the manifest.
         self._ids: set[str] = set()
         self._negative: dict[str, np.ndarray] | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}  # of the first array of each field
@@ -128,6 +135,7 @@ class EmbeddingCacheWriter:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        # Leaving the folder's context publishes it; an error that passes through it removes it.
         with self._stack:
             try:
                 if kind is not None:
@@ -154,10 +162,13 @@ class EmbeddingCacheWriter:
           image: vision features [N, D3], and image_latents: the first frame's scaled latents
             [1, h, w, C]; for every prompt or for none.
         """
+        # Its place among the others.
         if prompt.id == NEGATIVE_ID:
             raise ValueError("prompt id is empty; the empty id belongs to the negative entry")
         if prompt.id in self._ids:
             raise ValueError(f"prompt id {prompt.id!r} was added before; ids must differ")
+
+        # The first prompt decides for all whether there are images.
         given = {"text": text, "byt5": byt5, "image": image, "image_latents": image_latents}
         for field in _PER_CLIP:
             if self._ids and (given[field] is None) == (field in self._shapes):
@@ -166,6 +177,8 @@ class EmbeddingCacheWriter:
                 raise ValueError(
                     f"prompt {prompt.id!r} has {without} {field}; the ones before {have}"
                 )
+
+        # Counted when nothing can be refused any more.
         arrays = self._checked(prompt.id, given)
         self._ids.add(prompt.id)
         for field in arrays:
@@ -179,16 +192,21 @@ class EmbeddingCacheWriter:
     def _checked(self, name: str, given: Mapping[str, np.ndarray | None]) -> dict[str, np.ndarray]:
         arrays = {k: np.asarray(array) for k, array in given.items() if array is not None}
         for field, array in arrays.items():
+            # The shape by itself.
             rank = FIELDS[field].count(",") + 1
             if array.ndim != rank or 0 in array.shape or (rank == 4 and len(array) != 1):
                 raise ValueError(
                     f"{field} of {name!r} has shape {array.shape}; allowed: {FIELDS[field]}"
                 )
+
+            # The values as they will be read: what fits float32 may be infinite in float16.
             dtype = embedding_records.dtype_of(field, self._dtype)
             with np.errstate(over="ignore"):
                 stored = array.astype(DTYPES[dtype]).astype(np.float32)
             if not np.isfinite(stored).all():
                 raise ValueError(f"{field} of {name!r} has values that are not finite in {dtype}")
+
+            # The shape beside those of before.
             first = self._shapes.setdefault(field, array.shape)
             if field in _PER_CLIP and array.shape != first:
                 raise ValueError(
@@ -199,6 +217,7 @@ class EmbeddingCacheWriter:
                     f"{field} of {name!r} has width {array.shape[-1]}; the ones before have "
                     f"{first[-1]}"
                 )
+
         for field, array in arrays.items():
             self._max_lengths[field] = max(self._max_lengths.get(field, 0), len(array))
         return arrays
@@ -206,6 +225,7 @@ class EmbeddingCacheWriter:
     def _append(self, prompt: Prompt, arrays: dict[str, np.ndarray]) -> None:
         record = embedding_records.pack(prompt.id, prompt.text, self._dtype, arrays)
         self._writer.write(record)
+        # Over the records in their order, which `EmbeddingCache.verify` goes through again.
         self._hash.update(record)
 
     def _finish(self) -> None:
@@ -213,6 +233,7 @@ class EmbeddingCacheWriter:
             raise ValueError(f"{self._path}: no prompts were added")
         if self._negative is None:
             raise ValueError(f"{self._path}: the negative entry was not set")
+        # The last record, so that entry i of the file is prompt i.
         self._append(Prompt(NEGATIVE_ID, ""), self._negative)
         self._writer.close()
         (self._folder / MANIFEST).write_text(json.dumps(self._manifest(), indent=2) + "\n")

@@ -27,6 +27,7 @@ def contact_sheet(videos: np.ndarray, captions: Sequence[str], frames: int = 6, 
       frames: pictures a clip.
       scale: how many times to enlarge small clips.
     """
+    # The sheet: per clip a line of text and a row of frames, with a gap on every side.
     count, total, height, width, _ = videos.shape
     chosen = np.linspace(0, total - 1, min(frames, total)).round().astype(int)
     gap, text = 4, 14
@@ -34,11 +35,13 @@ def contact_sheet(videos: np.ndarray, captions: Sequence[str], frames: int = 6, 
     sheet = Image.new(
         "RGB", ((width * scale + gap) * len(chosen) + gap, row * count + gap), "white"
     )
+
     draw = ImageDraw.Draw(sheet)
     for i in range(count):
         top = i * row + gap
         draw.text((gap, top), captions[i], fill="black")
         for column, frame in enumerate(chosen):
+            # Not smoothed: what is judged are the pixels themselves.
             image = Image.fromarray(videos[i, frame]).resize(
                 (width * scale, height * scale), Image.Resampling.NEAREST
             )
@@ -49,6 +52,7 @@ def contact_sheet(videos: np.ndarray, captions: Sequence[str], frames: int = 6, 
 def tile(videos: np.ndarray, columns: int) -> np.ndarray:
     """Clips side by side in a grid, with a white line between; uint8 [F, H', W', 3]."""
     count, frames, height, width, _ = videos.shape
+    # One white pixel before each clip, and one at the end.
     rows = -(-count // columns)
     canvas = np.full((frames, rows * (height + 1) + 1, columns * (width + 1) + 1, 3), 255, np.uint8)
     for i in range(count):
@@ -64,6 +68,7 @@ def encode_gif(frames: np.ndarray, fps: float, scale: int = 1) -> bytes:
     """
     big = _check_clip(frames, fps).repeat(scale, axis=1).repeat(scale, axis=2)
     images = [Image.fromarray(frame) for frame in big]
+    # Ends are rounded, not durations, whose errors would add up over the clip.
     ends = np.round(100 * np.arange(len(frames) + 1) / fps).astype(int)
     buffer = io.BytesIO()
     images[0].save(
@@ -89,23 +94,29 @@ def encode_mp4(frames: np.ndarray, fps: float, crf: int = 17) -> bytes:
 
     height, width = _check_clip(frames, fps).shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
+        # A fraction, as the container wants it: 24000 / 1001 stays exact.
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": str(crf), "preset": "medium"}
+
         # Without these marks players guess the matrix from the size of the picture.
         stream.codec_context.colorspace = av.video.reformatter.Colorspace.ITU709
         stream.codec_context.color_primaries = av.video.reformatter.ColorPrimaries.BT709
         stream.codec_context.color_trc = av.video.reformatter.ColorTrc.BT709
         stream.codec_context.color_range = av.video.reformatter.ColorRange.MPEG
+
+        # From here the matrix that was announced is also the one that is used.
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             picture = picture.reformat(
                 format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
             )
             container.mux(stream.encode(picture))
+        # What the encoder still holds back, for it looks ahead.
         container.mux(stream.encode())
     return buffer.getvalue()
 

@@ -46,6 +46,7 @@ def read_prompts(path: str | pathlib.Path) -> list[Prompt]:
         that there is no path. Whether images exist is not looked at: only who needs them opens
         them.
     """
+    # Which reader.
     if not str(path):
         raise ValueError("no file is named; allowed: a .txt, .csv or .jsonl file")
     path = pathlib.Path(path)
@@ -56,6 +57,8 @@ def read_prompts(path: str | pathlib.Path) -> list[Prompt]:
     }
     if path.suffix.lower() not in readers:
         raise ValueError(f"{path}: file type {path.suffix!r}; allowed: {', '.join(readers)}")
+
+    # Every row, with its place for the message. Ids are looked up for embedding and noise.
     rows = readers[path.suffix.lower()](path, _read_text(path))
     prompts: list[Prompt] = []
     lines: dict[str, int] = {}
@@ -68,6 +71,7 @@ def read_prompts(path: str | pathlib.Path) -> list[Prompt]:
             )
         lines[prompt.id] = row.line
         prompts.append(prompt)
+
     if not prompts:
         raise ValueError(f"{path}: no prompts; at least one is needed")
     return prompts
@@ -76,6 +80,7 @@ def read_prompts(path: str | pathlib.Path) -> list[Prompt]:
 def _read_text(path: pathlib.Path) -> str:
     data = path.read_bytes()
     try:
+        # Without the mark that some programs put before the text.
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
@@ -101,13 +106,17 @@ def _csv_rows(path: pathlib.Path, text: str) -> Iterator[_Row]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     line = 1
     try:
+        # The header.
         columns = reader.fieldnames or []
         if "prompt" not in columns:
             raise ValueError(f"{path}, line 1: columns {columns}; one must be 'prompt'")
         if len(set(columns)) != len(columns):
             raise ValueError(f"{path}, line 1: columns {columns}; names must differ")
+
+        # The rows. One may span lines: the line that is named is its first.
         line = reader.line_num + 1
         for fields in reader:
+            # DictReader keeps what has no column under None.
             if None in fields:
                 raise ValueError(
                     f"{path}, line {line}: more fields than the {len(columns)} columns of the "
@@ -133,6 +142,7 @@ def _json_rows(path: pathlib.Path, text: str) -> Iterator[_Row]:
         if "prompt" not in entry:
             raise ValueError(f"{where}: fields {sorted(entry)}; one must be 'prompt'")
         name = entry.get("id")
+        # A number will do as an id; `true`, an int to Python, will not.
         if isinstance(name, int) and not isinstance(name, bool):
             name = str(name)
         yield _Row(number, name, entry["prompt"], entry.get("image"))

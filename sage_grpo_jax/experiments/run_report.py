@@ -87,9 +87,12 @@ class RunRecord:
         Of the changes prompt by prompt, where the samples' rewards are there (the noise is that of
         the first evaluation); else as if both evaluations were independent.
         """
+        # Prompt by prompt the same noise is on both sides, and most of it cancels.
         changes = self._changes(split)
         if len(changes) > 1:
             return standard_error(changes)
+
+        # Without the samples: as if independent, which usually overstates the error.
         name = f"{OVERALL}_standard_error"
         errors = [self.evaluation(when, split).get(name, 0.0) for when in ("first", "last")]
         return math.hypot(*errors)
@@ -104,6 +107,7 @@ class RunRecord:
 
     def samples(self, split: str, suffix: str) -> tuple[pathlib.Path, pathlib.Path] | None:
         """The files of the first and the last evaluation of a split; None unless both are there."""
+        # Named by step, with leading zeros: sorted by name they are in order.
         pattern = {"eval": "step_*", "test": "test_step_*"}[split] + suffix
         found = sorted((self.workdir / "samples").glob(pattern))
         return (found[0], found[-1]) if found else None
@@ -135,6 +139,7 @@ def _rewards_by_prompt(path: pathlib.Path) -> dict[str, float]:
     Raises:
       ValueError: the file is damaged.
     """
+    # The sum over the rewards that are optimised, then the mean over the samples of a prompt.
     table = workdir_lib.read_object(path, "--runs")
     try:
         summed = table.get("optimised", list(table["rewards"]))
@@ -147,16 +152,20 @@ def _rewards_by_prompt(path: pathlib.Path) -> dict[str, float]:
         raise ValueError(
             f"--runs: {path}: {error!r}; allowed: the samples of an evaluation"
         ) from error
+    # A sample that failed has null there, which NumPy reads as NaN; its prompt has no mean then.
     means = {prompt: float(np.mean(values)) for prompt, values in found.items()}
     return {prompt: mean for prompt, mean in means.items() if math.isfinite(mean)}
 
 
 def _check_summary(summary: dict[str, Any], path: pathlib.Path) -> None:
+    # What every report asks for.
     kinds = {"method": str, "seed": int, "steps": int, "eval": dict, "time": dict}
     for name, kind in kinds.items():
         if not isinstance(summary.get(name), kind):
             found = f"is {summary[name]!r}" if name in summary else "is missing"
             raise ValueError(f"--runs: {path}: {name} {found}; allowed: the summary of a run")
+
+    # Groups of numbers, some of which may not be known (null).
     groups = {"time": summary["time"]}
     # Runs of before have no test prompts.
     for split in (split for split in SPLITS if isinstance(summary.get(split), dict)):
@@ -224,6 +233,8 @@ def seeds_table(runs: Sequence[RunRecord]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [f"| {' | '.join(_seed_cells(run))} |" for run in runs]
+
+    # The last row, over the seeds that have the value.
     gains = [gain for run in runs if (gain := run.gain(run.reported)) is not None]
     ratios = [r for run in runs if (r := run.distance_ratio(run.reported)) is not None]
     if len(runs) > 1:
@@ -258,24 +269,30 @@ def write_curve(runs: Sequence[RunRecord], path: pathlib.Path) -> None:
     """The training reward of every step and the evaluations, as PNG."""
     import matplotlib
 
+    # Draws into memory: machines that train have no screen.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     colors: dict[str, str] = {}  # of the rewards, the same in all runs
     for i, run in enumerate(runs):
+        # Left: the sum, on training prompts and in the evaluations between.
         label = f"{run.summary['method']}, seed {run.summary['seed']}"
         _plot_smoothed(axes[0], run, "reward/overall", f"C{i}", label)
         steps, values = run.series(f"{run.reported}/{OVERALL}")
         text = f"{label}: {SPLITS[run.reported]}"
         axes[0].plot(steps, values, color=f"C{i}", label=text, marker="o", linestyle="--")
+
+        # Right: each reward; in the legend it stands once, whatever the number of runs.
         for name in run.rewards:
             text = name if name not in colors else None
             color = colors.setdefault(name, f"C{len(colors)}")
             _plot_smoothed(axes[1], run, names.metric(name), color, text)
+
     smoothing = f"mean of {WINDOW} steps"
     axes[0].set(title=f"overall reward ({smoothing})", xlabel="step", ylabel="reward/overall")
     axes[1].set(title=f"each reward, training prompts ({smoothing})", xlabel="step")
+
     for axis in axes:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
@@ -303,6 +320,7 @@ def _plot_smoothed(axis, run: RunRecord, name: str, color: str, label: str | Non
 
 def moving_average(values: np.ndarray) -> np.ndarray:
     """Means of up to `WINDOW` neighbours along the last axis; of fewer in a short series."""
+    # A short series keeps at least three quarters of its points.
     window = max(1, min(WINDOW, values.shape[-1] // 4))
     return np.lib.stride_tricks.sliding_window_view(values, window, axis=-1).mean(axis=-1)
 
@@ -316,19 +334,25 @@ def write_before_after(run: RunRecord, out: pathlib.Path) -> bool:
     Returns:
       Whether the run has samples; without any, nothing is written.
     """
+    # The first and the last evaluation.
     found = run.samples(run.reported, ".png")
     if found is None:
         return False
+
+    # As pictures.
     first, last = found
     titles = ("before", f"after {run.summary['steps']} steps")
     pictures = [Image.open(p).convert("RGB") for p in (first, last)]
     media.write_picture(out / "before_after.png", _side_by_side(pictures, titles))
+
+    # As clips.
     clips = [
         [f.convert("RGB") for f in ImageSequence.Iterator(Image.open(p.with_suffix(".gif")))]
         for p in (first, last)
     ]
     # As many as both have: a GIF keeps no frame that is equal to the one before it.
     frames = [_side_by_side(pair, titles) for pair in zip(*clips, strict=False)]
+
     buffer = io.BytesIO()
     frames[0].save(
         buffer,
@@ -343,6 +367,7 @@ def write_before_after(run: RunRecord, out: pathlib.Path) -> bool:
 
 
 def _side_by_side(pictures: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
+    # Pixels: between the pictures, and above them for the titles.
     gap, head = 16, 18
     width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
     canvas = Image.new("RGB", (width, max(p.height for p in pictures) + head), "white")

@@ -41,6 +41,7 @@ def read_sweep(workdir: pathlib.Path) -> tuple[list[SweepRun], int]:
     if not path.exists():
         raise ValueError(f"--runs: {workdir} has no {sweeps.SWEEP_FILE}; allowed: a sweep's folder")
     points = workdir_lib.read_object(path, "--runs").get("points")
+    # The file may have been changed by hand.
     if not isinstance(points, list) or not all(map(_is_point, points)):
         raise ValueError(f"--runs: {path} does not list the points of a sweep; allowed: run sweep")
     runs = [
@@ -64,12 +65,16 @@ def _is_point(value: Any) -> bool:
 
 def to_csv(runs: Sequence[SweepRun]) -> str:
     """One row a run: overrides, then first, last and change of every evaluation metric, seconds."""
+    # Columns: whatever any run has; a run without a value leaves its cell empty.
     names = list(dict.fromkeys(name for run in runs for name in run.overrides))
     measured = sorted({name for run in runs for name in run.record.evaluation("last", "eval")})
+
     out = io.StringIO()
     writer = csv.writer(out)
     columns = [f"eval/{name} {when}" for name in measured for when in ("first", "last", "change")]
     writer.writerow([*names, "steps", *columns, "seconds"])
+
+    # A row for each run.
     for run in runs:
         before, after = (
             run.record.evaluation("first", "eval"),
@@ -88,6 +93,7 @@ def to_csv(runs: Sequence[SweepRun]) -> str:
 
 def varying(runs: Sequence[SweepRun]) -> list[str]:
     """Names of the overrides with more than one value, the seed apart."""
+    # As JSON: in a set of plain values 1, 1.0 and true would be one.
     names = dict.fromkeys(name for run in runs for name in run.overrides if name != sweeps.SEED)
     return [n for n in names if len({json.dumps(r.overrides.get(n)) for r in runs}) > 1]
 
@@ -104,6 +110,7 @@ def by_setting(runs: Sequence[SweepRun]) -> dict[tuple[Any, ...], list[SweepRun]
 def table(runs: Sequence[SweepRun], points: int) -> str:
     """Markdown: every setting with its gain over the seeds, the best first."""
     names = varying(runs)
+    # Settings without a known gain come last.
     rows = []
     for key, members in by_setting(runs).items():
         gains = _gains(members)
@@ -112,6 +119,7 @@ def table(runs: Sequence[SweepRun], points: int) -> str:
         seeds = len(members) if len(gains) == len(members) else f"{len(gains)} of {len(members)}"
         cells = [*map(str, key), run_report.mean_with_error(gains), distance, seeds]
         rows.append((-np.mean(gains) if gains else math.inf, cells))
+
     rows.sort(key=lambda row: row[0])
     lines = [
         f"{len(runs)} of {points} runs finished.",
@@ -154,6 +162,7 @@ def _pyplot():
 
 def _write_heat_map(runs: Sequence[SweepRun], path: pathlib.Path) -> None:
     """Gain, first varying override down, the others across; mean over seeds."""
+    # The table of means; what has not finished stays NaN and is left white.
     names, groups = varying(runs), by_setting(runs)
     down = sorted({key[:1] for key in groups}, key=str)
     across = sorted({key[1:] for key in groups}, key=str)
@@ -161,15 +170,20 @@ def _write_heat_map(runs: Sequence[SweepRun], path: pathlib.Path) -> None:
     for key, members in groups.items():
         if known := _gains(members):
             gains[down.index(key[:1]), across.index(key[1:])] = np.mean(known)
+
+    # Colours: as far to both sides, so that white is no change.
     pyplot = _pyplot()
     size = (2.5 + 1.3 * len(across), 2 + 0.6 * len(down))
     figure, axis = pyplot.subplots(figsize=size, layout="constrained")
     limit = np.abs(gains[np.isfinite(gains)]).max(initial=0.0) or 1.0
     image = axis.imshow(gains, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+
+    # The numbers, readable on dark cells too.
     for (i, j), gain in np.ndenumerate(gains):
         if np.isfinite(gain):
             color = "white" if abs(gain) > 0.6 * limit else "black"
             axis.text(j, i, f"{gain:+.2f}", ha="center", va="center", color=color)
+
     labels = [_label(names[1:], key).replace(", ", "\n") for key in across]
     axis.set_xticks(range(len(across)), labels, fontsize=7)
     axis.set_yticks(range(len(down)), [_label(names[:1], key) for key in down], fontsize=8)
@@ -184,18 +198,24 @@ def _write_curves(runs: Sequence[SweepRun], path: pathlib.Path) -> None:
     names = varying(runs)
     figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
     for i, (key, members) in enumerate(by_setting(runs).items()):
+        # As far as all seeds of the setting have come.
         series = [run.record.series("reward/overall") for run in members]
         length = min(len(steps) for steps, _ in series)
         if length == 0:
             continue
+
+        # matplotlib has ten colours to go round.
         smooth = run_report.moving_average(np.stack([values[:length] for _, values in series]))
         steps = run_report.moving_average(series[0][0][:length])
         color = f"C{i % 10}"
         axis.plot(steps, smooth.mean(axis=0), color=color, label=_label(names, key) or "all")
+
+        # One standard error over the seeds, to both sides.
         if len(members) > 1:
             error = smooth.std(axis=0, ddof=1) / math.sqrt(len(members))
             mean = smooth.mean(axis=0)
             axis.fill_between(steps, mean - error, mean + error, color=color, alpha=0.2)
+
     axis.set(
         title=f"overall reward, training prompts (mean of {run_report.WINDOW} steps)",
         xlabel="step",

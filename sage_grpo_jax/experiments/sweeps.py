@@ -98,6 +98,7 @@ def read_points(path: str, config: ml_collections.ConfigDict, workdir: pathlib.P
     given = _call_sweep(path)
     if not given:
         raise ValueError(f"--config: sweep(add) of {path} adds no point")
+    # Two runs of one point would write into two folders and count as two seeds.
     texts = [json.dumps(overrides, sort_keys=True) for overrides in given]
     if twice := {text for text in texts if texts.count(text) > 1}:
         raise ValueError(f"--config: sweep(add) of {path} adds a point twice: {min(twice)}")
@@ -121,11 +122,13 @@ def _call_sweep(path: str) -> list[Overrides]:
 
 def _plain(overrides: Any, index: int) -> Overrides:
     """The overrides of a point with Python's own numbers, as a command line and JSON can hold."""
+    # Names first, then values: what flags and JSON can say, and no more.
     if not isinstance(overrides, Mapping) or not all(isinstance(name, str) for name in overrides):
         raise ValueError(
             f"point {index}: add got {overrides!r}; allowed: overrides by dotted name, as in "
             "add({'rollout.eta': 0.5})"
         )
+
     plain = {name: _plain_value(value) for name, value in overrides.items()}
     for name, value in plain.items():
         if not isinstance(value, str | int | float | bool | None):
@@ -144,12 +147,15 @@ def _plain_value(value: Any) -> Any:
 def _make_point(
     index: int, overrides: Overrides, config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> Point:
+    # A copy, so that no point sees the overrides of another.
     copy = ml_collections.ConfigDict(config).copy_and_resolve_references()
     try:
+        # A method is a set of values that `get_config` applies; its name alone changes nothing.
         if "method" in overrides:
             raise ValueError(methods.name_alone(overrides["method"]))
         copy.update_from_flattened_dict(overrides)
         validated = builder.from_config_dict(copy)
+        # What only the plan refuses would otherwise fail after hours of other points.
         step_plan.plan_steps(validated)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"point {index} of the sweep, {overrides}: {error}") from error
@@ -175,15 +181,20 @@ def forward_passes(config: schema.Config) -> tuple[int, int]:
     forward-process loss, as one.
     """
     rollout, region, loss = config.rollout, config.trust_region, config.loss
+    # Passes for each entry (a trained step of a sample): forward of policy and references in all
+    # branches; backward, counted as two, in the branches that have a gradient.
     forward = loss.objective == "nft"
     branches = 1 if rollout.guidance == 1.0 else 2
     with_gradient = 1 if loss.guidance_gradient == "condition" else branches
     others = region.has_anchor + region.has_previous + forward
     entry = branches * (1 + others) + 2 * with_gradient
+
+    # How often an entry is gone through.
     updates = float(loss.updates_per_rollout)
     if loss.split_updates:
         # The first update goes through all samples, to record the means of the later ones.
         updates = 1.0 if forward else 2.0 - 1.0 / updates
+
     trained = step_plan.plan_steps(config).positions
     return (
         config.batch_size * rollout.num_steps * branches,

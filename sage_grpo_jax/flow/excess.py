@@ -57,6 +57,7 @@ def gaussian_data(
     sigma, sigma_next = sigmas[:-1], sigmas[1:]
     removed, noise = sde.step_coefficients(kind, sigma, sigma_next, float(eta), clamp=clamp, xp=np)
     removed, noise = np.where(stochastic, removed, 0.0), np.where(stochastic, noise, 0.0)
+    # A step subtracts λ_t·v where it injects noise, and its length times v in the ODE.
     sensitivity = np.where(
         stochastic,
         sde.velocity_sensitivity(kind, sigma, sigma_next, float(eta), clamp=clamp, xp=np),
@@ -71,6 +72,7 @@ def gaussian_data(
     # A step, E[x'] = factor·x + shift
     factor, shift = 1 - removed - sensitivity * slope, -sensitivity * offset
 
+    # The step is a linear map: the mean follows it, and the variance its square, plus the noise.
     means, variances = [], []
     state = (0.0, 1.0)
     for a, b, n in zip(factor, shift, noise, strict=True):

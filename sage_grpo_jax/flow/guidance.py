@@ -51,11 +51,13 @@ def guided(
     def velocity(
         latents: jax.Array, timestep: jax.Array, condition: Any, negative: Any = None
     ) -> jax.Array:
+        # The negative branch has the factor 0: it is not run.
         if scale == 1.0:
             return velocity_fn(latents, timestep, condition).astype(jnp.float32)
 
         _check_same_structure(condition, negative)
         positive_v, negative_v = branches(velocity_fn, latents, timestep, condition, negative)
+        # The difference is one of float32: guidance multiplies whatever rounding is in it.
         positive_v, negative_v = (v.astype(jnp.float32) for v in (positive_v, negative_v))
         return negative_v + scale * (positive_v - negative_v)
 
@@ -79,6 +81,7 @@ def _both_in_batch(
         interleave(timestep, timestep),
         jax.tree.map(interleave, condition, negative),
     )
+    # [2·B, ...] -> [B, 2, ...]
     pairs = doubled.reshape(-1, 2, *doubled.shape[1:])
     return pairs[:, 0], pairs[:, 1]
 

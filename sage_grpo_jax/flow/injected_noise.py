@@ -29,6 +29,7 @@ def injected_variance(
     sigma, sigma_next = sigmas[:-1], sigmas[1:]
     _, std = sde.step_coefficients(kind, sigma, sigma_next, float(eta), clamp=clamp, xp=np)
     stochastic = sde.stochastic_steps(kind, schedule, eta, last_step, clamp=clamp)
+    # Each place counts by its share of the rollouts: [places] @ bool [places, T] -> [T].
     masks, shares = windows.places(stochastic, window, window_size, motion)
     return float(np.sum((shares @ masks) * std**2))
 
@@ -60,6 +61,7 @@ def matched_eta(
             kind, schedule, eta, last_step, window, window_size, motion=motion, clamp=clamp
         )
 
+    # The variance is that at η = 1 times a number that η alone decides, the same for all steps.
     at_one, wanted = variance_of(kind, 1.0, clamp), variance_of(other_kind, other_eta, 0.0)
     for name, eta, variance in ((kind, 1.0, at_one), (other_kind, other_eta, wanted)):
         if variance == 0.0:

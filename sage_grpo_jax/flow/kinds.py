@@ -72,6 +72,7 @@ def _euler_maruyama(variance: Callable[[Any, Any, float, ModuleType], Any]) -> C
         sigma: Any, sigma_next: Any, eta: Any, clamp: float, xp: ModuleType
     ) -> StepCoefficients:
         variance_at_one = xp.maximum(variance(sigma, sigma_next, clamp, xp), 0.0)
+        # s = -x̂1/σ, so ½·std²·s takes std²/(2σ) of x̂1 out. At σ = 0 no step begins.
         removed = 0.5 * eta**2 * variance_at_one / xp.where(sigma > 0, sigma, 1.0)
         return StepCoefficients(removed, std=eta * _safe_sqrt(variance_at_one, xp))
 
@@ -105,6 +106,7 @@ def _flow_variance(sigma: Any, sigma_next: Any, clamp: float, xp: ModuleType) ->
     if clamp:
         distance = xp.maximum(1.0 - sigma, clamp)
     else:
+        # g² = η²·σ/(1 - σ) is infinite at σ = 1; Flow-GRPO divides by 1 - σ' there.
         distance = xp.where(sigma >= 1.0, 1.0 - sigma_next, 1.0 - sigma)
     return sigma * (sigma - sigma_next) / xp.where(distance > 0, distance, 1.0)
 

@@ -42,12 +42,14 @@ def sample_keys(seed: Any, step: Any, slot: Any, prompt_hashes: Any, samples: An
         prompt_hashes: `prompt_hash` of each sample's prompt, uint32[B].
         samples: index of the sample within its group, integer[B].
     """
+    # The generator is named: another default would change the noise of every run.
     if not _is_key(seed):
         seed = jax.random.key(seed, impl="threefry2x32")
     shape = jnp.broadcast_shapes(jnp.shape(prompt_hashes), jnp.shape(samples), jnp.shape(slot))
     if len(shape) != 1:
         raise ValueError(f"shape {shape} of prompt_hashes and samples: must be (B,)")
 
+    # Each fold_in takes 32 bits. Order and number of the counters are part of every run.
     counters = [
         jnp.broadcast_to(jnp.asarray(counter).astype(jnp.uint32), shape)
         for counter in (step, slot, _as_uint32(prompt_hashes), samples)
@@ -118,6 +120,7 @@ def window_starts(
 
     Arguments as for `sample_keys`, without the sample: all samples of a group have the same start.
     """
+    # No sample has this number: the whole group shares its window.
     count = np.full(np.shape(prompt_hashes), _GROUP, np.uint32)
     keys = sample_keys(seed, step, slot, prompt_hashes, count)
 
@@ -150,6 +153,7 @@ def _step_keys(keys: jax.Array, stream: int, t: Any) -> jax.Array:
 
 
 def _normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    # Each key draws by itself, so that the bits of a sample do not depend on the batch.
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 

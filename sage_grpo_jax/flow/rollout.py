@@ -75,6 +75,8 @@ def rollout(
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         t, sigma, sigma_next, timestep, is_stochastic = inputs
         velocity = velocity_fn(latents, jnp.full(keys.shape, timestep, jnp.float32))
+        # The state stays float32 whatever the network computes in: short steps would be lost in
+        # the rounding of bfloat16.
         velocity = velocity.astype(jnp.float32)
 
         # The transition where noise is injected, the step of the ODE elsewhere.

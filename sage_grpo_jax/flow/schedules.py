@@ -39,6 +39,7 @@ def host_schedule(num_steps: int, shift: float) -> Schedule:
         raise ValueError(f"num_steps={num_steps}: must be an integer >= 1")
     if not (math.isfinite(shift) and shift > 0):
         raise ValueError(f"shift={shift!r}: must be a finite number > 0")
+
     u = np.linspace(1.0, 0.0, num_steps + 1, dtype=np.float64)
     sigmas = shift * u / (1.0 + (shift - 1.0) * u)
     timesteps = TIMESTEP_SCALE * sigmas[:-1]
@@ -66,6 +67,7 @@ def next_timestep(schedule: Schedule, timestep: jax.Array) -> jax.Array:
     """
     starts = jnp.asarray(schedule.timesteps)
     ends = jnp.append(starts[1:], 0.0)
+    # Bits are compared: whoever asks has its timestep from this schedule.
     hit = timestep[..., None] == starts
     end = jnp.sum(jnp.where(hit, ends, 0.0), axis=-1)
     return jnp.where(jnp.any(hit, axis=-1), end, jnp.nan)

@@ -107,6 +107,7 @@ def transition(
     )
 
     removed, std = step_coefficients(kind, sigma, sigma_next, eta, clamp=clamp)
+    # x̂1 = x + (1 - σ)·v, and with it mean = x + dt·v - removed·x̂1 for every kind
     predicted_noise = sample + (1.0 - sigma) * velocity
     mean = sample + (sigma_next - sigma) * velocity - removed * predicted_noise
     return Transition(mean=mean, std=std)
@@ -130,6 +131,7 @@ def velocity_sensitivity(
         dtype = _float_dtype(sigma, sigma_next)
         sigma, sigma_next, eta = (jnp.asarray(value, dtype) for value in (sigma, sigma_next, eta))
     removed, _ = step_coefficients(kind, sigma, sigma_next, eta, clamp=clamp, xp=xp)
+    # -∂mean/∂v = (σ - σ') + removed·(1 - σ), both at least 0.
     return (sigma - sigma_next) + removed * (1.0 - sigma)
 
 
@@ -214,6 +216,8 @@ def log_ratio(
     std = _per_sample(jnp.asarray(std, dtype), mean_new.ndim)
     noise = jnp.asarray(noise, dtype)
     delta = standardized_difference(mean_new, mean_old, std)
+    # -(ε - δ)²/2 + ε²/2 at x' = mean_old + std·ε. The squares of ε cancel here on paper; in float32
+    # they would take the digits of δ with them.
     ratio = noise * delta - 0.5 * delta**2
     if log_prob == "squared":
         ratio = 2.0 * std**2 * ratio

@@ -81,6 +81,8 @@ def places(
     count = int(np.sum(stochastic))
     size = count if window == "all" else min(size, count)
 
+    # The rank of a step is how many stochastic steps lie before it. Starts are [places, 1], ranks
+    # [T].
     starts = _starts(window, count, size, motion)[:, None]
     rank = np.cumsum(stochastic) - 1
     masks = stochastic & (rank >= starts) & (rank < starts + size)
@@ -101,6 +103,7 @@ def start_at(step: int, window: str, count: int, size: int, motion: Motion | Non
     """
     sde.check_choice("window", window, MOVING)
     motion = motion or Motion()
+    # The ends are rollouts of one pass; after the last one the window starts again or stays.
     ends = np.cumsum(_stays(window, count, size, motion))
     if motion.restart:
         step = step % int(ends[-1])

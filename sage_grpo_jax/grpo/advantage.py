@@ -64,7 +64,7 @@ def group_advantages(
         squares = (deviation**2).sum(axis=1, keepdims=True)
     variance = squares / jnp.maximum(degrees, 1)
 
-    # What cannot be standardized gets 0
+    # What cannot be standardized gets 0; it is divided by 1, since epsilon may be 0 and 0/0 is NaN.
     usable = (count_Px1 >= 2) & (variance > 0)
     scale = jnp.maximum(jnp.sqrt(jnp.where(usable, variance, 1.0)), std_floor)
     advantages = deviation / (scale + epsilon)
@@ -114,9 +114,11 @@ def combined_advantages(
         raise ValueError(f"weights={dict(weights)!r}: one must not be 0")
 
     if combine == "sum":
+        # A failed reward is NaN in its sample, and so is the sum: the sample counts as failed.
         total = sum(weight * rewards[name] for name, weight in counted.items())
         return group_advantages(total, valid, epsilon, clip, std_floor=std_floor, std=std)
 
+    # Each reward is standardized by itself, and only the sum is clipped.
     advantages = sum(
         weight * group_advantages(rewards[name], valid, epsilon, None, std_floor=std_floor, std=std)
         for name, weight in counted.items()

@@ -57,6 +57,7 @@ def equalizer_weights(
         raise ValueError(f"median={median!r}: must be one of {', '.join(MEDIANS)}")
 
     scale = gradient_scale(kind, schedule, eta, log_prob=log_prob, clamp=clamp)
+    # Steps without noise have no log-probability: they get no weight and no say in the median.
     trained = _as_mask(trained, scale) & (scale > 0)
 
     weights = np.zeros_like(scale)
@@ -76,5 +77,6 @@ def _as_mask(trained: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def _on_device(weights: np.ndarray) -> jax.Array:
+    # The weights are concrete also where a trace is under way.
     with jax.ensure_compile_time_eval():
         return jnp.asarray(weights, jnp.float32)

@@ -22,5 +22,7 @@ def gaussian_kl(
         std: scalar, [B] or [B, 1, ..., 1], the same for both.
         reduction: over the elements of a sample, `mean` or `sum`.
     """
+    # With equal variances the terms of log std and trace cancel, and the distance of the means is
+    # left.
     delta = sde.standardized_difference(mean, mean_ref, std)
     return sde.reduce_elements(0.5 * delta**2, reduction)

@@ -68,6 +68,8 @@ def policy_loss(
     deviation = jnp.expm1(jnp.clip(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
     if objective == "ppo":
         clipped = jnp.clip(deviation, -clip_range, clip_range)
+        # Where the ratio has left the range in the direction that the advantage asks for, the
+        # clipped term is the larger one, and its gradient is 0. -A·r is -A·(r - 1) less A.
         losses = jnp.maximum(-advantages * deviation, -advantages * clipped) - advantages
     else:
         losses = -advantages * log_ratio
@@ -89,6 +91,7 @@ def accumulate_metrics(first: Metrics, second: Metrics) -> Metrics:
 def _ratio_metrics(
     deviation: jax.Array, mask: jax.Array, clip_range: Any, normalizer: Any
 ) -> Metrics:
+    # Masked entries have a log-ratio of 0, so they add nothing to the largest deviation.
     outside = mask & (jnp.abs(deviation) > clip_range)
     return {
         "ratio/mean": jnp.where(mask, 1.0 + deviation, 0.0).sum() / normalizer,

@@ -68,6 +68,8 @@ def nft_loss(
     if not beta > 0:
         raise ValueError(f"beta={beta!r}: must be > 0")
     velocity_old = jax.lax.stop_gradient(velocity_old)
+
+    # v± = v_old ± β·(v - v_old)
     change = beta * (velocity - velocity_old)
 
     def distance(implicit: jax.Array) -> jax.Array:
@@ -75,6 +77,7 @@ def nft_loss(
         axes = tuple(range(1, error.ndim))
         if not adaptive:
             return (error**2).mean(axes)
+        # x̂0 = x - σ·v, so that its error is σ times that of the velocity.
         error = _per_sample(sigma, error) * error
         mean = jax.lax.stop_gradient(jnp.abs(error).mean(axes))
         return (error**2).mean(axes) / jnp.maximum(mean, _SMALLEST_DISTANCE)

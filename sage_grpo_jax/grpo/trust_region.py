@@ -249,9 +249,13 @@ def trust_region(config: TrustRegionConfig) -> optax.GradientTransformationExtra
                 raise ValueError(f"trust_region: update needs kl for kind={config.kind!r}")
             kl = 0.0
 
+        # What is measured now, with this update counted
         updates, squared_norm = _bounded(config, updates, state.squared_norm, kl_previous)
         history = state.history.at[state.count % config.history].set(kl)
         count = optax.safe_increment(state.count)
+
+        # What the next loss is taken to. The updates are not applied yet: θ_k is what `params`
+        # holds, and becomes the previous policy; θ_k+1 is what a new anchor must be.
         return updates, TrustRegionState(
             anchor=_next_anchor(config, state.anchor, params, updates, count),
             previous=_copy(params, config) if config.has_previous else None,
@@ -305,6 +309,8 @@ def _bounded(
     if kl_previous is None:
         raise ValueError("trust_region: update needs kl_previous for step_bound")
 
+    # Before the first update there is no last step, and a KL of 0 says nothing of the next one. The
+    # numbers in the wheres keep the branch that is not taken finite.
     known = (last_squared_norm > 0) & (kl_previous > 0)
     expected = kl_previous * squared_norm / jnp.where(known, last_squared_norm, 1.0)
     exceeds = known & (expected > config.step_bound)
@@ -319,6 +325,7 @@ def _next_anchor(
 ) -> Any:
     if config.kind not in _MOVING_KINDS:
         return anchor
+    # Whether it is time depends on a count that only the device knows, hence a select.
     refresh = count % config.anchor_every == 0
     new_params = optax.apply_updates(params, updates)
 
@@ -335,11 +342,15 @@ def _next_weight(
         return _warmup_weight(config, count)
     # The history starts as zeros: the sum over it is the sum over its filled part.
     mean_kl = history.sum() / jnp.minimum(count, config.history)
+
+    # Eq. 42. As printed a high KL lowers the weight; a trust region needs the other direction.
     if_high, if_low = config.up, config.down
     if config.feedback == "paper":
         if_high, if_low = if_low, if_high
     factor = jnp.where(mean_kl < config.low * config.target, if_low, 1.0)
     factor = jnp.where(mean_kl > config.high * config.target, if_high, factor)
+
+    # Eq. 41 until the warm-up is over
     steered = jnp.clip(weight * factor, config.min_weight, config.max_weight)
     return jnp.where(count > config.warmup_steps, steered, _warmup_weight(config, count))
 
@@ -347,6 +358,7 @@ def _next_weight(
 def _warmup_weight(config: TrustRegionConfig, count: jax.Array) -> jax.Array:
     if config.kind == "none":
         return jnp.zeros([], jnp.float32)
+    # Eq. 41: a straight line, then its end
     progress = 1.0 if config.warmup_steps == 0 else jnp.minimum(count / config.warmup_steps, 1.0)
     change = config.final_weight - config.initial_weight
     return jnp.asarray(config.initial_weight + change * progress, jnp.float32)

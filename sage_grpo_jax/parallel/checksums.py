@@ -87,12 +87,14 @@ def _program(out_sharding: jax.sharding.Sharding | None) -> Any:
 
 def leaf_checksum(leaf: jax.Array) -> jax.Array:
     """uint32 []; see the module."""
+    # The place is added before mixing, so that equal words at two places give unrelated numbers.
     words = _words(jnp.asarray(leaf))
     return jnp.sum(_mix(words + _places(words.shape)), dtype=jnp.uint32)
 
 
 def _words(array: jax.Array) -> jax.Array:
     """The bits of every element as uint32; elements of 64 bits become two, on a last axis."""
+    # Bits are summed, never values: -0.0 and 0.0 differ, and NaN is like itself.
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
     if array.dtype == jnp.bool_:

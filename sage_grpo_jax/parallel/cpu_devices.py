@@ -38,6 +38,7 @@ def divide(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
     Returns:
       The number of devices; None: left alone.
     """
+    # XLA reads its flags once, when the first backend starts: afterwards this would do nothing.
     given = os.environ.get("XLA_FLAGS", "")
     if _COUNT_FLAG in given or "JAX_COORDINATOR_ADDRESS" in os.environ or not _only_cpu():
         return None
@@ -45,6 +46,7 @@ def divide(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
     count = choose(sizes, cores, fits)
     if count is None:
         return None
+
     flags = [given, f"{_COUNT_FLAG}={count}", *_PATIENCE]
     if count == cores > 1:
         # Every core has its own program: threads inside of operations would only get in the way.
@@ -69,6 +71,8 @@ def choose(sizes: Sequence[int], cores: int, fits: Callable[[int], bool]) -> int
     open_axis = mesh_lib.AXES[list(sizes).index(-1)]
     if open_axis not in mesh_lib.BATCH_AXES:
         return known  # what divides a batch says nothing about the tokens
+
+    # The largest number of devices whose shares of a batch come out even
     context = sizes[mesh_lib.AXES.index("context")]
     for factor in range(max(cores // known, 1), 1, -1):
         if fits(known * factor // context):
@@ -87,5 +91,6 @@ def _only_cpu() -> bool:
     """Whether JAX will find no accelerator; without starting its backends."""
     if jax.config.jax_platforms:
         return jax.config.jax_platforms == "cpu"
+    # An accelerator comes as a plugin or as libtpu; asking JAX itself would start its backends.
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     return not plugins and importlib.util.find_spec("libtpu") is None

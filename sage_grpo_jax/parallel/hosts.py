@@ -22,11 +22,13 @@ def initialize() -> None:
     Raises:
       ValueError: one of the variables is not a number, or they contradict each other.
     """
+    # The size of a cluster comes from a person, or from the environment of TPU workers.
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         count, index = (_number(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         jax.distributed.initialize(num_processes=count, process_id=index)
     elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") and jax.config.jax_platforms != "cpu":
         jax.distributed.initialize()
+    # The service of JAX has taken SIGTERM by now.
     termination.renew()
 
 
@@ -44,10 +46,12 @@ def to_global(tree: Any, sharding: jax.sharding.Sharding) -> Any:
     """
 
     def put(array: np.ndarray | jax.Array) -> jax.Array:
+        # Keys have no numpy form: their bits travel, and become keys again on the devices.
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             data, implementation = jax.random.key_data(array), jax.random.key_impl(array)
             return jax.random.wrap_key_data(put(data), impl=implementation)
         array = np.asarray(array)
+        # JAX asks only for what the devices of this process hold.
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(put, tree)
@@ -77,6 +81,7 @@ def gather_rows(values: np.ndarray, owned: np.ndarray) -> np.ndarray:
     Raises:
       RuntimeError: a row has no owner.
     """
+    # Every process must come here, also one that owns no row: the gather waits for all of them.
     if jax.process_count() > 1:
         all_values = multihost_utils.process_allgather(values)
         all_owned = multihost_utils.process_allgather(owned)
@@ -98,6 +103,8 @@ def to_host(array: jax.Array) -> np.ndarray:
 
 def agree(flag: bool) -> bool:
     """True on every process when it is true on any of them."""
+    # A host that decides alone (a signal, a file that it cannot read) would leave the others
+    # waiting in the next collective.
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))

@@ -26,12 +26,14 @@ def resolve_axis_sizes(sizes: Sequence[int], num_devices: int) -> tuple[int, ...
             f"mesh: got {dict(zip(AXES, sizes, strict=False))}; allowed: sizes of at least 1 for "
             f"{', '.join(AXES)}, at most one of them -1 (the devices that are left)"
         )
+
     known = 1
     for size in sizes:
         known *= size if size != -1 else 1
     if -1 in sizes and num_devices % known == 0:
         sizes[sizes.index(-1)] = num_devices // known
         known = num_devices
+
     if known != num_devices:
         raise ValueError(
             f"mesh: {dict(zip(AXES, sizes, strict=True))} multiplies to {known}, but there are "

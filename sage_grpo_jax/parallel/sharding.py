@@ -31,7 +31,10 @@ def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: jax.shard
         raise ValueError(f"partition names {names} do not fit the shape {shape}")
     entries, taken = [], set()
     for name, size in zip(names, shape, strict=True):
+        # A mesh axis can cut an array only once: where two axes of it have the name, the first
+        # wins.
         axes = tuple(a for a in axes_lib.PARAMETERS.get(name, ()) if a not in taken) if name else ()
+        # The last axes are left out first: width 6 on fsdp 2 × context 4 is cut over fsdp alone.
         while axes and size % math.prod(mesh.shape[a] for a in axes):
             axes = axes[:-1]
         taken.update(axes)
@@ -70,6 +73,8 @@ def optimizer_shardings(
     }
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        # The path mu/blocks/kernel ends with that of the parameter blocks/kernel. Longer endings
+        # are tried first.
         names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
         for start in range(len(names)):
             if shapes.get(names[start:]) == leaf.shape:

@@ -65,5 +65,6 @@ def to_condition(
       latent_frames: of a clip.
     """
     arrays = {"text": batch.text, "text_mask": batch.mask, **batch.extras}
+    # The condition is made on the host; each process puts onto its devices the rows that they hold.
     condition = registry.of(transformer).make_condition(arrays, transformer, latent_frames)
     return jax.tree.map(lambda leaf: hosts.to_global(np.asarray(leaf), place), condition)

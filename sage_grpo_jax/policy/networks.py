@@ -46,10 +46,13 @@ def read_networks(config: schema.ModelConfig) -> Networks:
                 "config.json and safetensors, a file of weights beside its config.json, or "
                 "asset:NAME"
             )
+
         try:
             network = _read_network(path, kind, config)
         except (ValueError, OSError) as error:
             raise ValueError(f"config.model.{field}: {error}") from error
+
+        # Folders that were swapped would be found out much later, by a tensor that is missing.
         if registry.kind_of(network) != kind:
             raise ValueError(
                 f"config.model.{field}: {path} holds a {registry.of(network).NAME}; "
@@ -57,6 +60,7 @@ def read_networks(config: schema.ModelConfig) -> Networks:
             )
         paths.append(path)
         configs.append(network)
+
     if config.variant:
         _check_variant(configs[0], paths[0], config.variant)
     return _adapted(*configs, paths, config)
@@ -71,6 +75,7 @@ def _check_variant(transformer: TransformerConfig, path: pathlib.Path, variant: 
             f"config.model.variant={variant} is a {registry.of(released).NAME}; allowed: weights "
             "of the variant"
         )
+    # A config.json tells no more than this: many variants of a model differ in their weights alone.
     for field in registry.of(transformer).VARIANT_FIELDS:
         if (found := getattr(transformer, field)) != getattr(released, field):
             raise ValueError(
@@ -86,6 +91,7 @@ def _adapted(
     config: schema.ModelConfig,
 ) -> Networks:
     """The networks as a run computes them."""
+    # Numerics and memory belong to the run, not to the weights: config.json says nothing of them.
     transformer = dataclasses.replace(
         transformer,
         dtype=config.compute_dtype,
@@ -117,6 +123,7 @@ def describe_networks(config: schema.ModelConfig) -> Networks:
       ValueError: no folders, and no released variant either.
     """
     paths = resolve_path(config.transformer), resolve_path(config.vae)
+    # Weights that are here speak for themselves, even where a variant is named.
     if all(path.exists() for path in paths) or not config.variant:
         return read_networks(config)
     transformer = registry.released(registry.TRANSFORMER, config.variant)

@@ -71,11 +71,15 @@ def guided_velocity(
       gradient: of which branches of guidance, see `flow.guidance.guided`.
     """
     model = registry.of(transformer)
+    # It is the same at every step, so it is made outside of the loop over them.
     unconditional = None if negative is None else model.unconditional(condition, negative)
 
     def velocity(latents: jax.Array, timestep: jax.Array, branch: Any) -> jax.Array:
+        # It is a function, so that nothing is traced for models that do not ask where a step ends.
         end = functools.partial(schedules.next_timestep, schedule, timestep)
         branch = model.with_step_end(branch, end, transformer)
+        # TPUs would round products of float32 numbers to bfloat16. What is bfloat16 already stays
+        # so.
         with jax.default_matmul_precision(guidance.precision):
             return model.velocity(
                 policy.params,

@@ -41,6 +41,7 @@ def read_prompts(source: str, field: str) -> list[prompts_lib.Prompt]:
             + ", ".join(WORLD + name for name in moving_shapes_spec.SPLITS)
         )
     captions = moving_shapes_spec.split_captions(split)
+    # The id of a prompt decides its noise, so it follows from the caption alone.
     return [prompts_lib.Prompt(text.replace(" ", "_"), text) for text in captions]
 
 
@@ -70,6 +71,8 @@ def open_cache(
     """
     source = getattr(config.data, field)
     dim = _needs(networks).text
+
+    # Made before, by a text encoder
     if source.startswith(CACHE):
         try:
             cache = embedding_cache.EmbeddingCache(source.removeprefix(CACHE))
@@ -77,11 +80,14 @@ def open_cache(
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"config.data.{field}: {error}") from error
         return cache
+
+    # Made here, from the words of the captions: only the small world has few enough of them
     if config.data.text_encoder != "words":
         raise ValueError(
             f"config.data.{field}: got {source!r}; allowed: {CACHE}FOLDER, written by "
             "python -m sage_grpo_jax.encode_prompts"
         )
+
     prompts = read_prompts(source, field)
     try:
         captions.check(prompts, whole=whole_captions)
@@ -92,6 +98,7 @@ def open_cache(
     path = workdir / "embeddings" / f"{field}-{digest}"
     if jax.process_index() == 0 and not path.exists():
         word_embeddings.write_cache(path, prompts, dim)
+    # The others read what the first one writes, from the file system that they share.
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"embeddings/{field}")
     return embedding_cache.EmbeddingCache(path)
@@ -108,6 +115,8 @@ def _check_fits(
         encoder, wants_frame = of_variant.encoder, of_variant.first_frame
     if config.data.text_encoder == "words":
         encoder = word_embeddings.encoder(needs.text).name
+
+    # The latent of a first frame, [h, w, C], was encoded for one size of clip.
     video, latent_shape = config.video, None
     if wants_frame or cache.image_shape is not None:
         latent_shape = frames.latent_shape(networks.vae, 1, video.height, video.width)[1:]
@@ -154,16 +163,21 @@ def open_prompts(config: schema.Config, workdir: pathlib.Path, networks: Network
         for field in ("eval_prompts", "test_prompts")
         if getattr(config.data, field) or field == "eval_prompts"
     }
+
+    # How many of them are fixed for the whole run; all test prompts unless a number is given
     counts = {"eval_prompts": config.eval.num_prompts}
     for field, cache in fixed.items():
         counts.setdefault(field, config.eval.num_test_prompts or len(cache))
         _check_fixed(config, field, cache, counts[field], train)
+
+    # Every batch of a run has the same lengths: one compilation
     shapes = _static_shapes(config, networks, train, *fixed.values())
     batches = {
         field: _fixed_batch(cache, counts[field], config.eval, shapes)
         for field, cache in fixed.items()
     }
     negative = embedding_cache.pad_entries([train.negative], **shapes)
+
     logging.info("%d training prompts, %d evaluation prompts", len(train), config.eval.num_prompts)
     return Prompts(
         train=embedding_cache.make_prompt_iterator(
@@ -186,6 +200,7 @@ def _check_fixed(
 ) -> None:
     """Refuses evaluation or test prompts of another encoder, or too few of them."""
     source = getattr(config.data, field)
+    # Embeddings of another encoder may have the same shape, and mean something else to the model.
     if differing := cache.encoder.differences(train.encoder):
         raise ValueError(
             f"config.data.{field}: {source} comes from another encoder than "
@@ -206,6 +221,8 @@ def _fixed_batch(
     shapes: dict[str, int | None],
 ) -> conditions.PromptBatch:
     """`count` prompts, the same in every run, each `samples_per_prompt` times in a row."""
+    # The order follows from the seed of the evaluation, not from that of the run: runs that are
+    # compared see the same prompts.
     chosen = embedding_cache.make_prompt_iterator(
         cache, count, settings.seed, repeat=False, **shapes
     )
@@ -220,6 +237,9 @@ def _static_shapes(
         max(cache.max_length for cache in caches)
     )
     quoted = max(cache.byt5_max_length for cache in caches)
+
+    # Without quoted text in any prompt its branch is left out of the program; masked tokens would
+    # be computed all the same.
     if not quoted:
         return {"length": length, "byt5_length": None, "byt5_dim": None}
     return {

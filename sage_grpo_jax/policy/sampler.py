@@ -71,6 +71,7 @@ def make_rollout(
         velocity = guided_velocity(
             policy, transformer, condition, negative, sampling.schedule, sampling.guidance
         )
+
         return rollout_lib.rollout(
             velocity,
             keys,
@@ -95,6 +96,8 @@ def make_decode(
     """
 
     def decode(vae_params: Any, latents: jax.Array, piece: Any, size: int) -> jax.Array:
+        # [B, ...] -> [size, n, ...] -> [size, ...]: every device decodes its share of every piece,
+        # and no latents travel; see `update.split_batch`.
         chunk = latents.reshape(size, -1, *latents.shape[1:])[:, piece]
         return frames.decode_frames(vae_params, chunk, vae_config, tiling, precision)
 
@@ -131,9 +134,11 @@ class Sampler:
         self._rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         self._latent_frames = sampling.latent_shape[0]
         self._negative = self._condition(negative, whole)
+
         rollout = make_rollout(transformer, sampling)
 
         def chain(policy, condition, negative, key_data, initial_latents):
+            # Bits come in, not typed keys: each process may fill its own rows of a plain array.
             keys = jax.random.wrap_key_data(key_data, impl="threefry2x32")
             path = rollout(policy, condition, negative, keys, initial_latents=initial_latents)
             return path.latents[-1]
@@ -168,6 +173,7 @@ class Sampler:
         for piece in range(pieces):
             frames = self._decode(self._vae_params, latents, piece, size=self._decode_batch)
             for row, clip in hosts.local_rows(frames):
+                # Row r of piece p is clip p + n·r of the batch, see `make_decode`.
                 yield piece + pieces * row, clip
 
     def finite(self, latents: jax.Array) -> np.ndarray:
@@ -185,6 +191,7 @@ def key_data(seeds: Sequence[int], ids: Sequence[str]) -> np.ndarray:
     with `eval.seed` that of the first evaluation sample of the prompt.
     """
     hashes = np.array([noise.prompt_hash(i) for i in ids], np.uint32)
+    # Keys that are made at once have one seed, so they are made seed by seed.
     out = np.zeros((len(hashes), 2), np.uint32)
     for seed in set(seeds):
         keys = noise.sample_keys(seed, 0, 0, hashes, np.zeros_like(hashes))

@@ -35,14 +35,20 @@ def check(config: schema.LoraConfig, transformer: TransformerConfig, params: Any
         raise ValueError(f"config.{error}") from error
     if not config.init:
         return
+
     with _naming_init():
         found = weights.open_adapters(config.init, transformer).lora
+        # The start may lack layers, which then begin at 0. It may not have more than are trained:
+        # what it does there would be lost without a word.
         more = {*lora.adapted_paths(found, model)} - {*lora.adapted_paths(adapters, model)}
         if more:
             raise ValueError(
                 f"{config.init} adapts {', '.join(lora.targets_of(more, model))}; allowed: layers "
                 "of lora.targets"
             )
+
+        # A smaller rank is filled up, with zeros in B so that the product stays; a larger one would
+        # have to be cut.
         if found.rank > adapters.rank:
             raise ValueError(
                 f"{config.init} has rank {found.rank}; allowed: at most lora.rank={adapters.rank}"

@@ -58,6 +58,7 @@ def train_flow(
     config: PretrainConfig, streams: Streams, cache: LatentCache, workdir: pathlib.Path
 ) -> Params:
     """Trains the transformer on the cached latents of the training captions."""
+    # Data go in as arguments: captured by the program, they would be constants compiled into it.
     data = flow_data(cache, text_width(config.transformer))
 
     def init_params() -> Params:
@@ -106,6 +107,7 @@ def text_width(transformer: TransformerConfig) -> int:
 
 def flow_data(cache: LatentCache, text_dim: int) -> FlowData:
     """Scales latents to unit spread and encodes the training captions and the empty prompt."""
+    # The empty prompt stands for "no caption"; it is the last row, which `noisy_batch` relies on.
     texts = [*moving_shapes.train_captions(), ""]
     text, mask = word_embeddings.encode_padded(texts, text_dim)
     latents = jnp.asarray(cache.latents / np.float32(cache.std))
@@ -120,6 +122,7 @@ def rival_rows(texts: list[str]) -> np.ndarray:
     One that is not in the list (training knows no held-out ones) is replaced by the other; the
     empty prompt has itself.
     """
+    # A caption has two rivals; held-out ones were never encoded and have no row.
     row = {text: i for i, text in enumerate(texts)}
     rivals = []
     for i, text in enumerate(texts):
@@ -160,6 +163,7 @@ def distill_loss_fn(model: TransformerConfig, stage: DistillStageConfig) -> Loss
 
     def loss_fn(params: Params, key: jax.Array, step: jax.Array, teacher: Params, *inputs):
         del step
+        # The teacher's three velocities in one pass of 3 B samples.
         data = FlowData(*inputs)
         batch = noisy_batch(key, data, stage)
         empty = jnp.full_like(batch.row, len(data.text) - 1)
@@ -167,6 +171,8 @@ def distill_loss_fn(model: TransformerConfig, stage: DistillStageConfig) -> Loss
         rows = jnp.concatenate([batch.row, empty, data.rivals[batch.row, which]])
         thrice = (jnp.concatenate([x] * 3) for x in (batch.noisy, batch.sigma))
         velocities = jnp.split(_velocity(teacher, *thrice, rows, data, model), 3)
+
+        # The student sees the caption only.
         target = jax.lax.stop_gradient(guided_target(*velocities, stage))
         velocity = _velocity(params, batch.noisy, batch.sigma, batch.row, data, model)
         error_B = weighted_error(velocity - target, stage.first_frame_weight)
@@ -185,12 +191,14 @@ def guided_target(
 
 def noisy_batch(key: jax.Array, data: FlowData, stage: FlowStageConfig) -> NoisyBatch:
     """Random clips at random noise levels, with their captions or, now and then, the empty one."""
+    # x_σ = (1 - σ) x0 + σ z, whose derivative by σ is the target z - x0.
     keys = jax.random.split(key, 4)
     clip = jax.random.randint(keys[0], (stage.batch_size,), 0, len(data.latents))
     clean = data.latents[clip]
     sigma = sample_sigma(keys[1], stage.batch_size, stage)
     noise = jax.random.normal(keys[2], clean.shape)
     noisy = clean + sigma[:, None, None, None, None] * (noise - clean)
+
     dropped = jax.random.bernoulli(keys[3], stage.caption_drop, (stage.batch_size,))
     row = jnp.where(dropped, len(data.text) - 1, data.caption[clip])
     return NoisyBatch(noisy, sigma, noise - clean, row)
@@ -199,6 +207,7 @@ def noisy_batch(key: jax.Array, data: FlowData, stage: FlowStageConfig) -> Noisy
 def weighted_error(difference: jax.Array, first_frame_weight: float) -> jax.Array:
     """Mean square f32[B] of f32[B, T, H, W, C], the first latent frame weighted; weights mean 1."""
     frames = difference.shape[1]
+    # The first latent frame holds one frame of the video, the others four each.
     weight_T = jnp.ones(frames).at[0].set(first_frame_weight)
     error_BxT = jnp.mean(jnp.square(difference), axis=(2, 3, 4))
     return jnp.mean(error_BxT * weight_T / jnp.mean(weight_T), axis=1)
@@ -212,6 +221,7 @@ def _velocity(
     data: FlowData,
     model: TransformerConfig,
 ) -> jax.Array:
+    # Every sample reads its own caption; the model counts noise from 0 to 1000.
     prompts = {"text": data.text[row], "text_mask": data.mask[row]}
     condition = registry.of(model).make_condition(prompts, model, noisy.shape[1])
     return registry.of(model).velocity(params, noisy, 1000.0 * sigma, condition, model)
@@ -219,6 +229,8 @@ def _velocity(
 
 def sample_sigma(key: jax.Array, n: int, stage: FlowStageConfig) -> jax.Array:
     """Noise levels f32[n] in (0, 1): the logistic of a normal, shifted as the sampler shifts."""
+    # The logistic of a normal is dense in the middle, where there is most to learn; the shift moves
+    # it towards noise, as that of the sampler does.
     normal = stage.sigma_mean + stage.sigma_std * jax.random.normal(key, (n,))
     sigma = jax.nn.sigmoid(normal)
     return stage.shift * sigma / (1.0 + (stage.shift - 1.0) * sigma)

@@ -1,4 +1,4 @@
-"""The gradient loop that both pretraining stages share: update, average, log, checkpoint, resume.
+"""The gradient loop that all stages of pretraining share: update, average, log, checkpoint, resume.
 
 Everything random in step n is drawn from `fold_in(stage key, n)` inside the compiled update. A
 run that was interrupted therefore continues with the bits that it would have had.
@@ -69,9 +69,13 @@ def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
         0.0, stage.learning_rate, warmup_steps, decay_steps=stage.steps
     )
     clip = optax.clip_by_global_norm(stage.gradient_clip)
+
     if stage.optimizer == "adamw":
         decay = {"weight_decay": stage.weight_decay, "mask": _is_kernel_tree}
         return optax.chain(clip, optax.adamw(rate, b2=stage.beta2, **decay))
+
+    # Decay is multiplied by the rate, which is `muon_scale` times that of the rest. Divided by it,
+    # kernels decay as they do with AdamW.
     muon = optax.contrib.muon(
         lambda step: stage.muon_scale * rate(step),
         weight_decay=stage.weight_decay / stage.muon_scale,
@@ -106,11 +110,15 @@ def make_update(loss_fn: LossFn, stage: StageConfig) -> Callable[..., tuple[Trai
     optimizer = make_optimizer(stage)
 
     def update(state: TrainState, stage_key: jax.Array, *inputs):
+        # Gradient and step.
         key = jax.random.fold_in(stage_key, state.step)
         gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, metrics), gradients = gradient_fn(state.params, key, state.step, *inputs)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
+
+        # The average starts with a short memory, about a tenth of the steps so far, so that nothing
+        # is left of the initialisation.
         step = state.step + 1
         decay = jnp.minimum(stage.ema_decay, step / (step + 9.0))
         average = jax.tree.map(lambda a, p: a + (1.0 - decay) * (p - a), state.average, params)
@@ -139,17 +147,23 @@ def run_stage(
     """
     optimizer = make_optimizer(stage)
     with _open_checkpointer(workdir / name) as checkpointer:
+        # What was logged beyond the checkpoint comes again: those lines go first.
         state = _restore_or_init(checkpointer, init_params, optimizer)
         start = int(state.step)
         metrics_file = workdir / "metrics.jsonl"
         truncate_metrics(metrics_file, name, start)
         if start < stage.steps:
             say(f"{name}: updates {start} to {stage.steps}")
+
+        # One program a phase, compiled when its first step comes.
         updates = [(phase.until, make_update(phase.loss_fn, stage)) for phase in phases]
         progress = _Progress(name, start, stage.steps, metrics_file)
         for step in range(start + 1, stage.steps + 1):
             update = next(update for until, update in updates if step <= until)
             state, metrics = update(state, stage_key, *inputs)
+
+            # Reading a metric waits for the device: only now and then. But always before saving,
+            # as `log` raises where one is not finite.
             last = step == stage.steps
             save = step % stage.checkpoint_every == 0 or last
             if step % stage.log_every == 0 or save:
@@ -166,6 +180,7 @@ def load_average(directory: pathlib.Path) -> tuple[int, Params]:
       FileNotFoundError: when the directory holds no finished checkpoint.
     """
     directory = files.real_path(directory)
+    # Checkpoints that are being written have other names, and take this one when complete.
     steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {directory}; run that stage first")
@@ -190,6 +205,7 @@ def _restore_or_init(
 ) -> TrainState:
     if checkpointer.latest is None:
         return init_state(init_params(), optimizer)
+    # Shapes alone, without computing an initialisation that is thrown away.
     abstract = jax.eval_shape(lambda: init_state(init_params(), optimizer))
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda leaf: leaf.update(sharding=sharding), abstract)
@@ -206,6 +222,7 @@ def truncate_metrics(path: pathlib.Path, stage: str, step: int) -> None:
     text = path.read_text()
     kept = []
     for line in text.split("\n"):
+        # A last line that a kill cut off.
         if not line.endswith("}"):
             continue
         entry = json.loads(line)
@@ -224,15 +241,20 @@ class _Progress:
         self._step, self._time = start, time.monotonic()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        # Neither logged nor saved: a rerun starts from the last good checkpoint.
         for key, value in metrics.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"{self._name} step {step}: {key} is {value}")
+
+        # Seconds of a step, over those since the last line.
         now = time.monotonic()
         seconds = (now - self._time) / max(step - self._step, 1)
         self._step, self._time = step, now
+
         entry = {"stage": self._name, "step": step, **metrics, "time/step": seconds}
         with self._file.open("a") as file:
             file.write(json.dumps(entry) + "\n")
+
         minutes, rest = divmod(round(seconds * (self._total - step)), 60)
         values = " ".join(f"{key} {value:.5g}" for key, value in metrics.items())
         left = f"{seconds:.3f} s/step, {minutes}:{rest:02d} left"

@@ -22,6 +22,7 @@ from sage_grpo_jax.worlds.moving_shapes import recognition as shape_recognition
 from sage_grpo_jax.worlds.moving_shapes import word_embeddings
 from sage_grpo_jax.worlds.moving_shapes import world as moving_shapes
 
+# Clips at a time: bounds memory.
 _BATCH = 16
 
 
@@ -42,6 +43,7 @@ def judge(
     Returns: reconstruction error, manifold distances, mean normalised rewards and how often the
     captioned shape is seen, by name.
     """
+    # Real clips, and what the autoencoder makes of them; pixels are 0 to 1, so the peak is 1.
     captions = spread(moving_shapes.split_captions("validation"), config.num_samples)
     real = moving_shapes.render(moving_shapes.parameters_from_captions(captions, key))
     decoded = reconstruct(pipeline, real)
@@ -51,6 +53,8 @@ def judge(
             -10 * jnp.log10(jnp.mean(jnp.square(jnp.clip(decoded, 0, 1) - real)))
         ),
     }
+
+    # Samples of the same captions, always from the same noise: exports can be compared.
     videos = {
         "real": moving_shapes.to_uint8(real),
         "reconstructions": moving_shapes.to_uint8(decoded),
@@ -58,6 +62,8 @@ def judge(
     for steps in config.sampling_steps:
         samples = sample(pipeline, captions, steps, config.shift, noise_seed=0)
         videos[f"samples_{steps}_steps"] = moving_shapes.to_uint8(samples)
+
+    # Every set is measured alike.
     for name, clips in videos.items():
         distance = np.asarray(moving_shapes.manifold_distance(clips))
         numbers[f"manifold_distance/{name}"] = float(distance.mean())
@@ -65,6 +71,8 @@ def judge(
         numbers |= mean_rewards(clips, captions, name)
         identity = shape_recognition.identity(clips, captions)
         numbers |= {f"shape_{key}/{name}": value for key, value in identity._asdict().items()}
+
+        # The sheet shows clips at even distances: nobody has chosen them.
         rows = np.unique(np.linspace(0, len(clips) - 1, config.sheet_rows).round().astype(int))
         shown = [captions[row] for row in rows]
         sheet = media.contact_sheet(clips[rows], shown, config.sheet_frames)
@@ -107,6 +115,7 @@ def sample(
 
     Returns: f32[N, F, H, W, 3], 0 to 1 but not clipped.
     """
+    # The sampler of training and `sample`, without noise.
     transformer = pipeline.transformer
     model, shape = registry.of(transformer), latent_shape(pipeline.vae)
     sampling = sampler.Sampling(schedules.make_schedule(steps, shift), shape)
@@ -121,6 +130,7 @@ def sample(
         videos = frames.decode_videos(pipeline.vae_params, path.latents[-1], pipeline.vae)
         return 0.5 * videos + 0.5
 
+    # Keys as in training: noise depends on a sample's caption and number, not on the batch.
     videos = []
     for start in _starts(len(captions)):
         batch = slice(start, start + _BATCH)

@@ -74,19 +74,26 @@ def run(config: PretrainConfig, workdir: pathlib.Path, stages: Sequence[str] = S
     if unknown:
         raise ValueError(f"stages: unknown {unknown}; allowed: {', '.join(STAGES)}")
     workdir.mkdir(parents=True, exist_ok=True)
+    # A key for every use, whatever is run: a stage alone draws what it would draw among all.
     streams = Streams(*jax.random.split(jax.random.key(config.seed), len(Streams._fields)))
+
+    # The autoencoder.
     if "vae" in stages:
         train_vae(config, streams, workdir)
     if "polish" in stages:
         polish_vae(config, streams, workdir)
     if "decoder" in stages:
         train_decoder(config, streams, workdir)
+
+    # The transformer, on latents that never change again.
     if "latents" in stages:
         encode_clips(config, streams.latents, workdir)
     if "flow" in stages:
         train_flow(config, streams, _read_latents(workdir / "latents"), workdir)
     if "distill" in stages:
         distill_guidance(config, streams, _read_latents(workdir / "latents"), workdir)
+
+    # The decoder for this transformer, then all of it as it stands.
     if "sharpen" in stages:
         std = _read_latents(workdir / "latents").std
         _, transformer = load_transformer(workdir)
@@ -112,6 +119,7 @@ def encode_clips(config: PretrainConfig, key: jax.Array, workdir: pathlib.Path) 
 def _encode(
     params: Params, model: AutoencoderConfig, stage: LatentsStageConfig, key: jax.Array
 ) -> LatentCache:
+    # The row of every caption, as `flow_data` encodes them.
     index = {text: i for i, text in enumerate(moving_shapes.train_captions())}
     vae = registry.of(model)
 
@@ -121,17 +129,21 @@ def _encode(
         mean, _ = vae.encode(params, 2.0 * moving_shapes.render(clips) - 1.0, model)
         return mean, clips
 
+    # Rendered, encoded and moved to the host batch by batch.
     latents, captions = [], []
     for batch_key in jax.random.split(key, stage.num_clips // stage.batch_size):
         mean, clips = encode_batch(batch_key)
         latents.append(np.asarray(mean))
         captions.extend(index[text] for text in moving_shapes.captions(clips))
+
+    # [N, T, H, W, C]. Sums of millions of float32 are taken in float64.
     stacked = np.concatenate(latents)
     mean, std = stacked.mean(dtype=np.float64), stacked.std(dtype=np.float64)
     return LatentCache(stacked, np.array(captions, np.int32), float(mean), float(std))
 
 
 def _write_latents(cache: LatentCache, folder: pathlib.Path) -> None:
+    # The folder appears whole: its being there means that the stage is finished.
     with folders.new_folder(folder, "latents") as new:
         np.save(new / "latents.npy", cache.latents)
         np.save(new / "caption.npy", cache.caption)
@@ -142,6 +154,7 @@ def _write_latents(cache: LatentCache, folder: pathlib.Path) -> None:
 def _read_latents(folder: pathlib.Path) -> LatentCache:
     if not folder.exists():
         raise FileNotFoundError(f"{folder} does not exist; run the stage latents first")
+    # The spread of the latents joins the models: the transformer sees them divided by it.
     summary = json.loads((folder / "summary.json").read_text())
     return LatentCache(
         np.load(folder / "latents.npy"),
@@ -163,6 +176,7 @@ def export(config: PretrainConfig, key: jax.Array, workdir: pathlib.Path) -> dic
     model = dataclasses.replace(config.vae_model, scaling_factor=1.0 / summary["std"])
     steps, vae_params = load_vae(workdir)
     flow_steps, flow_params = load_transformer(workdir)
+
     for name, params, model_config in (
         ("vae", vae_params, model),
         ("transformer", flow_params, config.transformer),
@@ -175,6 +189,8 @@ def export(config: PretrainConfig, key: jax.Array, workdir: pathlib.Path) -> dic
             dtype=jnp.float16,
             overwrite=True,
         )
+
+    # Judged in float32: the rounding is not seen here.
     steps |= flow_steps
     say(f"export: {steps}")
     pipeline = pretraining_report.Pipeline(model, vae_params, config.transformer, flow_params)

@@ -49,7 +49,7 @@ class VaeStageConfig(StageConfig):
 
     `edge_weight` multiplies the L1 distance of the spatial differences between neighbouring
     pixels: it asks for sharp borders where plain L1 accepts a soft one. `contrast_weight` is
-    explained at `pretraining.reconstruction_terms`. The first `short_steps` updates see
+    explained at `vae_stages.reconstruction_terms`. The first `short_steps` updates see
     `short_batch_size` clips of `short_frames` frames, which cost less. Latent noise and KL grow
     from zero to their full weight over `noise_warmup_steps`. `latent_noise` adds noise of that
     many standard deviations of the latents, for a decoder that forgives small errors.
@@ -206,6 +206,7 @@ def from_mapping(config: Mapping[str, Any]) -> PretrainConfig:
       ValueError: naming the section, the field and what is allowed, for unknown, missing or
         invalid settings.
     """
+    # Sections: none missing, none that would be ignored.
     allowed = ["seed", *_MODELS, *_SECTIONS]
     unknown = sorted(set(config) - set(allowed))
     missing = sorted(set(allowed) - set(config))
@@ -214,6 +215,8 @@ def from_mapping(config: Mapping[str, Any]) -> PretrainConfig:
             f"pretraining config: unknown sections {unknown}, missing sections {missing}; "
             f"it has exactly {allowed}"
         )
+
+    # Each is checked by its own class.
     sections = {
         name: _build(name, section_type, config[name]) for name, section_type in _SECTIONS.items()
     }
@@ -230,6 +233,7 @@ def _build_model(name: str, kind: str, values: Mapping[str, Any]) -> Any:
 
 
 def _build(name: str, section_type: type, values: Mapping[str, Any]) -> Any:
+    # Fields: what the class would refuse with a message of Python's own.
     fields = {field.name: field for field in dataclasses.fields(section_type)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
@@ -243,6 +247,7 @@ def _build(name: str, section_type: type, values: Mapping[str, Any]) -> Any:
     )
     if missing:
         raise ValueError(f"{name}: missing fields {missing}")
+
     # ConfigDict hands lists back for tuples that were overridden; the model configs are hashable.
     hashable = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     return section_type(**hashable)

@@ -97,6 +97,7 @@ def load_vae(
 def _vae_phases(
     model: AutoencoderConfig, stage: VaeStageConfig, frozen: Params | None = None
 ) -> list[Phase]:
+    # Short clips first: they cost less, and pixels are learned before motion.
     loss_fn = functools.partial(vae_loss_fn, model, stage, frozen=frozen or {})
     return [
         Phase(stage.short_steps, loss_fn(stage.short_batch_size, stage.short_frames)),
@@ -114,15 +115,19 @@ def vae_loss_fn(
     vae = registry.of(model)
 
     def loss_fn(params: Params, key: jax.Array, step: jax.Array):
+        # Clips that no update sees again: [B, F, H, W, 3] in ±1.
         params = {**frozen, **params}
         clip_key, noise_key = jax.random.split(key)
         videos = random_clips(clip_key, clips, frames)
         mean, logvar = vae.encode(params, videos, model)
+
         # Full noise from the start hides the latents from a decoder that does not use them yet.
         n = stage.noise_warmup_steps
         warmup = jnp.minimum(1.0, step / n) if n else 1.0
         std = jnp.exp(0.5 * logvar) + stage.latent_noise * jax.lax.stop_gradient(jnp.std(mean))
         noise = warmup * std * jax.random.normal(noise_key, mean.shape)
+
+        # KL of the posterior against a standard normal, its mean over the elements.
         decoded = vae.decode(params, mean + noise, model)
         terms = reconstruction_terms(decoded, videos, stage.contrast_weight)
         terms["kl"] = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
@@ -143,19 +148,26 @@ def sharpen_loss_fn(
     """
     model, stage = config.vae_model, config.sharpen
     vae, dit = registry.of(model), registry.of(config.transformer)
+    # All captions of the world, in the order of `all_words`.
     captions = [moving_shapes.spec.caption(words) for words in moving_shapes.spec.all_words()]
     text_width = dit.embedding_needs(config.transformer).text
     encoded = word_embeddings.encode_padded(captions, text_width)
     text, mask = (jnp.asarray(array) for array in encoded)
+
     choices = tuple(len(words) for words in moving_shapes.spec.CHOICES)
 
     def loss_fn(params: Params, key: jax.Array, step: jax.Array):
         del step
+        # Clips, and their latents in the units of the transformer.
         keys, count = jax.random.split(key, 3), stage.batch_size
         clips = moving_shapes.sample_parameters(keys[0], count, "all")
         videos = 2.0 * moving_shapes.render(clips) - 1.0
         mean, _ = vae.encode({**encoder, **params}, videos, model)
         clean = mean / latent_std
+
+        # Every other clip goes through the transformer. The first six parameters of a clip are
+        # places among the choices: together they count the row of its caption. (`mode` says what
+        # becomes of a place that is none; there is no such place.)
         noise = jax.random.normal(keys[2], clean.shape)
         row = jnp.ravel_multi_index(tuple(clips[: len(choices)]), choices, mode="clip")[::2]
         prompts = {"text": text[row], "text_mask": mask[row]}
@@ -165,9 +177,11 @@ def sharpen_loss_fn(
         def velocity(noisy: jax.Array, level: jax.Array) -> jax.Array:
             return dit.velocity(transformer, noisy, 1000.0 * level, condition, config.transformer)
 
+        # The decoder alone learns: gradients end at the latents.
         denoised = _denoise(velocity, clean[::2], noise[::2], sigma, stage.denoising_steps)
         latents = (clean + stage.latent_noise * noise).at[::2].set(denoised)
         decoded = vae.decode(params, jax.lax.stop_gradient(latents) * latent_std, model)
+
         terms = reconstruction_terms(decoded, videos, stage.contrast_weight)
         return _weighted(terms, stage), terms
 
@@ -182,6 +196,7 @@ def _denoise(
     steps: int,
 ) -> jax.Array:
     """Latents noised to sigma and brought back by Euler steps of one length."""
+    # dx/dσ is the velocity, so a step of Euler's from σ to σ - σ/steps takes off σ/steps times it.
     level = sigma_B[:, None, None, None, None]
     latents = clean + level * (noise - clean)
     for step in range(steps):
@@ -201,6 +216,7 @@ def _weighted(terms: dict[str, jax.Array], stage: VaeStageConfig) -> jax.Array:
 
 def random_clips(key: jax.Array, n: int, frames: int) -> jax.Array:
     """Clips of any combination, cut to `frames` frames at random: f32[n, frames, H, W, 3], ±1."""
+    # One cut for all clips: the length is fixed, the place is drawn.
     clip_key, cut_key = jax.random.split(key)
     videos = moving_shapes.render(moving_shapes.sample_parameters(clip_key, n, "all"))
     first = jax.random.randint(cut_key, (), 0, videos.shape[1] - frames + 1)
@@ -218,9 +234,12 @@ def reconstruction_terms(
     """
     chex.assert_rank([decoded, videos], 5)
     chex.assert_equal_shape([decoded, videos])
+    # Weights [B, F, H, W, 1] of mean 1.
     contrast = jnp.abs(videos - jnp.mean(videos, axis=(2, 3), keepdims=True))
     weight = 1.0 + contrast_weight * jnp.mean(contrast, axis=-1, keepdims=True)
     weight = weight / jnp.mean(weight)
+
+    # Across and down: differences of the error are errors of the differences.
     error = decoded - videos
     across = jnp.mean(jnp.abs(jnp.diff(error, axis=3)))
     down = jnp.mean(jnp.abs(jnp.diff(error, axis=2)))

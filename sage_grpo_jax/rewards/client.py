@@ -85,6 +85,7 @@ class RewardClient:
                 f"optional_names = {list(optional_names)}: must be some of reward_names = "
                 f"{list(reward_names)}, not all"
             )
+
         self._address = address
         self._timeout = timeout
         self._budget = budget
@@ -93,6 +94,8 @@ class RewardClient:
         self._needed_names = tuple(n for n in reward_names if n not in optional_names)
         self._max_message_bytes = max_message_bytes
         self._fingerprint = expected_fingerprint
+
+        # What the caller's threads and ours share.
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._channel: grpc.Channel | None = None
@@ -163,6 +166,8 @@ class RewardClient:
         """
         call = Call(self._budget)
         future: futures.Future[RewardResult] = futures.Future()
+
+        # A bad clip fails alone and at once: no server would take it.
         try:
             request = wire.make_request(
                 video_uint8_FxHxWx3,
@@ -176,6 +181,8 @@ class RewardClient:
         except ValueError as error:
             future.set_result(call.failed(Failure(types.INVALID_ARGUMENT, str(error))))
             return future
+
+        # One lock with `close`: a job is refused, or stands before the end marks of the threads.
         with self._lock:
             if self._closed.is_set():
                 raise RuntimeError("submit after close: the reward client takes no more videos")
@@ -190,6 +197,7 @@ class RewardClient:
             if self._channel is not None:
                 self._channel.close()
             threads, self._threads = self._threads, []
+        # Behind the jobs that wait, which the threads take first and end as CANCELLED.
         for _ in threads:
             self._waiting.put(None)
         for thread in threads:
@@ -215,7 +223,9 @@ class RewardClient:
                 limit = f"at most {self._max_message_bytes} are allowed"
                 failure = Failure(types.INVALID_ARGUMENT, f"request has {size} bytes: {limit}")
                 return call.failed(failure)
+
             result = self._ask(call, request)
+            # One reward that fails takes the whole answer with it, the needed ones too.
             if result.code == types.INTERNAL and self._needed_names != self._reward_names:
                 _log.warning(
                     "%s: %s; asking without the rewards that are optional",
@@ -278,6 +288,7 @@ class RewardClient:
 
     def _same_fingerprint(self, fingerprint: str) -> bool:
         with self._lock:
+            # Without an expected one, the first answer to any thread decides.
             self._fingerprint = self._fingerprint or fingerprint
             return fingerprint == self._fingerprint and fingerprint != ""
 
@@ -295,6 +306,7 @@ class RewardClient:
                 call.attempts += 1
                 timeout = min(self._timeout, remaining)
                 answer, retry, pushback = self._attempt(method, request, timeout)
+
                 if self._closed.is_set():
                     return Failure(types.CANCELLED, "the client was closed")
                 if not isinstance(answer, Failure):
@@ -305,10 +317,14 @@ class RewardClient:
                 if answer.code == types.DEADLINE_EXCEEDED and timeout < self._timeout:
                     # Cut short by the budget: it says less than what failed before.
                     break
+
+                # `close` ends the pause; it never goes beyond the budget.
                 failure = answer
                 self._outage.failed(*failure)
                 pause = self._pause(call.attempts, pushback)
                 self._closed.wait(min(pause, max(0.0, call.remaining())))
+
+        # A call that only ever waited tells what the others have met.
         code, message = (
             failure or self._outage.last or (types.DEADLINE_EXCEEDED, "no answer, no failure")
         )
@@ -330,6 +346,8 @@ class RewardClient:
             return Failure(types.CANCELLED, str(error)), False, 0.0
 
     def _pause(self, attempts: int, pushback: float) -> float:
+        # The exponent is capped, as an outage of hours would overflow it. The jitter keeps clients
+        # that failed together from coming back together.
         doubled = _FIRST_PAUSE * 2.0 ** min(attempts - 1, 16)
         return max(pushback, min(doubled, _LONGEST_PAUSE)) * self._random.uniform(0.5, 1.5)
 
@@ -348,11 +366,13 @@ class RewardClient:
             ("grpc.max_receive_message_length", self._max_message_bytes),
             ("grpc.enable_retries", 0),
             ("grpc.enable_http_proxy", 0),
+            # A connection of its own: another client's pauses are not ours.
             ("grpc.use_local_subchannel_pool", 1),
             # A server that returns is found within about a second, not two minutes.
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 5000),  # the time that one connection may take
             ("grpc.max_reconnect_backoff_ms", 1000),
+            # A machine that vanished says nothing: only an unanswered ping (in ms) tells of it.
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 10_000),
         )

@@ -27,6 +27,7 @@ def check(names: Iterable[str]) -> None:
     Raises:
       ValueError: with the name and what is allowed.
     """
+    # Metrics are in lower case, so two names could end up as one.
     metrics: dict[str, str] = {}
     for name in names:
         if not (isinstance(name, str) and _NAME.fullmatch(name)):

@@ -44,15 +44,20 @@ class OutageLog:
         now = time.monotonic()
         with self._lock:
             self.last = (code, message)
+            # The outage begins with the first failure of any call.
             if self._since is None:
                 self._since, self._next_line = now, now + self._heartbeat
+
+            # One line at once, then one for each heartbeat, however many calls fail.
             first = not self._announced and code != types.RESOURCE_EXHAUSTED
             if not first and now < self._next_line:
                 return
             self._next_line = now + self._heartbeat
             self._announced = True
+
             waiting, seconds = len(self._deadlines), now - self._since
             left = max(0.0, min(self._deadlines, default=now) - now)
+        # Outside the lock: slow logging must not hold up the calls.
         _log.warning(
             "reward service %s: %s for %.0f s, %d calls waiting, the first gives up in %.0f s: %s",
             *(self._address, code, seconds, waiting, left, message),

@@ -65,13 +65,18 @@ class RewardServer:
         _require("max_queue", max_queue, 0, 65536)
         _require("max_message_bytes", max_message_bytes, 1024, 2**31 - 1)
         _require("cache_size", cache_size, 0, 2**20)
+
+        # Until the warm-up is over, health checks are answered and calls are turned away.
         self.lost = threading.Event()
         self.address = ""
+        # An IPv6 address needs brackets in front of its port.
         self._host = f"[{host}]" if ":" in host else host
         self._port = port
         self._backend = backend
         self._health = health.HealthServicer()
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+        # A handler only waits for its scoring thread, so there is one for every accepted call.
         self._service = _Service(
             backend, name, max_workers, max_queue, max_message_bytes, cache_size, self._on_lost
         )
@@ -93,6 +98,7 @@ class RewardServer:
                 ("grpc.keepalive_permit_without_calls", 1),
             ),
         )
+
         reward_pb2_grpc.add_RewardServiceServicer_to_server(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
@@ -131,9 +137,11 @@ class RewardServer:
         Returns:
           Whether all accepted calls were answered and every scoring thread is idle.
         """
+        # First of all, so that whoever looks at the health sends nothing more.
         self._health.enter_graceful_shutdown()
         deadline = time.monotonic() + grace
         self._server.stop(grace).wait()
+        # gRPC waits for handlers only; what is left of the time goes to the scoring threads.
         return self._service.close(max(0.0, deadline - time.monotonic()))
 
     def _on_lost(self) -> None:
@@ -162,6 +170,7 @@ class _Service(reward_pb2_grpc.RewardServiceServicer):
         self.ready = threading.Event()
         self.fingerprint = backend.fingerprint()
         self.counts = collections.Counter()
+
         self._backend = backend
         self._on_lost = on_lost
         self._info = reward_pb2.GetInfoResponse(
@@ -172,9 +181,12 @@ class _Service(reward_pb2_grpc.RewardServiceServicer):
             max_workers=max_workers,
             max_queue=max_queue,
         )
+
+        # A clip that waits holds its frames in memory: their number is what bounds it.
         self._cache = _Cache(cache_size)
         self._slots = threading.BoundedSemaphore(max_workers + max_queue)
         self._workers = futures.ThreadPoolExecutor(max_workers, thread_name_prefix="reward-scorer")
+
         self._lock = threading.Lock()
         self._running = 0
 
@@ -189,10 +201,12 @@ class _Service(reward_pb2_grpc.RewardServiceServicer):
         self, request: reward_pb2.ScoreRequest, context: grpc.ServicerContext
     ) -> reward_pb2.ScoreResponse:
         received = time.monotonic()
+        # Nothing of a request is believed, or looked up, before it was checked.
         self._check(request, context)
         response = self._cache.get(request.digest)
         if response is None:
             response = self._score_in_turn(request, context, received)
+        # A cached answer was made for a request with another name.
         response.request_id = request.request_id
         response.timings.total_seconds = time.monotonic() - received
         self._count("INTERNAL" if response.status.code else "OK")
@@ -201,6 +215,7 @@ class _Service(reward_pb2_grpc.RewardServiceServicer):
     def close(self, timeout: float) -> bool:
         """Drops what is queued and waits for the scoring threads; whether they ended in time."""
         self._workers.shutdown(wait=False, cancel_futures=True)
+        # A thread inside a backend cannot be ended; one that hangs is reported to the caller.
         deadline = time.monotonic() + timeout
         while self._running and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -208,6 +223,7 @@ class _Service(reward_pb2_grpc.RewardServiceServicer):
 
     def _check(self, request, context) -> None:
         self._require_ready(context)
+        # A client that has pinned another model must not get scores of this one.
         if request.expected_fingerprint not in ("", self.fingerprint):
             self._refuse(
                 context,
@@ -215,6 +231,7 @@ class _Service(reward_pb2_grpc.RewardServiceServicer):
                 f"the fingerprint here is {self.fingerprint}, expected was "
                 f"{request.expected_fingerprint[:200]!r}",
             )
+
         try:
             wire.check_request(
                 request, self._backend.names, self._backend.limits, self._backend.frame_indices
@@ -223,9 +240,11 @@ class _Service(reward_pb2_grpc.RewardServiceServicer):
             self._refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
     def _score_in_turn(self, request, context, received: float) -> reward_pb2.ScoreResponse:
+        # Never waits for a slot: a full server must answer, and not keep the frames.
         if not self._slots.acquire(blocking=False):
             context.set_trailing_metadata(((PUSHBACK_KEY, str(_PUSHBACK_MS)),))
             self._refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
+
         try:
             response = self._workers.submit(self._score, request, context, received).result()
         except (BackendLostError, futures.CancelledError, RuntimeError) as error:
@@ -233,18 +252,23 @@ class _Service(reward_pb2_grpc.RewardServiceServicer):
             self._refuse(context, grpc.StatusCode.UNAVAILABLE, f"stopping: {_describe(error)}")
         finally:
             self._slots.release()
+
         if response is None:
             self._refuse(context, grpc.StatusCode.DEADLINE_EXCEEDED, "nobody waits for this score")
+        # A failure is not kept: the next attempt may succeed.
         if not response.status.code:
             self._cache.put(request.digest, response)
         return response
 
     def _score(self, request, context, received: float) -> reward_pb2.ScoreResponse | None:
         """Runs in a scoring thread; None if the caller has gone while this waited."""
+        # Skip what nobody waits for, or nobody can score.
         if not context.is_active():
             return None
         if not self.ready.is_set():
             raise BackendLostError("the backend was lost while this waited")
+
+        # Score, counted so that `close` knows when all threads are idle.
         started = time.monotonic()
         response = reward_pb2.ScoreResponse(digest=request.digest, fingerprint=self.fingerprint)
         with self._lock:
@@ -263,19 +287,24 @@ class _Service(reward_pb2_grpc.RewardServiceServicer):
         finally:
             with self._lock:
                 self._running -= 1
+
         response.timings.queue_seconds = started - received
         response.timings.score_seconds = time.monotonic() - started
         return response
 
     def _fill(self, response: reward_pb2.ScoreResponse, request) -> None:
+        # What a client gets is checked here too: a backend may be anybody's code.
         video = wire.read_frames(request.frames)
         scores = self._backend.score(video, request.prompt, request.frames.source_fps)
         wanted = tuple(request.reward_names) or self._backend.names
         check_scores(self._backend.names, scores, wanted)
+
+        # A clip that stands still is scored, but is more likely a fault of whoever made it.
         if all(np.array_equal(video[0], frame) for frame in video[1:]):
             plain = (video[0] == video[0, 0, 0]).all()
             thing = "pixels have the same colour" if plain else "frames are the same"
             response.warnings.append(f"all {thing}")
+
         for name in wanted:
             raw, normalised = scores[name]
             response.rewards.add(name=name, raw=raw, normalised=normalised)
@@ -300,6 +329,7 @@ class _Cache:
     def __init__(self, size: int):
         self._size = size
         self._lock = threading.Lock()
+        # As bytes: what is handed out is a copy, which the caller fills in.
         self._answers: collections.OrderedDict[bytes, bytes] = collections.OrderedDict()
 
     def get(self, digest: bytes) -> reward_pb2.ScoreResponse | None:
@@ -307,6 +337,7 @@ class _Cache:
             answer = self._answers.get(digest)
             if answer is None:
                 return None
+            # The one that was asked for last leaves last.
             self._answers.move_to_end(digest)
         response = reward_pb2.ScoreResponse.FromString(answer)
         response.timings.Clear()

@@ -25,6 +25,7 @@ from typing import IO
 _PACKAGE_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _LISTENING = re.compile(r"^listening on (?P<address>\S+) fingerprint (?P<fingerprint>\S+)$")
 _PR_SET_PDEATHSIG = 1
+# Of the log, in a message: enough for a traceback.
 _TAIL_BYTES = 4000
 _CANCEL_POLL_SECONDS = 0.2
 
@@ -88,12 +89,15 @@ def spawn_server(
       RuntimeError: it ended, was cancelled or took too long before it served; with the tail of its
         log.
     """
+    # What the child is started with. It finds this package also where that is not installed.
     log = _Log(log_path)
     command = [sys.executable, "-m", "sage_grpo_jax.serve_rewards"]
     command += [f"--backend={backend}", f"--port={port}", f"--parent_pid={os.getpid()}"]
     variables = {**os.environ, **(env or {})}
     paths = [str(_PACKAGE_ROOT), variables.get("PYTHONPATH", "")]
     variables["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+
+    # The child writes to a copy of the log's handle; ours is closed when it has started.
     with log.open() as stderr:
         process = subprocess.Popen(
             [*command, *extra_args],
@@ -106,12 +110,16 @@ def spawn_server(
             # its step; it closes the server itself.
             start_new_session=True,
         )
+
+    # Its first line comes through a thread, since reading a pipe cannot be given a timeout.
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     threading.Thread(
         target=_read_lines, args=(process.stdout, lines), name="reward-stdout", daemon=True
     ).start()
+
     try:
         address, fingerprint = _wait_until_listening(lines, startup_timeout, cancelled)
+    # Also Ctrl-C: a child that nobody owns must not stay behind.
     except BaseException as error:
         _end(process, grace=1.0)
         tail = log.tail()
@@ -138,6 +146,7 @@ def die_with_parent(parent_pid: int) -> None:
         raise ValueError(f"parent_pid = {parent_pid}: must be the id of the parent process")
 
     def check(*unused) -> None:
+        # An orphan is given to another process, so this differs from then on.
         if os.getppid() != parent_pid:
             # Nobody is left to read answers, and other threads may never finish.
             os._exit(1)
@@ -180,6 +189,7 @@ class _Log:
     def tail(self) -> str:
         with self.path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
+            # Earlier servers have written to the same file: their part is not shown.
             file.seek(max(self._begin, size - _TAIL_BYTES))
             return file.read().decode(errors="replace").strip() or "(empty)"
 
@@ -203,6 +213,7 @@ def _wait_until_listening(
     while True:
         left = deadline - time.monotonic()
         try:
+            # In short waits, so that a cancellation is noticed.
             line = lines.get(timeout=max(0.0, min(left, _CANCEL_POLL_SECONDS)))
         except queue.Empty:
             if cancelled is not None and cancelled.is_set():
@@ -212,12 +223,14 @@ def _wait_until_listening(
             raise _NotServingError(f"did not serve within {timeout:g} s") from None
         if line is None:
             raise _NotServingError("ended before it served")
+        # Other lines are what a backend's libraries print while they load.
         match = _LISTENING.match(line.strip())
         if match:
             return match["address"], match["fingerprint"]
 
 
 def _end(process: subprocess.Popen, grace: float) -> None:
+    # SIGTERM lets the server finish what it has accepted; it may have ended by itself.
     with contextlib.suppress(ProcessLookupError):
         process.terminate()
     try:

@@ -74,6 +74,7 @@ class KeptServer:
     def close(self) -> None:
         """Ends the server; it is not started again."""
         self._closing.set()
+        # The keeper first: it might be starting another server at this moment.
         self._thread.join()
         self._end_watch()
         self._server.close()
@@ -110,6 +111,7 @@ class KeptServer:
                 *(self.pid, _PROBES, self._silence_seconds),
             )
             self._end_watch()
+            # Not asked to end: what answers nothing may not answer to SIGTERM either.
             self._server.process.kill()
 
     def _start_again(self) -> None:
@@ -120,6 +122,7 @@ class KeptServer:
             port,
         )
         self._end_watch()
+        # On the old port: clients that wait out the outage know no other.
         self._server = spawn.spawn_server(
             self._backend, port=port, log_path=self._log_path, cancelled=self._closing
         )
@@ -147,14 +150,17 @@ class SilenceWatch:
           address: "host:port".
           seconds: of silence, above 0.
         """
+        # The silence is cut into shares, with one probe at the beginning of each.
         self._seconds = seconds
         self._share = seconds / _PROBES
+
         options = (
             ("grpc.enable_http_proxy", 0),
             ("grpc.use_local_subchannel_pool", 1),
             # Its own pauses must not look like silence.
             ("grpc.max_reconnect_backoff_ms", 1000),
         )
+
         self._channel = grpc.insecure_channel(address, options)
         self._stub = health_pb2_grpc.HealthStub(self._channel)
         self._unanswered: list[grpc.Future] = []
@@ -167,6 +173,7 @@ class SilenceWatch:
         absent = waited > 2 * self._share + 1.0
         if absent or any(_answered(probe) for probe in self._unanswered):
             self._forget()
+
         if waited < self._share:
             return False
         silent = len(self._unanswered) >= _PROBES
@@ -179,6 +186,7 @@ class SilenceWatch:
         self._channel.close()
 
     def _ask(self) -> None:
+        # The clock of the share starts here, also when the last probe came late.
         self._asked = time.monotonic()
         # Late answers count too, so each probe may take the whole time.
         request = health_pb2.HealthCheckRequest()

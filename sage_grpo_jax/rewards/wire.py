@@ -45,6 +45,7 @@ def make_request(
         raise ValueError(
             f"video = {video.dtype} {list(video.shape)}: must be uint8 [frames, height, width, 3]"
         )
+
     frames, height, width, channels = video.shape
     try:
         request = reward_pb2.ScoreRequest(
@@ -64,10 +65,12 @@ def make_request(
             ),
             reward_names=reward_names,
         )
+    # What protobuf refuses: another type, a number out of range, text that is not Unicode.
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"request_id = {request_id!r}: a field has a wrong type: {error}"
         ) from None
+
     request.digest = request_digest(request)
     return request
 
@@ -79,6 +82,7 @@ def request_digest(request: reward_pb2.ScoreRequest) -> bytes:
     expected fingerprint are not part of it: the same clip has the same digest in every run.
     """
     frames = request.frames
+    # All in 64 bits and little-endian below: the same bytes on every machine.
     integers = (
         *(frames.num_frames, frames.height, frames.width, frames.channels),
         *(frames.layout, frames.data_type, frames.total_frames),
@@ -153,6 +157,7 @@ def _check_names(wanted: Sequence[str], names: Sequence[str]) -> None:
 
 
 def _check_shape(frames: reward_pb2.VideoFrames, limits: Limits) -> None:
+    # The kind of data.
     if frames.layout != reward_pb2.LAYOUT_THWC:
         raise ValueError(f"frames.layout = {frames.layout}: must be {reward_pb2.LAYOUT_THWC}")
     if frames.data_type != reward_pb2.DATA_TYPE_UINT8:
@@ -161,15 +166,20 @@ def _check_shape(frames: reward_pb2.VideoFrames, limits: Limits) -> None:
         )
     if frames.channels != 3:
         raise ValueError(f"frames.channels = {frames.channels}: must be 3")
+
+    # The sizes that the backend takes.
     _check_range("frames.num_frames", frames.num_frames, limits.min_frames, limits.max_frames)
     _check_range("frames.height", frames.height, limits.min_side, limits.max_side)
     _check_range("frames.width", frames.width, limits.min_side, limits.max_side)
+
     sides = sorted((frames.height, frames.width))
     if sides[1] > limits.max_aspect * sides[0]:
         raise ValueError(
             f"frames are {frames.height} x {frames.width}: "
             f"the longer side may be at most {limits.max_aspect} times the shorter"
         )
+
+    # Sizes that lie about the data. Python's integers cannot overflow into a match.
     expected = frames.num_frames * frames.height * frames.width * frames.channels
     if len(frames.data) != expected:
         raise ValueError(
@@ -186,15 +196,19 @@ def _check_timing(
     fps = frames.source_fps
     if not (math.isfinite(fps) and 0.0 < fps <= limits.max_fps):
         raise ValueError(f"frames.source_fps = {fps}: must be above 0 and at most {limits.max_fps}")
+    # Before the indices: they would be made for any number of frames.
     _check_range(
         "frames.total_frames", frames.total_frames, frames.num_frames, limits.max_total_frames
     )
+
+    # Clients send the frames that the backend itself chooses. Else scores would depend on who asks.
     canonical = [int(index) for index in frame_indices(frames.total_frames, fps)]
     if list(frames.frame_indices) != canonical:
         raise ValueError(
             f"frames.frame_indices = {_short(frames.frame_indices)}: for {frames.total_frames} "
             f"frames at {fps} fps the backend looks at {_short(canonical)}"
         )
+
     if len(canonical) != frames.num_frames:
         raise ValueError(
             f"frames.num_frames = {frames.num_frames}: frame_indices has {len(canonical)}"

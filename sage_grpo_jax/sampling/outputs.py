@@ -48,6 +48,7 @@ def plan(prompts: Sequence[tuple[str, str]], seeds: Sequence[int]) -> list[Sampl
       prompts: (id, text) in the order of the file.
       seeds: of every prompt.
     """
+    # As many digits as the last prompt needs, so that files sorted by name are in order.
     digits = max(3, len(str(len(prompts) - 1)))
     return [
         Sample(row, name, text, seed, f"{row:0{digits}d}_{slug(name)}_seed{seed}")
@@ -59,6 +60,7 @@ def plan(prompts: Sequence[tuple[str, str]], seeds: Sequence[int]) -> list[Sampl
 def slug(name: str) -> str:
     """A prompt id as part of a file name: letters and digits of any script, "_" between them."""
     words = re.sub(r"[^\w]+", "_", name.lower()).strip("_")
+    # Cut in bytes, as file systems count, and never within a character.
     return words.encode()[:_SLUG_BYTES].decode(errors="ignore") or "prompt"
 
 
@@ -75,6 +77,7 @@ class Records:
           ValueError: a damaged file, or clips that were made with other settings.
         """
         self._out, self._path = out, out / RECORDS
+        # As they are read back (tuples become lists), so that they compare equal.
         self._settings = json.loads(json.dumps(settings))
         self._rows: dict[str, dict[str, Any]] = {}
         if self._path.exists():
@@ -95,6 +98,8 @@ class Records:
                 checked_json.member(row, field, hint)
         except ValueError as error:
             raise ValueError(f"{where}: not the record of a sample ({error})") from error
+
+        # Clips of two settings in one folder could not be told apart by their names.
         names = sorted(set(made) | set(self._settings))
         differing = [
             f"{name} was {made.get(name)!r}, is {self._settings.get(name)!r}"
@@ -139,6 +144,8 @@ class Records:
             if not finite:
                 row["finite"] = False
             self._rows[row["file"]] = row
+
+        # Written whole and in one order: a run that was stopped ends with the same file.
         rows = sorted(self._rows.values(), key=lambda row: row["file"])
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         files.write_atomically(self._path, text.encode())
@@ -146,6 +153,7 @@ class Records:
 
 def write_sheet(out: pathlib.Path, samples: Sequence[Sample], suffix: str) -> None:
     """The contact sheet of the first clips whose files are here."""
+    # Of what is there: the first clips, since nobody has chosen them.
     shown = [s for s in samples if (out / f"{s.name}.{suffix}").exists()][:_SHEET_CLIPS]
     if not shown:
         return

@@ -69,12 +69,15 @@ def sample(
     Raises:
       ValueError, FileNotFoundError: bad input.
     """
+    # What is asked for, refused before anything large is read.
     settings = settings_lib.from_config(config, **request.overrides)
     config = sources.adapt_config(_with_clip(config, settings), request.source)
     networks = _read_networks(config, request.source)
     settings_lib.check_clip(settings, networks.transformer, networks.vae)
     mesh = input_checks.make_mesh(config, devices)
     _check_batch_size(request.batch_size, mesh)
+
+    # Prompts. The folder has to be there: embeddings of the small world are written into it.
     workdir_lib.make_folder(request.out, "--out")
     cache = _open_prompts(config, request, networks)
     if request.source.checkpoint:
@@ -85,12 +88,18 @@ def sample(
         (entry["id"], entry["prompt"]) for entry in map(cache.__getitem__, range(len(cache)))
     ]
     _note_incomplete(config, request, [text for _, text in prompts])
+
+    # What is left to do: finished clips of the same settings are kept.
     plan = outputs.plan(prompts, request.seeds)
     described = dataclasses.asdict(settings) | sources.describe(networks, request.source)
     records = outputs.Records(request.out, described)
     left = _unfinished(plan, records, settings.suffixes)
+
+    # Only now the names of the files are known; somebody else's file of such a name is refused.
     names = _names(left, settings.suffixes)
     workdir_lib.make_folder(request.out, "--out", names, "samples", lambda: bool(records))
+
+    # Sampling. A rerun that has nothing left loads no weights.
     if left:
         size = request.batch_size or _default_batch_size(len(left), config, mesh)
         batches = _Batches(cache, config.data.max_text_tokens, size, mesh)
@@ -107,6 +116,8 @@ def sample(
                 _decode_batch(size, config, mesh),
             )
             _sample_all(sampler, batches, left, records, settings, request.out)
+
+    # The clips of all processes are there by now, on a disk that they share.
     if jax.process_index() == 0:
         outputs.write_sheet(request.out, plan, settings.suffixes[0])
         folders.settle(request.out, names)
@@ -142,6 +153,8 @@ def _sample_all(
                     for suffix in settings.suffixes:
                         path = out / f"{chosen[row].name}.{suffix}"
                         media.write_clip(path, frames, settings.fps)
+
+            # Nothing enters the record that another process is still writing.
             finite = sampler.finite(latents)[: len(chosen)]
             _wait_for_all(f"samples/{start}")
             if first:
@@ -171,6 +184,8 @@ class _Batches:
         self.size, self._cache = size, cache
         wanted = max_text_tokens if max_text_tokens >= cache.max_length else None
         self._length, self._byt5_length = cache.lengths(wanted)
+
+        # The rows that devices of this process hold: only their embeddings are read.
         here = sharding.batch_sharding(mesh).addressable_devices_indices_map((size,))
         self._mine = {row for (part,) in here.values() for row in range(*part.indices(size))}
         self.negative = self._pad([cache.negative])
@@ -208,6 +223,7 @@ def _open_prompts(
     config: schema.Config, request: Request, networks: networks_lib.Networks
 ) -> embedding_cache.EmbeddingCache:
     """The cache that --prompts names, or the word embeddings of its prompts."""
+    # A recipe marks a cache by a prefix; here a folder is one.
     source = request.prompts
     if pathlib.Path(source).is_dir():
         source = f"{prompts_lib.CACHE}{source}"
@@ -250,6 +266,7 @@ def _default_batch_size(count: int, config: schema.Config, mesh: jax.sharding.Me
 
 def _decode_batch(size: int, config: schema.Config, mesh: jax.sharding.Mesh) -> int:
     """The largest part of a batch that divides it, divides over the mesh and is not too large."""
+    # In clips of a device, so that every part is spread over all of them.
     shards = mesh_lib.batch_shards(mesh)
     per_shard = size // shards
     most = max(1, config.rollout.decode_batch // shards)
@@ -260,6 +277,7 @@ def _unfinished(
     plan: Sequence[outputs.Sample], records: outputs.Records, suffixes: Sequence[str]
 ) -> list[outputs.Sample]:
     """What is left to do, the same list on every process (process 0 has the record)."""
+    # With lists that differ, processes would wait for each other for ever.
     done = np.array([records.finished(sample, suffixes) for sample in plan])
     if jax.process_count() > 1:
         done = np.asarray(multihost_utils.broadcast_one_to_all(done))

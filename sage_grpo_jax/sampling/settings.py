@@ -110,12 +110,16 @@ def from_config(config: schema.Config, **given: Any) -> Settings:
         "last_step": rollout.last_step,
         "guidance_mode": rollout.guidance_mode,
     }
+
+    # What depends on other values: the clamp is of the recipe's own sampler, and clips larger than
+    # a tile are decoded in tiles.
     values |= {name: value for name, value in given.items() if value is not None}
     if values["sampler"] == rollout.sde:
         values["clamp"] = rollout.clamp
     if values["tiling"] == "auto":
         larger = max(values["height"], values["width"]) > vae_tiling.TILE
         values["tiling"] = "official" if larger else "off"
+
     settings = Settings(**values)
     _check(settings)
     if not sde.KINDS[settings.sampler].stochastic:  # so that equal videos have equal records
@@ -131,6 +135,8 @@ def _check(settings: Settings) -> None:
     ):
         if (value := getattr(settings, field)) not in allowed:
             raise ValueError(f"--{field}: got {value!r}; allowed: {', '.join(allowed)}")
+
+    # Numbers; an eta above its highest has no meaning for a sampler.
     highest_eta = min(sde.KINDS[settings.sampler].highest_eta, sde.HIGHEST_ETA)
     for field, low, high in (
         ("steps", 1, 1000),

@@ -47,6 +47,7 @@ def adapt_config(config: schema.Config, source: Source) -> schema.Config:
       ValueError: sources that exclude each other, a folder that is no run, adapters of a run on
         other weights.
     """
+    # Sources that exclude each other.
     if source.checkpoint and source.adapters:
         raise ValueError(
             f"--checkpoint={source.checkpoint} and --adapters={source.adapters}: both given; "
@@ -54,10 +55,14 @@ def adapt_config(config: schema.Config, source: Source) -> schema.Config:
         )
     if source.ema and not source.checkpoint:
         raise ValueError("--ema: without --checkpoint there is no average; allowed: both")
+
+    # Without a run: the weights as they are, or with adapters from a folder.
     if source.weights:
         config = _replace(config, "model", transformer=source.weights)
     if source.checkpoint is None:
         return _replace(config, "lora", rank=0)
+
+    # A run: all parameters, or adapters beside weights that are not in its checkpoints.
     workdir = pathlib.Path(source.checkpoint)
     if not (workdir / checkpoint_lib.FOLDER).is_dir():
         raise ValueError(
@@ -70,6 +75,8 @@ def adapt_config(config: schema.Config, source: Source) -> schema.Config:
     lora, base = adapters_lib.read_lora_json(file)
     if base is None:
         raise ValueError(f"{file}: base is missing: must be the folder of the run's weights")
+
+    # On other weights adapters would be noise, and nothing would fail.
     if not source.weights and not _same_folder(base, config.model.transformer):
         raise ValueError(
             f"--checkpoint: the adapters of {workdir} were trained on {base}, the recipe "
@@ -90,6 +97,7 @@ def load(blueprint: Blueprint, source: Source) -> Policy:
     Raises:
       ValueError, FileNotFoundError: files that are missing or do not fit.
     """
+    # A run may have diverged: better said than seen in the clips.
     if source.checkpoint is not None:
         params, adapters = blueprint.load_policy(source.checkpoint, source.ema)
         try:
@@ -98,6 +106,7 @@ def load(blueprint: Blueprint, source: Source) -> Policy:
             raise ValueError(f"--checkpoint: {source.checkpoint}: {error}") from error
         scale = 1.0 if adapters is None else blueprint.config.lora.adapters.scale
         return Policy(params, adapters, scale)
+
     params = blueprint.load_transformer(jnp.dtype(blueprint.networks.transformer.dtype))
     if source.adapters is None:
         return Policy(params)

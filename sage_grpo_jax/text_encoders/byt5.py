@@ -24,6 +24,7 @@ class GlyphTokenizer:
         self.pad = self._tokenizer.pad_token_id or 0
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        # With T5's end token, which the network was trained to see; padding comes with the batch.
         return self._tokenizer(
             list(texts), truncation=True, max_length=self._max_tokens, add_special_tokens=True
         )["input_ids"]

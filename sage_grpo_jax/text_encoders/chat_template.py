@@ -16,6 +16,7 @@ from typing import Any
 
 MAX_SECONDS, MAX_BYTES = 20, 2 << 30
 _MEMORY = f"{MAX_BYTES >> 30} GiB of memory"
+# Characters of a template, and of all that one process makes of it.
 _MAX_TEMPLATE, _MAX_TEXT = 1 << 20, 1 << 26
 _PIECE = 10_000  # conversations in a process
 _PATIENCE = 1800  # seconds that a busy machine may take for MAX_SECONDS of computing
@@ -41,6 +42,8 @@ def render(
         raise ValueError(
             f"the chat template has {len(template)} characters: must be at most {_MAX_TEMPLATE}"
         )
+
+    # In pieces, so that the limits of a process do not depend on how many prompts there are.
     texts: list[str] = []
     for start in range(0, len(conversations), _PIECE):
         texts += _render_piece(template, conversations[start : start + _PIECE], special_tokens)
@@ -49,11 +52,14 @@ def render(
 
 def _render_piece(template: str, conversations: Sequence[Any], special_tokens: Any) -> list[str]:
     given = json.dumps([template, list(conversations), dict(special_tokens)])
+    # -P keeps this folder off the path, where `template.py` and others lie.
     command = [sys.executable, "-P", __file__]
     try:
         done = subprocess.run(command, input=given.encode(), capture_output=True, timeout=_PATIENCE)
     except subprocess.TimeoutExpired:
         raise ValueError(f"the chat template takes more than {_PATIENCE} s") from None
+
+    # A negative status is a signal, with which the kernel enforces most of `_limit`.
     if done.returncode < 0:
         raise ValueError(f"the chat template takes more than {MAX_SECONDS} s, or {_MEMORY}")
     if done.returncode:
@@ -67,6 +73,7 @@ def _environment() -> Any:
     import jinja2
     from jinja2 import sandbox
 
+    # Names with an underscore in front cannot be read in the sandbox, and must not be written.
     class Namespace(jinja2.utils.Namespace):
         def __setitem__(self, name: str, value: Any) -> None:
             if name.startswith("_"):
@@ -91,7 +98,9 @@ def _environment() -> Any:
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
+    # As transformers has it: jinja's own escapes the text for HTML.
     environment.filters["tojson"] = tojson
+    # Functions in the place of jinja's classes: a template gets hold of no class.
     environment.globals |= {
         "raise_exception": raise_exception,
         "namespace": namespace,
@@ -104,15 +113,19 @@ def _limit() -> None:
     """Ends the process where it takes too much."""
     import resource  # of Unix
 
+    # CPU seconds; bytes that a file may grow to (a pipe is none); bytes of address space.
     resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS, MAX_SECONDS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
 
 
 def _main() -> None:
+    # What is ours: not under the limits, for imports write files.
     template, conversations, special_tokens = json.load(sys.stdin)
     environment = _environment()
     _limit()
+
+    # What is the template's.
     try:
         compiled = environment.from_string(template)
         texts, left = [], _MAX_TEXT

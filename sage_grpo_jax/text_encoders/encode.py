@@ -60,16 +60,23 @@ def encode(request: Request) -> EmbeddingCache:
       FileExistsError: OUT exists.
       ModuleNotFoundError: without torch or transformers.
     """
+    # Whatever can be refused is refused here, before hours of encoding.
     out = pathlib.Path(request.out)
     partial = out.with_name(out.name + ".partial")
     if out.exists() and not (partial / SETTINGS).exists():
         raise FileExistsError(f"out={out}: exists; remove it or choose another name")
     _check_values(request)
     plan = Plan(request)
+
+    # A kill between publishing and clearing up leaves both folders.
     if out.exists():
         return _finished_before(out, partial, plan)
+
+    # One encoder at a time; what each of them gives lies in the work folder.
     work = WorkFolder(partial, plan.settings, request.resume)
     found = {stage.name: run(stage, work, request.batch_size) for stage in plan.stages}
+
+    # The work is removed last: until the cache is there, it is all that there is.
     _assemble(plan, work, found, out)
     _clear_up(work)
     return EmbeddingCache(out)
@@ -82,6 +89,7 @@ def _clear_up(work: WorkFolder) -> None:
 
 def _finished_before(out: pathlib.Path, partial: pathlib.Path, plan: "Plan") -> EmbeddingCache:
     """A run that was killed after it published the cache and before it removed its work."""
+    # The cache of another request is not the answer to this one.
     if read_settings(partial) != WorkFolder.comparable(plan.settings):
         raise FileExistsError(f"out={out}: exists; remove it or choose another name")
     cache = EmbeddingCache(out)
@@ -97,6 +105,8 @@ def _check_values(request: Request) -> None:
             raise ValueError(
                 f"{field}={getattr(request, field)}: must be one of {', '.join(allowed)}"
             )
+
+    # All of image-to-video, or nothing of it.
     given = {field: getattr(request, field) is not None for field in _IMAGE_TO_VIDEO}
     if any(given.values()) and not all(given.values()):
         missing = ", ".join(field for field, there in given.items() if not there)
@@ -127,12 +137,16 @@ class Plan:
             "device": self.device,
             "negative_prompt": request.negative_prompt,
         }
+
+        # The kind of text encoder decides which other encoders go with it.
         self._models: dict[str, str] = {}
         folders = model_folders.find_text_encoder(request.text_encoder)
         self.kind = registry.choose(folders.model)
         registry.check_companions(
             self.kind, [flag for flag in _COMPANIONS if getattr(request, flag) is not None]
         )
+
+        # Stages: the prompts, the texts that they quote, the first frames.
         versions, image_hashes = torch_support.versions(self.kind.libraries), []
         template_hash = self._add_text(folders)
         if "byt5" in self.kind.companions:
@@ -144,6 +158,8 @@ class Plan:
             unset = "--image_encoder and --vae are not set"
             why = unset if "vae" in self.kind.companions else f"{self.kind.name} goes with none"
             _note(f"the prompts' images are left out: {why}")
+
+        # What the bytes of the cache depend on: unfinished work of other settings is not continued.
         self.encoder = Encoder(self.kind.name, template_hash, versions, self._models)
         self.settings = {
             "prompts": _digest([(prompt.id, prompt.text) for prompt in self.prompts]),
@@ -155,15 +171,20 @@ class Plan:
 
     def _add_text(self, folders: model_folders.ModelFolders) -> str:
         """Adds the text encoder's stage; returns the hash of the template."""
+        # Who embeds, in the manifest of the cache.
         self._models["text_encoder"] = model_folders.fingerprint(folders.model)
         self._models["tokenizer"] = model_folders.processor_fingerprint(folders.processor)
         tokenizer: Tokenizer = self.kind.open_tokenizer(folders.processor)
+
+        # The negative prompt comes last. What is too long loses its end, and not silently.
         texts = [prompt.text for prompt in self.prompts]
         tokens = tokenizer([*texts, self.request.negative_prompt])
         truncated = sum(prompt.truncated for prompt in tokens)
         if truncated:
             _note(f"prompts over {self.kind.max_tokens} tokens, whose ends are cut: {truncated}")
         self.details |= {**tokenizer.details, "truncated": truncated}
+
+        # The network is opened by the stage, and only if batches are left to do.
         self.stages.append(
             Stage(
                 "text",
@@ -179,6 +200,7 @@ class Plan:
         return tokenizer.template_hash
 
     def _add_byt5(self) -> None:
+        # Most prompts quote nothing and have no place in this stage.
         texts = [*(prompt.text for prompt in self.prompts), self.request.negative_prompt]
         glyphs = {
             position: glyph
@@ -189,10 +211,13 @@ class Plan:
             if glyphs:
                 _note(f"prompts that quote text, read without --byt5: {len(glyphs)}")
             return
+
+        # Named in the manifest even where no prompt needs it: it belongs to the settings.
         folders = model_folders.find_byt5(self.request.byt5)
         self._models["text_encoder_2"] = model_folders.fingerprint(folders.model)
         self._models["tokenizer_2"] = model_folders.processor_fingerprint(folders.processor)
         self.details["byt5_max_tokens"] = byt5.MAX_TOKENS
+
         tokenizer = byt5.GlyphTokenizer(folders.processor)
         if glyphs:
             self.stages.append(
@@ -208,6 +233,7 @@ class Plan:
 
     def _add_images(self, height: int, width: int) -> list[str]:
         """Adds the stages of the vision model and the VAE; returns the hashes of the images."""
+        # Who encodes, and at which size.
         folders = model_folders.find_image_encoder(self.request.image_encoder)
         vae_folder = model_folders.find_vae(self.request.vae)
         first_frame.check_size(vae_folder, height, width)
@@ -215,12 +241,15 @@ class Plan:
         self._models["feature_extractor"] = model_folders.processor_fingerprint(folders.processor)
         self._models["vae"] = model_folders.fingerprint(vae_folder)
         self.details |= {"height": height, "width": width}
+
+        # Every image is opened once now, since a broken one would stop the work much later.
         hashes = []
         with Progress(len(self.prompts), "images looked through") as progress:
             for prompt in self.prompts:
                 hashes.append(_check_image(prompt))
                 progress.update()
 
+        # Two stages read the same files: features, and latents of the frame.
         def open_image(path: pathlib.Path) -> Image.Image:
             return first_frame.fit_image(first_frame.open_image(path), height, width)
 
@@ -236,6 +265,7 @@ class Plan:
             ("image", "images (features)", open_features, self.request.dtype),
             ("image_latents", "images (latents)", open_latents, "float32"),
         ):
+            # Every image costs the same; the negative prompt has none.
             inputs = {position: prompt.image for position, prompt in enumerate(self.prompts)}
             self.stages.append(Stage(name, unit, inputs, lambda _: 1, opener, dtype))
         return hashes
@@ -262,6 +292,7 @@ def _assemble(
             if position in batches
         }
 
+    # Batches were made by cost; the cache has the order of the file.
     with EmbeddingCacheWriter(path, plan.encoder, plan.request.dtype, plan.details) as writer:
         for position, prompt in enumerate(plan.prompts):
             writer.add(prompt, **arrays(position))

@@ -36,6 +36,7 @@ def open_image(path: pathlib.Path) -> Image.Image:
 
 def fit_image(image: Image.Image, height: int, width: int) -> Image.Image:
     """Scales an image to cover height x width, and cuts what sticks out, equally on both sides."""
+    # Whole numbers, rounded down as in diffusers: the crop must not move by a pixel.
     across = width * image.height > image.width * height  # the width decides the scale
     scaled_width = width if across else image.width * height // image.height
     scaled_height = image.height * width // image.width if across else height
@@ -105,6 +106,7 @@ def open_latent_encoder(folder: pathlib.Path) -> Callable[[Image.Image], np.ndar
     encode = jax.jit(functools.partial(vae.encode, config=config))
 
     def latents(image: Image.Image) -> np.ndarray:
+        # [H, W, 3] in 0..255 becomes [1, 1, H, W, 3] in -1..1, a clip of one frame.
         pixels = np.asarray(image, np.float32)[None, None] / 255 * 2 - 1
         mean, _ = encode(params, jnp.asarray(pixels))
         return np.asarray(vae.to_model_latents(mean[0], config))

@@ -65,6 +65,7 @@ def processor_fingerprint(folder: pathlib.Path) -> str:
     """SHA-256 over the small files of a tokenizer's or image processor's folder."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
+        # Not the pictures and weights that may lie there too: they decide no token.
         if file.is_file() and file.suffix in (".json", ".txt", ".jinja", ".model"):
             digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
@@ -73,6 +74,7 @@ def processor_fingerprint(folder: pathlib.Path) -> str:
 def _find(path: str, field: str, model: str, processor: str, file: str) -> ModelFolders:
     root = _existing(path, field)
     network = _with_file([root / model, root], _MODEL_FILE, root, field)
+    # In the network's own folder, or beside it in a pipeline's.
     candidates = [network, network.parent / processor]
     return ModelFolders(network, _with_file(candidates, file, root, field))
 

@@ -40,6 +40,8 @@ class PromptTokenizer:
         _, transformers = torch_support.load_libraries()
         self._folder, self._max_tokens = folder, max_tokens
         self._tokenizer = torch_support.load_processor(transformers.AutoTokenizer, folder)
+
+        # What the template puts before a prompt: all up to a mark in the prompt's place.
         if not getattr(self._tokenizer, "chat_template", None):
             raise ValueError(f"{folder}: the tokenizer has no chat template")
         (rendered,) = self._render([_PLACEHOLDER])
@@ -49,8 +51,11 @@ class PromptTokenizer:
                 f"{folder}: the chat template puts {head[-20:]!r} before the prompt; it must end "
                 f"with {template.USER_MARKER!r}"
             )
+
+        # The model reads its tokens with every prompt; the embedding leaves them out.
         self._head = self._tokenizer(head, add_special_tokens=False)["input_ids"]
         self.crop_start = len(self._head)
+
         self.template_hash = hashlib.sha256(rendered.encode()).hexdigest()
         self.pad = self._tokenizer.pad_token_id or 0
         self.details: dict[str, Any] = {
@@ -65,14 +70,17 @@ class PromptTokenizer:
         Raises:
           ValueError: when the template's tokens run into the prompt's.
         """
+        # The template has its special tokens written out: the tokenizer adds none.
         rendered = self._render(prompts)
         rows = self._tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
+        # A tokenizer may join the end of the head with the beginning of a prompt.
         for prompt, ids in zip(prompts, rows, strict=True):
             if ids[: self.crop_start] != self._head:
                 raise ValueError(
                     f"{self._folder}: prompt {prompt[:40]!r} does not start after the template's "
                     f"{self.crop_start} tokens"
                 )
+
         limit = self.crop_start + self._max_tokens
         return [Tokens(ids[:limit], len(ids) > limit) for ids in rows]
 
@@ -114,6 +122,7 @@ def load_language_model(folder: pathlib.Path, dtype: str, device: str) -> Any:
 
     Its output is the embedding: the last two layers and the final norm are cut off.
     """
+    # Which part of which file.
     _, transformers = torch_support.load_libraries()
     config = torch_support.load_processor(transformers.AutoConfig, folder)
     options: dict[str, Any] = {}
@@ -125,11 +134,14 @@ def load_language_model(folder: pathlib.Path, dtype: str, device: str) -> Any:
         raise ValueError(
             f"{folder}: model_type is {config.model_type!r}; allowed: qwen2_5_vl_text, qwen2_5_vl"
         )
+
     keep = config.num_hidden_layers - SKIPPED_LAYERS
     if keep < 1:
         raise ValueError(
             f"{folder}: {config.num_hidden_layers} layers; at least {SKIPPED_LAYERS + 1} needed"
         )
+
+    # Onto the CPU first: what is cut off never takes memory of the device.
     model = torch_support.load_model(
         transformers.Qwen2_5_VLTextModel,
         folder,
@@ -139,6 +151,8 @@ def load_language_model(folder: pathlib.Path, dtype: str, device: str) -> Any:
         config=config,
         **options,
     )
+
+    # The class ends with a norm; in its place goes one that changes nothing.
     torch, _ = torch_support.load_libraries()
     del model.layers[keep:]
     model.norm = torch.nn.Identity()

@@ -24,6 +24,7 @@ def choose(folder: pathlib.Path) -> Kind:
     if config.get("model_type") is not None:
         kinds = {name: kind for kind in KINDS for name in kind.model_types}
         return _look_up(kinds, config["model_type"], f"{file}: model_type")
+
     kinds = {name: kind for kind in KINDS for name in kind.architectures}
     listed = config.get("architectures")
     first = listed[0] if isinstance(listed, list) and listed else listed

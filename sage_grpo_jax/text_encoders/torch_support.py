@@ -31,6 +31,7 @@ def load_libraries() -> tuple[ModuleType, ModuleType]:
         raise ModuleNotFoundError(
             f"{error.name} is not installed; the encoders need: pip install sage_grpo_jax[text]"
         ) from error
+    # What it warns of on loading is an error here, with a message of its own.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return torch, transformers
@@ -94,6 +95,8 @@ def load_model(
         raise ValueError(
             f"{folder}: cannot be loaded as {model_class.__name__}: {first}"
         ) from error
+
+    # transformers fills what is missing with random numbers, and only warns.
     unexpected = [key for key in report["unexpected_keys"] if not key.startswith(tuple(unused))]
     misshapen = [" ".join(map(str, key)) for key in report["mismatched_keys"]]
     faults = {"misshapen": misshapen, "missing": report["missing_keys"], "unexpected": unexpected}
@@ -123,6 +126,7 @@ def pad_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and mask i64[B, L], padded at the right to the longest."""
     torch, _ = load_libraries()
+    # Batches are of about equal length, so that little of [B, L] is padding.
     length = max(len(row) for row in tokens)
     ids = torch.full((len(tokens), length), pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -149,6 +153,7 @@ def embed_tokens(
     torch, _ = load_libraries()
     ids, mask = pad_tokens(tokens, pad, device)
     with torch.inference_mode():
+        # [B, L, D]; a row then loses the template on its left and the padding on its right.
         states = model(input_ids=ids, attention_mask=mask, **options)[0]
     return [to_numpy(states[row, skipped : len(values)]) for row, values in enumerate(tokens)]
 

@@ -81,6 +81,7 @@ class PromptTokenizer:
 
     def _is_longer(self, text: str, ids: list[int]) -> bool:
         """Whether a text has more tokens than these, at most `max_tokens`, of it."""
+        # A text of exactly this length fills the row too: only its own tokens tell.
         full = len(ids) == self._max_tokens
         return full and len(self._tokenizer(text)["input_ids"]) > self._max_tokens
 

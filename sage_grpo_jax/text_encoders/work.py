@@ -33,6 +33,7 @@ class WorkFolder:
     """
 
     def __init__(self, path: pathlib.Path, settings: Mapping[str, Any], resume: bool):
+        # The folder: only one that is empty, new, or ours from before.
         self.path = path
         settings = self.comparable(settings)
         if path.exists() and any(path.iterdir()) and not (path / SETTINGS).exists():
@@ -44,9 +45,13 @@ class WorkFolder:
             "out",
             is_ours=lambda: read_settings(path).keys() >= {"prompts", "images", "encoder"},
         )
+
+        # Starting over removes our files alone, and takes the names again.
         if not resume:
             folders.remove_claimed(path)
             folders.claim(path, (SETTINGS, _BATCHES), "unfinished embeddings", "out")
+
+        # Finished batches bind the folder to their settings; without any, these take over.
         file = path / SETTINGS
         if any(path.glob("*.npz")):
             before = read_settings(path)
@@ -130,9 +135,11 @@ def run(stage: Stage, work: WorkFolder, batch_size: int) -> dict[int, int]:
 
     Returns: the number of the batch of every position.
     """
+    # Equal costs go by position, so that a rerun cuts the same batches.
     costs = {position: stage.cost(value) for position, value in stage.inputs.items()}
     order = sorted(costs, key=lambda position: (-costs[position], position))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
     pending = [number for number in range(len(batches)) if not work.has(stage.name, number)]
     if pending:
         _encode(stage, work, {number: batches[number] for number in pending}, costs)
@@ -143,11 +150,13 @@ def _encode(
     stage: Stage, work: WorkFolder, pending: Mapping[int, list[int]], costs: Mapping[int, int]
 ) -> None:
     encode = stage.open()
+    # Progress is of what is left, as speed and time are.
     total = sum(costs[position] for batch in pending.values() for position in batch)
     with Progress(total, stage.unit) as progress:
         if total < sum(costs.values()):
             progress.note(f"done before: {sum(costs.values()) - total} {stage.unit}")
         for number, positions in pending.items():
+            # A batch is a file of its own: a kill loses no more than one.
             results = encode([stage.inputs[position] for position in positions])
             stored = [np.ascontiguousarray(r.astype(DTYPES[stage.dtype])) for r in results]
             work.write(stage.name, number, dict(zip(positions, stored, strict=True)))

@@ -63,6 +63,8 @@ class Blueprint:
     @functools.cached_property
     def state(self) -> state_lib.LearnerState:
         """The learner's state as shapes with shardings; with LoRA its parameters are adapters."""
+        # What is trained decides the shape of everything else: optimizer, trust region and averages
+        # are trees like it. With LoRA that is the adapters alone, and so are the checkpoints.
         network, adapters = self.networks.transformer, self.config.lora.adapters
         shapes, model = self._shapes, registry.of(network)
         if adapters is None:
@@ -70,6 +72,7 @@ class Blueprint:
         else:
             shapes = lora.abstract_adapters(shapes, adapters, model)
             names = lora.partition_names(adapters, model)
+
         averages = self.config.averages
         return state_lib.abstract_state(self.optimizer, shapes, names, self.mesh, averages)
 
@@ -124,7 +127,10 @@ class Blueprint:
     def fresh_state(self) -> state_lib.LearnerState:
         """The state at step 0: loaded weights or adapters, empty optimizer, trust region."""
         tx, averages, settings = self.optimizer, self.config.averages, self.config.lora
+        # One jitted program with these shardings makes the state: moments and copies appear where
+        # they belong, and no device holds all of a large model first.
         shardings = state_lib.shardings_of(self.state)
+
         if settings.adapters is None:
             init = jax.jit(
                 lambda params: state_lib.init_state(tx, params, averages), out_shardings=shardings
@@ -133,6 +139,8 @@ class Blueprint:
 
         network = self.networks.transformer
         shapes, model = self._shapes, registry.of(network)
+        # Adapters to start from may have fewer layers and a lower rank than the trained ones; what
+        # they lack is drawn as in a run without them.
         given, ratio = starting_adapters.load(settings, network, self.mesh)
 
         def init_adapters(key: jax.Array, given: Any) -> state_lib.LearnerState:
@@ -161,5 +169,6 @@ class Blueprint:
         base = self.load_base()
         if checkpoint is None:
             return (self.load_transformer() if base is None else base), None
+
         trained = checkpoint_lib.restore_params(checkpoint, self.state.params, ema=ema)
         return (trained, None) if base is None else (base, trained)

@@ -67,6 +67,8 @@ class Checkpoints:
         self._folder = files.real_path(workdir / FOLDER)
         self._failed = False
         _quieten_orbax()
+        # When to save is decided here (`due`, and at a signal), so orbax takes every step it is
+        # given. What a killed run left under temporary names is removed.
         self._checkpointer = ocp.training.Checkpointer(
             self._folder,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -96,6 +98,8 @@ class Checkpoints:
             return
         # One save at a time: the previous one has had a whole step to finish.
         self.wait()
+        # The sums are taken from the arrays on the devices, before anything is written: they tell
+        # of whatever happens on the way to the disk and on it.
         record = {**record, _CHECKSUMS: json.dumps(checksums.checksums(state))}
         try:
             self._checkpointer.save_checkpointables_async(
@@ -117,9 +121,11 @@ class Checkpoints:
         Raises:
           StorageError: none of them can be used, or a damaged one cannot be moved.
         """
+        # A reading that fails half-way may have moved the iterator: it is put back to here.
         position = iterator.get_state()
         damaged: dict[int, str] = {}
         own = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
+
         for step in _of_first_process(own):
             wanted = {"state": abstract_state, "data": iterator, "record": None}
             folder = self._folder / str(step)
@@ -130,6 +136,7 @@ class Checkpoints:
                 return jax.tree.map(jax.numpy.copy, loaded["state"]), loaded["record"]
             damaged[step] = reason
             iterator.set_state(position)
+
         reasons = "; ".join(f"step {step}: {text}" for step, text in damaged.items())
         raise StorageError(
             f"{self._folder}: no checkpoint can be read ({reasons}). Allowed: put one back from a "
@@ -139,12 +146,15 @@ class Checkpoints:
     def _put_aside(self, damaged: dict[int, str]) -> None:
         if not damaged:
             return
+
         target = self._folder.parent / DAMAGED
         for step, reason in damaged.items():
             logging.warning(
                 "checkpoint %d is damaged and goes to %s (%s); going on from the one before",
                 *(step, target / str(step), reason),
             )
+
+        # One process moves them, on the file system that all share.
         failure = None
         if jax.process_index() == 0:
             try:
@@ -204,6 +214,7 @@ def _of_first_process(steps: list[int]) -> list[int]:
     if jax.process_count() == 1:
         return steps
     count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    # What is broadcast has one shape everywhere, also where another number of steps is seen.
     padded = np.resize(np.asarray([*steps, 0], np.int32), count)
     return multihost_utils.broadcast_one_to_all(padded).tolist()
 
@@ -339,6 +350,8 @@ def restore_params(path: str | pathlib.Path, abstract_params: Any, ema: bool = F
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     if not folder.is_dir():
         raise FileNotFoundError(f"{path}: no such folder; allowed: the workdir of a run")
+
+    # The newest one
     folder = files.real_path(folder)
     _quieten_orbax()
     with ocp.training.Checkpointer(folder) as checkpointer:
@@ -346,6 +359,8 @@ def restore_params(path: str | pathlib.Path, abstract_params: Any, ema: bool = F
     if latest is None:
         raise FileNotFoundError(f"{folder}: no complete checkpoint")
     folder = folder / str(latest.step)
+
+    # The part of it that is wanted: optimizer and references, several times as large, stay on disk
     name = EMA if ema else "params"
     if ema and not _has_average(folder):
         raise ValueError(

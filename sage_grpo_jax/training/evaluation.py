@@ -48,6 +48,9 @@ def evaluate(
     config = learner.config
     size = config.batch_size
     count = len(prompts.ids)
+
+    # The noise is that of rollout 0 and slot 0 of the evaluation's seed, at every step of the run.
+    # Samples of one prompt are told apart by how often the prompt came before.
     occurrence = _occurrence(prompts.ids)
     keys = noise.sample_keys(
         config.eval.seed,
@@ -56,6 +59,8 @@ def evaluate(
         np.array([noise.prompt_hash(i) for i in prompts.ids], np.uint32),
         occurrence,
     )
+
+    # Clips and rewards, batch by batch
     videos, parts = [], []
     for start in range(0, count, size):
         # The last batch is filled up with its own samples: one shape, one compilation.
@@ -63,6 +68,8 @@ def evaluate(
         batch = prompts.take(rows)
         videos.append(learner.scoring.decode(learner.sample(params, batch, keys[rows])))
         parts.append(learner.scoring.score_videos(videos[-1], batch, f"eval{start}"))
+
+    # What they say; the rows that filled up the last batch are cut off again
     videos = np.concatenate(videos)[:count]
     scores = scoring_lib.Scores(
         {n: np.concatenate([p.values[n] for p in parts])[:count] for n in parts[0].values},
@@ -105,7 +112,10 @@ def _reward_metrics(
     found = scoring_lib.reward_metrics(scores, config.rewards)
     columns = {"reward/overall": scores.weighted(dict.fromkeys(config.rewards.optimised, 1.0))}
     columns |= {reward_names.metric(name): values for name, values in scores.values.items()}
+
     for name, values in columns.items():
+        # A prompt whose samples all failed says nothing; of the others every prompt counts once,
+        # however many of its samples have the reward.
         groups = [group[np.isfinite(values[group])] for group in _groups(ids)]
         means = np.array([values[group].mean() for group in groups if len(group)])
         if len(means) > 1:
@@ -124,6 +134,7 @@ def _diversity(videos: np.ndarray, ids: list[str]) -> dict[str, float]:
     for group in _groups(ids):
         clips = videos[group].astype(np.float32).reshape(len(group), -1) / 255
         for row in range(len(clips) - 1):
+            # A clip is compared with all later ones of its prompt, so that every pair counts once.
             distances += list(np.sqrt(((clips[row + 1 :] - clips[row]) ** 2).mean(axis=1)))
     return {"diversity": float(np.mean(distances))} if distances else {}
 
@@ -156,6 +167,8 @@ def save_samples(
     """
     folder = workdir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
+
+    # The pictures. Small clips are blown up so that a viewer sees more than a stamp.
     rows = [group[0] for group in _groups(result.prompts)][: config.eval.sheet_prompts]
     videos = result.videos[rows]
     scale = max(1, 96 // config.video.height)
@@ -166,6 +179,8 @@ def save_samples(
     media.write_picture(folder / f"{name}.png", sheet)
     gif = media.encode_gif(media.tile(videos, columns=4), config.video.fps, scale)
     files.write_atomically(folder / f"{name}.gif", gif)
+
+    # The numbers; JSON has no NaN, a failed sample is null
     scores = {
         reward: [float(v) if np.isfinite(v) else None for v in values]
         for reward, values in result.scores.items()

@@ -128,6 +128,7 @@ def require_finite(params: Any) -> None:
       ValueError: naming the parameters.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
+    # The leaves are looked at where they are: one program, and one flag of each to the host.
     good = jax.device_get(_finite_leaves([x for _, x in leaves]))
     bad = [
         "/".join(str(key.key) for key in path)

@@ -62,10 +62,13 @@ class Learner:
         self.plan = programs.plan
         self.config = programs.plan.config
         self.scoring = scoring_lib.Scoring(programs, vae_params, scorer, check_interrupt)
+
         self._check_interrupt = check_interrupt
         self._check = check
         self._gate = ratio_lib.Gate.of(self.config)
         self._rows = sharding.batch_sharding(programs.mesh)
+
+        # One unconditional prompt on every device: guidance repeats it to the size of a batch.
         whole = sharding.replicated(programs.mesh)
         self.frozen = micro_losses.Frozen(self.condition(negative, whole), base)
 
@@ -85,6 +88,8 @@ class Learner:
           NumericsError: the gate on ratio and rollout failed.
           RewardModelChangedError: see there; nothing was applied.
         """
+        # The number comes from the state, so that a resumed run draws the noise and the windows
+        # that the run before would have drawn.
         timer, number = PhaseTimer(), int(state.step)
 
         # Rollout: G samples of each prompt, with noise that belongs to seed, step and sample.
@@ -94,6 +99,7 @@ class Learner:
         condition = self.condition(samples)
         with timer("rollout"):
             trajectory = self.programs.rollout(state.sampled, condition, self.frozen, keys, starts)
+            # Dispatch returns at once; without the wait these seconds would count as decoding.
             jax.block_until_ready(trajectory)
         self._check_interrupt()
 
@@ -114,6 +120,9 @@ class Learner:
             hosts.to_global(scores.valid, self._rows),
             starts,
         )
+
+        # The scores are equal on every process, and so is this decision: a process that skipped the
+        # update alone would leave the others waiting in it.
         if self._enough(scores):
             # Before the update, which gives the buffers of the state away.
             checks = self._check(state, update_batch, self.frozen) if self._check else {}
@@ -123,6 +132,7 @@ class Learner:
         else:
             metrics = {"update/applied": 0.0}
 
+        # A step counts whether its update was applied or not: the next one has other noise.
         state = state._replace(step=state.step + 1)
         return state, {**reward_metrics, **metrics, **timer.finish()}
 
@@ -131,6 +141,8 @@ class Learner:
         group = self.config.rollout.group_size
         count = len(batch.ids)
         hashes = np.array([noise.prompt_hash(i) for i in batch.ids], np.uint32)
+        # The samples of a prompt lie next to each other: [P, G] read row by row. Because of the
+        # slot a prompt that is there twice has other noise the second time.
         keys = noise.sample_keys(
             self.config.seed,
             step,
@@ -156,6 +168,7 @@ class Learner:
         """Group-normalised advantages [B] and the reward metrics."""
         settings, rewards = self.config.advantage, self.config.rewards
 
+        # [B] -> [P, G]: the samples of a prompt lie next to each other.
         def grouped(values: np.ndarray) -> np.ndarray:
             return values.reshape(-1, self.config.rollout.group_size)
 
@@ -200,10 +213,13 @@ class Learner:
         """
         old, metrics, limits = self.programs.no_means(), {}, self._gate.limits
         for index in range(self.config.loss.updates_per_rollout):
+            # State and old means are donated: what went in cannot be read again.
             state, values, old = self.programs.update(state, batch, self.frozen, limits, old)
             # With several updates the metrics of the last one tell how far the policy has gone.
             metrics = self._floats(values)
             if index == 0 and not self.plan.is_forward:
+                # Later updates have moved away from the policy that sampled, as they should. The
+                # program has refused a bad first one already: raising loses nothing.
                 self._gate.check(metrics)
 
             for name in ("loss", "gradient", "params"):
@@ -215,6 +231,7 @@ class Learner:
     def _floats(self, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
         """Plain numbers; a metric [T] becomes one of each step that may be trained."""
         values = {}
+        # One transfer brings all of them; one for each number would wait for the device each time.
         for name, value in jax.device_get(dict(metrics)).items():
             if np.ndim(value) == 0:
                 values[name] = float(value)

@@ -55,6 +55,8 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: Any) -> None:
+        # Nothing is raised the first time: an exception in the middle of a save or a collective
+        # would leave half of it behind.
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice from the keyboard: now
         self.requested = True
@@ -62,6 +64,7 @@ class Interrupt:
 
     def check_alone(self) -> None:
         """Raises in the middle of a step; only where no other process would wait in vain."""
+        # In a cluster the others may be in the middle of a program that needs this process.
         if self.requested and jax.process_count() == 1:
             raise Interrupted
 
@@ -98,14 +101,20 @@ def train(
         make_shadow = None
     elif make_shadow is None:
         raise ValueError("config.debug.shadow: got True without a shadow; allowed: False")
+
+    # What is wrong is told in the order of what it costs to find out: the recipe, the folder, the
+    # prompts, the reward service, and only then the weights.
     blueprint = input_checks.check(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdir_lib.locked(workdir))
+        # The lock comes first: nothing in the folder may change while it is looked at.
         workdir_lib.claim(config, workdir)
         if (summary := workdir_lib.finished(config, workdir)) is not None:
             return summary
+
         workdir_lib.describe_policy(config, blueprint.networks, workdir)
         workdir_lib.remove_leftovers(workdir)
+
         stack.enter_context(jax.set_mesh(blueprint.mesh))
         prompts = input_checks.open_prompts(config, workdir, blueprint.networks)
         workdir_lib.claim_encoder(config, prompts.encoder, workdir)
@@ -137,6 +146,8 @@ class _Run:
         self.checkpoints = checkpoint.Checkpoints(
             workdir, config.checkpoint.every, config.checkpoint.keep
         )
+
+        # What is frozen, and the programs
         with input_checks.loading("vae"):
             vae_params = blueprint.load_vae()
             input_checks.require_finite(vae_params)
@@ -144,6 +155,7 @@ class _Run:
             base = blueprint.load_base()
             input_checks.require_finite(base)
         programs = programs_lib.build(blueprint)
+
         self.learner = learner_lib.Learner(
             programs,
             vae_params,
@@ -153,6 +165,8 @@ class _Run:
             base,
             make_shadow and make_shadow(programs.plan),
         )
+
+        # Where the run stands
         self.skipped = 0
         # The metrics of the newest step, while its row is not written: an evaluation was cut off.
         self.unwritten: dict[str, float] | None = None
@@ -164,8 +178,14 @@ class _Run:
                 input_checks.require_finite(self.state.params)
         else:
             self._restore(blueprint.state)
+
+        # The place in the prompts after the last complete step: the batch of a step that is given
+        # up is drawn again. It is a copy, since the iterator goes on.
         self.first_step = int(self.state.step)
         self.position = copy.deepcopy(self.prompts.train.get_state())
+
+        # What is written. Rows after the state are cut off, and the newest row too where it is to
+        # be written again; a new run (0 - 1) keeps none.
         is_main = jax.process_index() == 0
         last_row = self.first_step - (self.is_new or self.unwritten is not None)
         self.writer = metrics.MetricsWriter(workdir, last_row) if is_main else None
@@ -174,6 +194,7 @@ class _Run:
     def _restore(self, abstract_state: Any) -> None:
         self.state, record = self.checkpoints.restore(abstract_state, self.prompts.train)
         self.skipped, self.unwritten = record["skipped"], record.get("unwritten")
+        # A run on two reward models, or on two sets of prompts, would look like one and be none.
         if record["fingerprint"] != self.fingerprint:
             raise ValueError(
                 f"config.rewards: the reward model has changed (fingerprint "
@@ -193,6 +214,7 @@ class _Run:
             self._loop()
             self._save()
             self.checkpoints.wait()
+            # This comes last: a summary says that nothing is left to do.
             return self._summarise()
         except (Interrupted, RewardModelChangedError):
             # self.state is the state after the last complete step: nothing of it is lost. The
@@ -211,12 +233,18 @@ class _Run:
         if self.is_new:
             self._write(0, self._evaluate(0))
         if self.unwritten is not None:
+            # The run before was stopped in an evaluation: it is made now, with the state of its
+            # step.
             self._finish(self.first_step, self.unwritten)
+
         batches = iter(self.prompts)
         for step in range(self.first_step + 1, self.config.num_steps + 1):
+            # All processes ask at the same place, so that they stop after the same step.
             self.interrupt.check_together()
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, values = self.learner.step(self.state, next(batches))
+            # From here on the step is complete: what follows may be cut off, and the run that goes
+            # on evaluates and writes its row from the saved values.
             self.state, self.unwritten = state, values
             self.position = copy.deepcopy(self.prompts.train.get_state())
             self._finish(step, values)
@@ -239,6 +267,8 @@ class _Run:
         """The evaluation prompts; before the first and after the last step the test prompts too."""
         started = time.perf_counter()
         found = self._evaluate_split(step, "eval", self.prompts.evaluation)
+        # Test prompts are what is reported, so nothing is chosen by them: they are looked at before
+        # the first step and after the last one.
         if self.prompts.test is not None and step in (0, self.config.num_steps):
             found |= self._evaluate_split(step, "test", self.prompts.test)
         return {**found, "time/eval": time.perf_counter() - started}
@@ -280,6 +310,7 @@ class _Run:
             )
 
     def _save(self) -> None:
+        # The state at step 0 follows from the recipe: there is nothing to keep.
         if (step := int(self.state.step)) == 0:
             return
         record = {

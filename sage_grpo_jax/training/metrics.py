@@ -62,6 +62,7 @@ class MetricsWriter:
         """
         self._path = workdir / METRICS_FILE
         kept = -1 if last_step is None else last_step
+        # Steps that are done again are written again: their old rows and events go first.
         rows = [row for row in read_metrics(self._path) if row["step"] <= kept]
         write_atomically(self._path, b"".join(_line(row) for row in rows))
         truncate_events(workdir, kept)
@@ -72,6 +73,7 @@ class MetricsWriter:
         """One row, on disk before this returns; non-finite values become null."""
         self._file.write(_line({"step": step, **values}))
         self._file.flush()
+        # The checkpoint of a step is written after its row: what it says is done is on record.
         os.fsync(self._file.fileno())
         self._events.write(
             step,
@@ -171,6 +173,7 @@ def _records(data: bytes) -> Iterator[tuple[bytes, event_pb2.Event]]:
         (length,) = struct.unpack_from("<Q", data, position)
         end = position + 12 + length + 4
         payload = data[position + 12 : end - 4]
+        # A file that a kill or a full disk cut off ends in half a record.
         if end > len(data) or struct.unpack_from("<I", data, end - 4)[0] != masked_crc32c(payload):
             return
         yield data[position:end], event_pb2.Event.FromString(payload)
@@ -199,13 +202,16 @@ class Progress:
         if self._warm is None:
             self._warm = now
         else:
+            # The mean is over the steps after the first one, which compiled.
             seconds = (now - self._warm) / (step - self._first - 1)
             left = f"{format_seconds(seconds * (self._total - step))} left"
+
         phases = " ".join(
             f"{name} {values[f'time/{name}']:.1f}"
             for name in ("rollout", "decode", "reward", "update")
             if f"time/{name}" in values
         )
+
         text = (
             f"step {step}/{self._total}  reward {values.get('reward/overall', math.nan):+.3f}"
             f"  valid {100 * values.get('reward/valid_fraction', math.nan):.0f} %"

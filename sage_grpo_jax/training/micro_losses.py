@@ -97,6 +97,7 @@ def _velocity(
 ) -> jax.Array:
     """The velocity of the policy `params` at states of a micro-batch; float32 [m, ...]."""
     velocity = velocity_fn(plan, params, micro.condition, frozen)
+    # [] or [m] -> [m]
     timestep = jnp.asarray(plan.schedule.timesteps)[micro.step]
     return velocity(latents, jnp.broadcast_to(timestep, micro.valid.shape))
 
@@ -141,6 +142,8 @@ def policy_micro_loss(
     """
     # The ratio to the policy that sampled
     new = transition(plan, params, micro, inputs.frozen)
+    # ε is drawn again from the keys, bit for bit that of the rollout. In the first pass the means
+    # are equal: the ratio is 1, and what is left of the gradient is ε·∂δ.
     draw = noise.step_noise(micro.keys, micro.step, plan.latent_shape)
     mean_old = ratio_lib.old_mean(new.mean, recorded, known)
     log_ratio = ratio_lib.log_ratio(plan, draw, new.mean, mean_old, new.std)
@@ -150,6 +153,8 @@ def policy_micro_loss(
 
     # The policy loss
     config = plan.config.loss
+    # S_t of each sample: [1, 1] where all are at one step, [m, 1] where each has its own. An entry
+    # of the loss is a (sample, step), here one step a sample.
     weights = jnp.asarray(plan.weights)[micro.step]
     policy_loss, metrics = loss.policy_loss(
         log_ratio[:, None],
@@ -183,6 +188,7 @@ def forward_micro_loss(
     draw = noise.forward_noise(micro.keys, micro.step, plan.latent_shape)
     sigma = jnp.asarray(plan.schedule.sigmas)[micro.step]
     latents, target = nft.noised(micro.latents, draw, sigma)
+    # The trained policy, the one that sampled and the references see the same noised states.
     new, *others = (
         _velocity(plan, trained, micro, inputs.frozen, latents)
         for trained in (params, inputs.sampling, *(r.params for r in inputs.references))
@@ -196,6 +202,7 @@ def forward_micro_loss(
     losses = nft.nft_loss(
         new, old, target, sigma, good, config.nft.beta, adaptive=config.nft.adaptive
     )
+    # Its authors multiply the loss by the largest advantage: r holds A divided by it.
     losses *= config.advantage.clip * _step_factor(plan)
     policy_loss = _sum(losses, micro, inputs)
 
@@ -211,6 +218,7 @@ def forward_micro_loss(
 
 def _sum(values: jax.Array, micro: MicroBatch, inputs: LossInputs) -> jax.Array:
     """The share [] of a micro-batch in the mean over all entries."""
+    # A masked entry may hold NaN: it is selected out, not multiplied by 0.
     return jnp.sum(jnp.where(micro.counts, values, 0.0)) / inputs.normalizer
 
 
@@ -250,6 +258,8 @@ def _divergences(
     """Every term of the KL penalty."""
     region, reduction = plan.config.trust_region, plan.config.loss.log_prob_reduction
     for name, reference, beta in inputs.references:
+        # This is one more forward pass at the same states. Kind and η are the same, and so is the
+        # std.
         mean = jax.lax.stop_gradient(transition(plan, reference, micro, inputs.frozen).mean)
         divergence = kl.gaussian_kl(new.mean, mean, new.std, reduction=reduction)
         yield name, divergence * jnp.asarray(plan.kl_weights)[micro.step], beta

@@ -24,15 +24,19 @@ def make_optimizer(config: schema.Config) -> optax.GradientTransformationExtraAr
 
 def learning_rate(config: schema.Config) -> optax.Schedule:
     """The learning rate over applied updates: linear warm-up, then as `optimizer.schedule` says."""
+    # Schedules count applied updates: a skipped one keeps the old state of the optimizer, its count
+    # included. What is left after the warm-up is the length of the decay.
     optimizer, peak = config.optimizer, config.learning_rate
     total = config.num_steps * config.loss.updates_per_rollout
     rest = max(total - optimizer.warmup_steps, 1)
+
     if optimizer.schedule == "cosine":
         after = optax.schedules.cosine_decay_schedule(peak, rest, optimizer.final_fraction)
     elif optimizer.schedule == "linear":
         after = optax.schedules.linear_schedule(peak, peak * optimizer.final_fraction, rest)
     else:
         after = optax.schedules.constant_schedule(peak)
+
     if optimizer.warmup_steps == 0:
         return after
     # The first update already has a part of the rate: 1/(n+1), 2/(n+1), ... 1.
@@ -83,6 +87,7 @@ def muon_dimensions(params: Any, *, kernels_only: bool = False) -> Any:
     def dimensions(path: tuple[str, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         if isinstance(leaf, optax.MaskedNode):  # Muon asks again about the tree without vectors
             return None
+        # Axis 0 of stacked blocks is the layer, which is no axis of a matrix.
         rank, first = len(leaf.shape), int("blocks" in path)
         if rank - first < 2 or (kernels_only and path[-1] != "kernel"):
             return None

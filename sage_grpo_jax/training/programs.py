@@ -68,6 +68,8 @@ def make_rollout(plan: Plan):
     def rollout(params, condition, frozen, keys, starts):
         initial = None
         if config.same_initial_noise:
+            # Every sample takes the key of the first one of its group: groups lie in a row in a
+            # batch. The noise of the steps still comes from each sample's own key.
             first = jnp.repeat(keys[:: config.group_size], config.group_size)
             initial = noise.initial_noise(first, plan.latent_shape)
         trajectory = sample(
@@ -78,6 +80,8 @@ def make_rollout(plan: Plan):
             stochastic=step_plan.noisy_steps(plan.steps, starts),
             initial_latents=initial,
         )
+
+        # The loss noises the clean samples by itself: the other T states need not be kept.
         if plan.is_forward:
             return trajectory._replace(latents=trajectory.latents[-1:])
         return trajectory
@@ -88,6 +92,7 @@ def make_rollout(plan: Plan):
 def make_sample(plan: Plan):
     """(params, condition [B], frozen, keys [B]) -> clean latents [B, ...] of the evaluation."""
     config = plan.config
+    # The policy samples as it would be used: by the ODE, in as many steps as the evaluation has.
     sampling = sampler.Sampling(
         schedule=schedules.make_schedule(config.eval.num_steps, config.rollout.shift),
         latent_shape=plan.latent_shape,
@@ -106,11 +111,13 @@ def make_sample(plan: Plan):
 def build(blueprint: Blueprint) -> Programs:
     """Jits the programs with explicit shardings; call them under `jax.set_mesh(blueprint.mesh)`."""
     plan, mesh = blueprint.plan, blueprint.mesh
+    # Samples are divided over the devices, along axis 1 where the steps come first.
     whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     trajectory = rollout_lib.Trajectory(sharding.batch_sharding(mesh, 1), whole)
     placed = state_lib.shardings_of(blueprint.state)
     frozen = micro_losses.Frozen(whole, state_lib.shardings_of(blueprint.base))
     batch = update_lib.UpdateBatch(trajectory.latents, rows, rows, rows, rows, rows)
+
     old = ratio_lib.abstract_old_means(plan, mesh)
     old_placed = state_lib.shardings_of(old)
     model = plan.config.model
@@ -128,6 +135,7 @@ def build(blueprint: Blueprint) -> Programs:
             out_shardings=rows,
         ),
         decode=jax.jit(
+            # The piece is an argument and its size is not: one program decodes all pieces.
             sampler.make_decode(plan.vae, model.vae_tiling, model.matmul_precision),
             static_argnames="size",
             out_shardings=rows,
@@ -137,10 +145,13 @@ def build(blueprint: Blueprint) -> Programs:
         # compare with means of the same rounding.
         update=jax.jit(
             update_lib.make_update(plan, blueprint.optimizer),
+            # State and old means are replaced by what comes back, so their memory is given away.
+            # The rollout is not: the next update on it reads it again.
             donate_argnums=(0, 4),
             in_shardings=(placed, batch, frozen, whole, old_placed),
             out_shardings=(placed, whole, old_placed),
         ),
+        # The devices make them: no process could fill the parts of the others.
         no_means=jax.jit(
             lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), old),
             out_shardings=old_placed,

@@ -121,10 +121,13 @@ def mismatch(
       next_latents: x' of the rollout, [m, ...].
       std: of the step.
     """
+    # This is |ratio - 1|. Near 1 the difference would have no digits left; expm1 has all of them.
     deviation = jnp.abs(jnp.expm1(rollout_log_ratio(plan, noise, mean_old, next_latents, std)))
     rollout_mean = rollout_lib.behaviour_mean(next_latents, noise, std)
     delta = sde.standardized_difference(mean_old, rollout_mean, std)
     shift = jnp.sqrt(sde.reduce_elements(delta**2))
+
+    # The largest of each step shows where in the schedule the two programs part.
     steps = jnp.broadcast_to(step, valid.shape)[:, None]
     counts = (steps == jnp.arange(plan.trained.size)) & valid[:, None]  # [m, T]
 
@@ -147,6 +150,7 @@ def in_tolerance(
     metrics: Mapping[str, jax.Array], tolerances: Tolerances, old: OldMeans | None
 ) -> jax.Array:
     """Whether an update may be applied, by the gate; bool []."""
+    # NaN is not below any limit: means that are not finite are refused too.
     found = (metrics["ratio/max_deviation"] <= tolerances.ratio) & (
         metrics["ratio/rollout_shift"] <= tolerances.shift
     )
@@ -159,6 +163,9 @@ def abstract_old_means(plan: Plan, mesh: jax.sharding.Mesh) -> OldMeans | None:
     config = plan.config
     if config.loss.updates_per_rollout == 1:
         return None
+
+    # The means are as large as the trained part of the trajectory, and divided over the mesh as it
+    # is, here along axis 1.
     count = plan.positions * (config.batch_size // config.loss.micro_batch)
     shape = (count, config.loss.micro_batch, *plan.latent_shape)
     means = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(mesh, 1))

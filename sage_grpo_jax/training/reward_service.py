@@ -29,9 +29,11 @@ def open_scorer(config: schema.Config, workdir: pathlib.Path) -> Iterator[client
     rewards = config.rewards
     wanted = tuple(rewards.weights)
     with contextlib.ExitStack() as stack:
+        # The stack closes in reverse: the client goes before the service that it talks to.
         address = rewards.address
         if rewards.spawn:
             address = stack.enter_context(_own_server(rewards, workdir)).address
+
         client = client_lib.RewardClient(
             address,
             timeout=rewards.timeout_seconds,
@@ -41,7 +43,10 @@ def open_scorer(config: schema.Config, workdir: pathlib.Path) -> Iterator[client
             optional_names=[name for name in wanted if name not in rewards.optimised],
         )
         stack.callback(client.close)
+
         info = _first_contact(client, rewards, begun=(workdir / checkpoint.FOLDER).is_dir())
+        # It is refused here, before any weights are loaded; later every sample would lack the
+        # reward.
         if missing := set(wanted) - set(info.names):
             raise ValueError(
                 f"config.rewards.weights: got {', '.join(wanted)}; {address} does not score "
@@ -62,6 +67,8 @@ def _own_server(rewards: schema.RewardsConfig, workdir: pathlib.Path) -> supervi
 def _first_contact(
     client: client_lib.RewardClient, rewards: schema.RewardsConfig, begun: bool
 ) -> reward_types.RewardInfo:
+    # A service may be away for a while in the life of a run, and is waited for; before the first
+    # step a silence means that the address is wrong.
     patience = rewards.budget_seconds
     if not begun:
         patience = min(patience, FIRST_CONTACT_SECONDS)

@@ -42,6 +42,8 @@ class Scores:
 
     def weighted(self, weights: Mapping[str, float]) -> np.ndarray:
         """The sum Σ w·r of the rewards that have a weight other than 0; float32 [B]."""
+        # A weight of 0 is left out, not multiplied: such a reward may be missing, and 0 · NaN is
+        # NaN.
         return sum(weights[n] * self.values[n] for n in self.values if weights.get(n))
 
     def without(self, broken: np.ndarray) -> "Scores":
@@ -79,6 +81,8 @@ class Scoring:
     def decode(self, latents: jax.Array) -> np.ndarray:
         """All frames of a batch on every process; uint8 [B, F, H, W, 3]."""
         pieces = [hosts.to_host(self._piece(latents, p)) for p in range(self._count(latents))]
+        # [size, count, F, H, W, 3]: sample b is row b // count of piece b % count, so that the
+        # reshape puts the batch back in order.
         return np.stack(pieces, 1).reshape(latents.shape[0], *pieces[0].shape[1:])
 
     def _count(self, latents: jax.Array) -> int:
@@ -104,6 +108,8 @@ class Scoring:
         Raises:
           RewardModelChangedError: see there.
         """
+        # The scorer answers in threads of its own. While the program of the next piece runs, the
+        # clips of this one are already on their way.
         count = self._count(latents)
         pending: dict[int, futures.Future] = {}
         for piece in range(count):
@@ -126,6 +132,7 @@ class Scoring:
 
     def score_videos(self, videos: np.ndarray, samples: PromptBatch, name: str) -> Scores:
         """Scores frames that every process has; uint8 [B, F, H, W, 3]. Each takes its share."""
+        # Every process has all clips here; each asks for every n-th, and the answers are joined.
         share = range(jax.process_index(), len(videos), jax.process_count())
         pending = {b: self._submit(videos[b], samples, b, name) for b in share}
         return self._collect(pending, len(videos))
@@ -142,12 +149,15 @@ class Scoring:
 
     def _collect(self, pending: dict[int, futures.Future], count: int) -> Scores:
         """Waits for the answers of this process, then joins those of all processes."""
+        # A row is a sample, a column a reward; NaN is a reward that did not come.
         names = tuple(self._config.rewards.weights)
         # The last column tells all processes of a changed reward model.
         table = np.full((count, len(names) + 1), np.nan, np.float32)
         table[:, -1] = 0
         owned = np.zeros(count, bool)
+
         for b, future in pending.items():
+            # The waits are short: a signal sets a flag, which has to be looked at.
             while not futures.wait([future], timeout=0.5).done:
                 self._check_interrupt()
             result = future.result()
@@ -166,6 +176,7 @@ class Scoring:
                 "the reward server answers with another model than at the start of the run; "
                 "nothing was applied. Allowed: the same model, or a new workdir"
             )
+
         values = {name: table[:, i] for i, name in enumerate(names)}
         return known_scores(values, self._config.rewards)
 
@@ -178,6 +189,8 @@ def known_scores(values: Mapping[str, np.ndarray], rewards: schema.RewardsConfig
     """
     finite = {name: np.isfinite(column) for name, column in values.items()}
     valid = np.logical_and.reduce([finite[name] for name in rewards.optimised])
+    # All rewards of a sample that is not valid are dropped, also those that came: no mean
+    # is then over samples that the objective does not count.
     kept = {n: np.where(valid & finite[n], column, np.nan) for n, column in values.items()}
     return Scores(kept, valid)
 

@@ -60,6 +60,7 @@ def abstract_state(
       mesh: the device mesh.
       averages: see `init_state`.
     """
+    # Averages lie as the parameters do, and so does what mirrors them in the optimizer's state.
     params = sharding.parameter_shardings(mesh, names, abstract_params)
     shardings = LearnerState(
         params,
@@ -67,6 +68,7 @@ def abstract_state(
         sharding.replicated(mesh),
         **dict.fromkeys(averages, params),
     )
+
     shapes = jax.eval_shape(lambda p: init_state(tx, p, averages), abstract_params)
     return jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings

@@ -45,6 +45,8 @@ def split_batch(tree: Any, size: int) -> Any:
     """
 
     def split(x: jax.Array) -> jax.Array:
+        # [B, ...] -> [size, n, ...] -> [n, size, ...] with n = B/size. A plain reshape to [n, size]
+        # would put the samples of one device into one piece, and the others would wait.
         return jnp.moveaxis(x.reshape(size, x.shape[0] // size, *x.shape[1:]), 0, 1)
 
     return jax.tree.map(split, tree)
@@ -69,7 +71,9 @@ def take_micro_batch(
         if plan.is_forward:
             return take(batch.latents[-1])
         if not plan.steps.varies:
+            # All samples are at one step, a slice of [T + 1, B, ...].
             return take(batch.latents[after])
+        # Each has a step of its own. The samples come first, so that they are divided as ever.
         pieces = split_batch(jnp.moveaxis(batch.latents, 0, 1), size)[piece]  # [m, T + 1, ...]
         return jax.vmap(lambda states, t: states[t])(pieces, after)
 
@@ -94,6 +98,8 @@ def loss_inputs(
 ) -> LossInputs:
     """The inputs of an update over `count` samples."""
     region = trust_region.find_state(state.opt_state)
+    # The normaliser counts the entries of the whole update, so that the shares of its micro-batches
+    # add up to one mean. Without a valid sample that mean is 0, not NaN.
     return LossInputs(
         frozen=frozen,
         references=trust_region.references(region, plan.config.trust_region),
@@ -129,6 +135,7 @@ def _where_needed(
     """
     if not plan.config.loss.split_updates:
         return entry(index, recorded)
+
     needed = _share(plan, index[1], old.turn)
     if not plan.is_forward:
         needed |= ~old.known
@@ -137,8 +144,11 @@ def _where_needed(
         shapes = jax.eval_shape(entry, index, recorded)
         grads, result = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         none = None if plan.is_forward else ratio_lib.no_mismatch(plan)
+        # The recorded means are handed on as they are; a maximum starts from -inf, not from 0.
         return grads, result._replace(mismatch=none, mean_old=recorded)
 
+    # This is a branch and not a mask: the passes of the other samples are not run. The index is the
+    # same on every device, so that all of them take the same branch.
     return jax.lax.cond(needed, entry, nothing, index, recorded)
 
 
@@ -182,7 +192,8 @@ def _gradients(
         )
         return grads, result
 
-    # The scan over all of them: gradients and metrics are added up
+    # The scan over all of them: gradients and metrics are added up. Each gradient is taken inside
+    # of the loop, so that no activation outlives its micro-batch.
     def body(totals: tuple[Any, ...], scanned: tuple[Index, jax.Array | None]):
         index, recorded = scanned
         grads, result = _where_needed(plan, entry, index, recorded, old)
@@ -193,8 +204,14 @@ def _gradients(
         )
         return totals, None if old is None else result.mean_old
 
+    # The scan goes through every (position, piece), piece by piece at each position, and reads
+    # recorded means in the order in which it has stacked them. Both indices are int32
+    # [positions·pieces].
     index = jnp.asarray(np.indices((plan.positions, pieces)).reshape(2, -1), jnp.int32)
     scanned = (tuple(index), None if old is None else old.means)
+    # A scan wants its totals before it runs anything: the names and types of the metrics come from
+    # the shapes of one micro-batch. Gradients are added up in the type of the parameters, float32,
+    # whatever the network computes in.
     _, shapes = jax.eval_shape(lambda: entry(*jax.tree.map(lambda x: x[0], scanned)))
     init = (
         jax.tree.map(jnp.zeros_like, state.params),
@@ -230,11 +247,13 @@ def _averages(
 
     if state.ema is not None:
         decay = averaging.warmed_up(count, ema.decay)
+        # Between its turns a decay of 1 changes no bit of it.
         decay = jnp.where(count % ema.every == 0, decay, 1.0)
         averages["ema"] = averaging.mix(state.ema, params, decay)
 
     if state.sampling is not None:
         decay = averaging.ramp(count, ramp.decay_start, ramp.decay_rate, ramp.decay_limit)
+        # The policy that samples stays as it was while the updates on its own rollout go on.
         averages["sampling"] = averaging.mix(state.sampling, params, jnp.where(is_last, decay, 1.0))
 
     return averages
@@ -260,7 +279,8 @@ def make_update(plan: Plan, tx: optax.GradientTransformationExtraArgs) -> Callab
     ) -> tuple[state_lib.LearnerState, loss.Metrics, ratio_lib.OldMeans | None]:
         grads, metrics, kl_weight, recorded = _gradients(plan, state, batch, frozen, old)
 
-        # The state after it
+        # The state after it. What goes in are the parameters θ_k, at which gradient and KL were
+        # taken; the trust region keeps them as the previous policy of the next update.
         updates, opt_state = tx.update(
             grads, state.opt_state, state.params, **_measured_kl(plan, metrics)
         )
@@ -279,6 +299,8 @@ def make_update(plan: Plan, tx: optax.GradientTransformationExtraArgs) -> Callab
         if not plan.is_forward:
             checks["update/ratio_in_tolerance"] = ratio_lib.in_tolerance(metrics, tolerances, old)
         applied = jnp.all(jnp.stack(list(checks.values())))
+        # The choice is made from numbers that all devices share: no process can decide otherwise. A
+        # select, unlike a product with 0, lets no NaN through from the side that is not taken.
         state = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, state)
 
         # What is reported

@@ -71,6 +71,8 @@ def claim(config: schema.Config, workdir: pathlib.Path) -> None:
     with writable(workdir):
         _check_record(workdir)
         theirs = flatten(read_object(path)) if path.exists() and _has_begun(workdir) else mine
+
+    # Fields of either that decide what the run computes
     theirs = _younger_fields(theirs) | theirs
     theirs = {name: value for name, value in theirs.items() if name not in _RETIRED}
     differing = [
@@ -79,12 +81,14 @@ def claim(config: schema.Config, workdir: pathlib.Path) -> None:
         if mine.get(name) != theirs.get(name)
         and not any(name == o or name.startswith(f"{o}.") for o in OPERATIONAL)
     ]
+
     if differing:
         raise ValueError(
             f"--workdir: {workdir} belongs to a run with another config: "
             f"{'; '.join(differing)}. Allowed: the same config, or another folder"
         )
     if jax.process_index() == 0:
+        # Only now is anything written but the lock: a refused command changes no file.
         make_folder(workdir, "--workdir", _NAMES, "a training run", lambda: is_config(path))
         with writable(workdir):
             metrics.write_json(path, dataclasses.asdict(config))
@@ -208,7 +212,10 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         return
     with writable(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
+        # The lock belongs to the open file: it ends with the process, also when that is killed. The
+        # file itself stays, and means nothing by itself.
         file = (workdir / _LOCK_FILE).open("a")
+
     with file:
         try:
             _lock(file.fileno())
@@ -258,6 +265,7 @@ def describe_policy(
         files.write_atomically(workdir / "transformer.json", text.encode())
         if (adapters := config.lora.adapters) is not None:
             base = config.model.transformer
+            # Whoever converts the adapters later may stand in another folder.
             if not base.startswith(networks_lib.ASSET):
                 base = str(networks.transformer_path.absolute())
             metrics.write_json(

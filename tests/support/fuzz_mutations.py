@@ -163,6 +163,7 @@ def torch_archive(data: bytes, rng: random.Random) -> bytes:
         return any_bytes(data, rng)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
+
     pickle = next(name for name in members if name.endswith("data.pkl"))
     compression = dict.fromkeys(members, zipfile.ZIP_STORED)
     target = rng.choice((pickle, rng.choice(sorted(members))))
@@ -181,6 +182,7 @@ def torch_archive(data: bytes, rng: random.Random) -> bytes:
                 members[f"{target}x"] = members.pop(target)
             case 3:
                 members[f"a/{target}"] = members[target]
+
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for name, content in members.items():

@@ -94,6 +94,7 @@ def draws(config: Any, ids: list[str], step: int, shape: tuple[int, ...], places
     """The noise of a rollout of P prompts, prompt by prompt and sample by sample."""
     rollout, initial, noise, starts = config.rollout, [], [], []
     for slot, prompt in enumerate(ids):
+        # Streams: 0 the start, 1 the steps, 3 the window of a whole group
         window = jax.random.fold_in(sample_key(config.seed, step, slot, prompt, 2**32 - 1), 3)
         start = int(jax.random.randint(window, (), 0, places))
         for sample in range(rollout.group_size):
@@ -146,12 +147,16 @@ class Problem:
         self.config, self.shape, self.velocity = config, shape, velocity
         self.rollout = jax.jit(self._rollout)
         self.gradient = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
+
+        # Schedule, and the steps that inject noise
         rollout, loss = config.rollout, config.loss
         self.sigmas = schedule(rollout.num_steps, rollout.shift)
         every = range(rollout.num_steps)
         self.stds = [math.sqrt(variance(rollout.sde, self.sigmas, t, rollout.eta)) for t in every]
         last = rollout.num_steps - (rollout.last_step == "deterministic")
         noisy = [t for t in every if self.stds[t] > 0 and t < last]
+
+        # Windows, and what each step weighs
         self.window = rollout.window_size or len(noisy)
         self.trainable = noisy[: self.window] if rollout.window == "first_k" else noisy
         self.places = len(self.trainable) - self.window + 1
@@ -234,11 +239,13 @@ class Problem:
             counts = valid & self.in_window(t, noise.starts)
             x = states[t]
             new = self.step_mean(trained, x, t, conditions)
+            # The ratio at the action that was taken, as a difference of log-probabilities
             behaviour = jax.lax.stop_gradient(self.step_mean(old, x, t, conditions))
             action = behaviour + self.stds[t] * noise.steps[t]
             log_ratio = self.log_prob(action, new, t) - self.log_prob(action, behaviour, t)
             ratio, limit = jnp.exp(log_ratio), settings.clip_range
             clipped = jnp.clip(ratio, 1 - limit, 1 + limit)
+
             gain = jnp.minimum(advantage * ratio, advantage * clipped)
             if settings.objective == "reinforce":
                 gain = advantage * log_ratio
@@ -246,12 +253,16 @@ class Problem:
             parts["clipped"] += jnp.sum(counts & (jnp.abs(ratio - 1) > limit))
             off = jnp.max(jnp.where(counts, jnp.abs(ratio - 1), 0))
             parts["deviation"] = jnp.maximum(parts["deviation"], off)
+
+            # KLs to the references in closed form, or Eq. 15
             for name, reference in references.items():
                 gap = (new - self.step_mean(reference, x, t, conditions)) / self.stds[t]
                 divergence = self.reduce(gap**2 / 2) * self.kl_weights[t]
                 parts[name] += jnp.sum(jnp.where(counts, divergence, 0))
             if "previous" not in references and region.kind in ("stepwise", "dual"):
                 parts["previous"] -= jnp.sum(jnp.where(counts, log_ratio, 0))
+
+        # Means over samples and steps
         count = valid.sum() * self.window
         parts = {n: v if n == "deviation" else v / count for n, v in parts.items()}
         if settings.step_reduction == "sum":
@@ -293,6 +304,7 @@ def step(
     config, old = problem.config, state["params"]
     states = problem.rollout(old, conditions, noise)
     data = (states, conditions, noise, jnp.asarray(advantages(config, rewards, valid)), valid)
+
     for _ in range(config.loss.updates_per_rollout):
         references = problem.references(state)
         (_, parts), grads = problem.gradient(
@@ -302,6 +314,7 @@ def step(
         state = _apply(
             config, jax.tree.map(np.asarray, state), grads, norm, parts, problem.elements
         )
+
     metrics = {
         "loss/policy": parts["policy"],
         "loss/total": parts["total"],
@@ -328,6 +341,7 @@ def _apply(config: Any, state: dict, grads: Any, norm: float, parts: Any, elemen
     optimizer, region = config.optimizer, config.trust_region
     grads = jax.tree.map(np.asarray, grads)
     shrink = min(1.0, optimizer.grad_clip / norm)
+    # AdamW
     b1, b2, n = optimizer.b1, optimizer.b2, state["adam_count"] + 1
     mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * shrink * g, state["mu"], grads)
     nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * (shrink * g) ** 2, state["nu"], grads)
@@ -337,6 +351,8 @@ def _apply(config: Any, state: dict, grads: Any, norm: float, parts: Any, elemen
         return -config.learning_rate * (adam + optimizer.weight_decay * p)
 
     update = jax.tree.map(change, mu, nu, state["params"])
+
+    # The bound on a step, from the KL of the last one and the lengths of both
     squared_norm = sum(float(np.sum(u**2)) for u in jax.tree.leaves(update))
     kl, kl_previous = float(parts["kl"]) / elements, float(parts["previous"]) / elements
     if region.step_bound and state["squared_norm"] > 0 and kl_previous > 0:
@@ -344,6 +360,8 @@ def _apply(config: Any, state: dict, grads: Any, norm: float, parts: Any, elemen
         scale = min(1.0, math.sqrt(region.step_bound / expected))
         update = jax.tree.map(lambda u: scale * u, update)
         squared_norm *= scale**2
+
+    # The memory of the trust region
     params = jax.tree.map(np.add, state["params"], update)
     count = state["count"] + 1
     history = np.array(state["history"])

@@ -58,6 +58,7 @@ def _main() -> None:
             prompts = next(iter(trainer.prompts))
             latents = trainer.rollout(prompts).latents if latents is None else latents
             batch = trainer.update_batch(prompts, latents)
+
             state, found = trainer.learner.update(trainer.state, batch)
             metrics = metrics or found
             # Adam's first moment after updates from zero that do not move the parameters is the

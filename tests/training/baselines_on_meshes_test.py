@@ -31,6 +31,7 @@ def test_eight_devices_train_what_one_trains(
     trainer = learners.make(config, local_scorer(), one_device, tmp_path)
     base = jax.tree.map(np.asarray, trainer.learner.frozen.base)
     first = trainer.steps(2)
+
     mesh = mesh_lib.make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
         on_mesh = dataclasses.replace(
@@ -39,10 +40,12 @@ def test_eight_devices_train_what_one_trains(
         sharded = learners.make(on_mesh, local_scorer(), mesh, tmp_path / "eight")
         assert any(not x.is_fully_replicated for x in jax.tree.leaves(sharded.state.ema))
         second = sharded.steps(2)
+
     for ours, theirs in zip(first, second, strict=True):
         assert ours["update/applied"] == theirs["update/applied"] == 1
         for name in ("reward/overall", "reward/group_std", "grad/norm", "loss/policy"):
             assert theirs[name] == pytest.approx(ours[name], rel=2e-3, abs=1e-6), name
+
     pairs = zip(
         jax.tree.leaves((trainer.state.params, trainer.state.ema, trainer.state.sampling)),
         jax.tree.leaves((sharded.state.params, sharded.state.ema, sharded.state.sampling)),

@@ -307,6 +307,7 @@ def test_a_failed_save_is_one_line_and_leaves_no_rest(tmp_path, caplog):
     saver = checkpoint.Checkpoints(tmp_path, every=1, keep=2)
     iterator = iter(grain.MapDataset.range(10).to_iter_dataset())
     state = {"params": {"w": jax.random.normal(jax.random.key(0), (50_000,))}}
+
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
@@ -316,6 +317,7 @@ def test_a_failed_save_is_one_line_and_leaves_no_rest(tmp_path, caplog):
         saver.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
     assert "File too large" in str(error.value)
     assert "\n" not in str(error.value)
     assert sorted(p.name for p in (tmp_path / checkpoint.FOLDER).iterdir()) == ["1"]

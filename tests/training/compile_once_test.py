@@ -58,8 +58,10 @@ def test_programs_compile_once_and_none_after_the_first_step(
             learner.scoring.scorer.failing = frozenset({1, 6})
             state, metrics = learner.step(state, next(batches))
             assert compiled.take() == []
+
         # Nothing that the loop writes waits for a device: the numbers are here already.
         assert {type(value) for value in metrics.values()} == {float}
+
         # The detector sees what it is there for.
         jax.jit(lambda x: x + 1)(jax.numpy.ones(3))
         assert "<lambda>" in compiled.take()

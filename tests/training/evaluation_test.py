@@ -22,8 +22,10 @@ def _write_run(folder, seed: int, before: float, after: float):
         {"step": 1, "reward/overall": before, "reward/vq": 0.1, "time/update": 2.0},
         {"step": 2, "reward/overall": after, "reward/vq": 0.2, "time/update": 3.0, **last},
     ]
+
     (folder / "samples").mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
     summary = {
         "method": "sage",
         "seed": seed,
@@ -53,11 +55,13 @@ def test_report_counts_changes_in_standard_errors(tmp_path):
     text = run_report.table(runs[0])
     assert "+4.0 standard errors" in text  # 0.2 / hypot(0.03, 0.04)
     assert "update 0:05" in text
+
     table = run_report.seeds_table(runs)
     # mean 0.3, standard error 0.1 / √3
     assert "+0.300 ± 0.058" in table
     assert "+5.2 (over seeds)" in table
     assert "+5.0 %" in table
+
     # The rewards of the samples tell the change of every prompt: 0.5 and 0.1, ± 0.2.
     for step, rewards in ((0, [0.0, 0.0, 1.0, 3.0]), (2, [0.4, 0.6, 1.1, None])):
         samples = {"VQ": rewards, "TA": [1.0, 1.0, 2.0, 0.0]}
@@ -65,6 +69,7 @@ def test_report_counts_changes_in_standard_errors(tmp_path):
         path.write_text(json.dumps({"prompts": ["a", "a", "b", "c"], "rewards": samples}))
     assert runs[0].gain_error() == pytest.approx(0.2)
     assert "+1.0 standard errors" in run_report.table(runs[0])
+
     run_report.write_curve(runs, tmp_path / "curve.png")
     assert Image.open(tmp_path / "curve.png").size[0] > 800
     run_report.write_before_after(runs[0], tmp_path)

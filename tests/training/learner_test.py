@@ -293,6 +293,8 @@ def test_random_windows_and_shared_initial_noise(make_config, local_scorer, one_
     )
     trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
     learner, batch = trainer.learner, next(iter(trainer.prompts))
+
+    # Noise where the window is, one start for a group
     starts = np.asarray(learner.window_starts(batch, 0))
     assert learner.plan.steps.window_places == 2
     trajectory, group = trainer.rollout(batch), config.rollout.group_size
@@ -300,6 +302,7 @@ def test_random_windows_and_shared_initial_noise(make_config, local_scorer, one_
     for b in range(16):
         np.testing.assert_array_equal(np.flatnonzero(stds[:, b]), starts[b] + np.arange(2))
         np.testing.assert_array_equal(latents[0, b], latents[0, b - b % group])
+
     # Within a group the samples part where their window starts, and not before.
     for b in range(1, 16, group):
         start = starts[b]

@@ -42,11 +42,13 @@ def test_killed_and_resumed_run_has_the_same_bits(tiny_overrides, tmp_path):
     assert [row["step"] for row in rows(straight)] == list(range(TOTAL_STEPS + 1))
     for a, b in zip(saved_arrays(straight), saved_arrays(broken), strict=True):
         np.testing.assert_array_equal(a, b)
+
     first, second = (json.loads((w / "summary.json").read_text()) for w in (straight, broken))
     assert first["eval"] == second["eval"]
     assert first["steps"] == TOTAL_STEPS
     for name in ("eval/reward/overall", "eval/reward/vq"):
         assert np.isfinite(first["eval"]["last"][name])
+
     # The test prompts are sampled before and after, and at no step in between.
     tested = [row["step"] for row in rows(straight) if "test/reward/overall" in row]
     assert tested == [0, TOTAL_STEPS]
@@ -54,6 +56,7 @@ def test_killed_and_resumed_run_has_the_same_bits(tiny_overrides, tmp_path):
     assert first["test"]["last"] == {
         name: value for name, value in rows(straight)[-1].items() if name.startswith("test/")
     }
+
     for name in ("step_000000", f"step_{TOTAL_STEPS:06d}", f"test_step_{TOTAL_STEPS:06d}"):
         assert (straight / "samples" / f"{name}.png").stat().st_size > 0
         assert (straight / "samples" / f"{name}.gif").read_bytes()[:6] == b"GIF89a"

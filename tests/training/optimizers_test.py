@@ -56,6 +56,7 @@ def test_adamw_by_hand():
     tx = optimizers.make_optimizer(config)
     params = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5]])}
     state, grads = tx.init(params), [np.array([3.0, -4.0, 0.0]), np.array([0.3, 0.4, -1.0])]
+
     x, first, second = np.array([1.0, -2.0, 0.5]), 0.0, 0.0
     for t, (gradient, rate) in enumerate(zip(grads, (0.05, 0.1), strict=True), start=1):
         tree = {"a": jnp.asarray(gradient[:2], jnp.float32), "b": jnp.full((1, 1), gradient[2])}

@@ -143,6 +143,8 @@ def test_later_updates_use_the_means_of_the_first(make_trainer):
     _, refused, second_means = update(second, learner.programs.no_means())
     assert not refused["update/applied"]
     assert later["update/applied"]
+
+    # The ratios between the two, in float64
     stds = np.asarray(trajectory.stds)[learner.plan.trained]
     delta = (second_means.means.astype(np.float64) - first_means.means) / np.repeat(
         stds, len(kept.means) // len(stds)
@@ -152,6 +154,7 @@ def test_later_updates_use_the_means_of_the_first(make_trainer):
     shape = learner.plan.latent_shape
     draws = in_order(learner.plan, np.stack([noise.step_noise(keys, t, shape) for t in steps]))
     log_ratio = (draws * delta - delta**2 / 2).mean((2, 3, 4, 5))
+
     assert later["ratio/max_deviation"] > learner.config.loss.clip_range
     np.testing.assert_allclose(
         later["ratio/max_deviation"], np.abs(np.expm1(log_ratio)).max(), rtol=2e-3

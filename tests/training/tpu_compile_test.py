@@ -67,6 +67,7 @@ def test_rollout_decode_and_update_compile_for_v6e_8(tiny_overrides, tmp_path):
         "TPU_ACCELERATOR_TYPE": "v6e-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
     }
+
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT, repr(overrides)],
         env=env,

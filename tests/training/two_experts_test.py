@@ -65,6 +65,7 @@ def test_each_step_is_sampled_by_its_expert(make_expert_config, local_scorer, on
     chosen = np.asarray(schedule.timesteps) >= CONFIG.boundary
     assert chosen.any()
     assert not chosen.all()
+
     params, text = random_params(0), mean_text(prompts)
     other = np.broadcast_to(mean_text(trainer.prompts.negative), text.shape)
     x = np.asarray(noise.initial_noise(keys, trainer.learner.plan.latent_shape), np.float64)
@@ -83,6 +84,7 @@ def test_a_step_trains_the_experts_of_its_window(
     trainer = make(make_expert_config(window), local_scorer(), one_device, tmp_path)
     assert np.asarray(trainer.learner.plan.schedule.timesteps)[:3].tolist()[1] >= CONFIG.boundary
     assert np.asarray(trainer.learner.plan.schedule.timesteps)[2] < CONFIG.boundary
+
     before = jax.tree.map(np.array, trainer.state.params)
     (metrics,) = trainer.steps(1)
     assert metrics["update/applied"] == 1
@@ -109,10 +111,12 @@ def test_adapters_of_both_experts(make_expert_config, local_scorer, one_device, 
     adapters = jax.tree.map(np.asarray, trainer.state.params)
     assert set(adapters["high"]) == {"blocks", "text"}
     assert set(adapters["low"]) == {"blocks"}
+
     weights.save_adapters(adapters, tmp_path / "peft", config.lora.adapters, CONFIG)
     found, same = weights.load_adapters(tmp_path / "peft", CONFIG)
     assert set(same.targets) == {"proj", "high/text"}
     jax.tree.map(np.testing.assert_array_equal, adapters, jax.tree.map(np.asarray, found))
+
     job = conversion.Job(
         tmp_path / "peft", "peft", tmp_path / "merged", "diffusers", base=tmp_path / "experts"
     )

@@ -44,6 +44,7 @@ def test_a_step_trains_it(make_wan_config, local_scorer, one_device, tmp_path, r
     assert isinstance(plan.transformer, WanConfig)
     assert isinstance(plan.vae, WanVaeConfig)
     assert plan.latent_shape == (2, 4, 4, 4)
+
     before = trainer.params()
     (metrics,) = trainer.steps(1)
     assert metrics["update/applied"] == 1
@@ -53,6 +54,7 @@ def test_a_step_trains_it(make_wan_config, local_scorer, one_device, tmp_path, r
     if rank == 0:
         assert metrics["shadow/gradient"] < 1e-3
         assert metrics["shadow/log_ratio"] < 1e-4
+
     names = jax.tree_util.tree_leaves_with_path(before)
     for (path, old), new in zip(names, jax.tree.leaves(trainer.params()), strict=True):
         # The down projections of fresh adapters get no gradient: the up projections are zero.

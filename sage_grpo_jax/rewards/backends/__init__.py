@@ -21,6 +21,8 @@ def create(name: str) -> Backend:
       ValueError: the name is neither, or the class is not a `Backend` with reward names.
     """
     path = BACKENDS.get(name, name)
+
+    # Import: a backend may need libraries that the others do without.
     module_name, _, class_name = path.partition(":")
     if not module_name or not class_name:
         raise ValueError(
@@ -33,6 +35,8 @@ def create(name: str) -> Backend:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise ValueError(f"backend = {name!r}: there is no module {error.name!r}") from error
+
+    # Whether it keeps the contract is seen now, and not with the first clip.
     backend_class = getattr(module, class_name, None)
     if not (isinstance(backend_class, type) and issubclass(backend_class, Backend)):
         raise ValueError(f"backend = {name!r}: {path!r} is not a subclass of Backend")

@@ -36,6 +36,7 @@ class BackendLostError(RuntimeError):
 class Limits:
     """The requests that a backend accepts; the server rejects all others before scoring."""
 
+    # Sides in pixels; aspect: the longer side over the shorter.
     min_frames: int = 2
     max_frames: int = 256
     max_total_frames: int = 4096
@@ -98,6 +99,7 @@ class Backend(abc.ABC):
         side = max(32, self.limits.min_side)
         frames = min(17, self.limits.max_frames)
         video = np.random.default_rng(0).integers(0, 256, (frames, side, side, 3), dtype=np.uint8)
+        # As the frames of a request are: a backend that writes to them fails here.
         video.flags.writeable = False
         scores = self.score(video, "a red disk moves left", fps=8.0)
         check_scores(self.names, scores, self.names)
@@ -114,6 +116,7 @@ def check_scores(names: Sequence[str], scores: Mapping[str, Score], wanted: Sequ
     Raises:
       ValueError: names the reward and what is wrong with it.
     """
+    # One that nobody asked for may be missing; one that was never announced is a bug.
     if not set(wanted) <= set(scores) <= set(names):
         raise ValueError(f"backend returned scores {sorted(scores)}: must be {sorted(names)}")
     for name, score in ((name, scores[name]) for name in wanted):

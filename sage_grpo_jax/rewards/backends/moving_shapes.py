@@ -120,10 +120,13 @@ class MovingShapesBackend(Backend):
         Raises:
           ValueError: the prompt is no caption of this world, or the video no clip of its size.
         """
+        # The log makes an error that is halved worth the same, wherever it stood above the floor.
         errors = measure(video_uint8_FxHxWx3, prompt, fps)
         raw = dict.fromkeys(self.names, 0.0)
         for name, term in TERMS.items():
             raw[term.reward] -= term.weight * float(np.log(errors[name] + term.floor))
+
+        # In standard deviations of what the pretrained model earns.
         scores = {}
         for name in self.names:
             mean, std = NORMALISATION[name]
@@ -146,11 +149,14 @@ def measure(video_uint8_FxHxWx3: np.ndarray, prompt: str, fps: float) -> dict[st
     Raises:
       ValueError: the prompt is no caption of this world, or the video no clip of its size.
     """
+    # What is seen, and what was asked for.
     _check(video_uint8_FxHxWx3, fps)
     words = spec.Words(*spec.indices(spec.parse_caption(prompt)))
     video = video_uint8_FxHxWx3.astype(np.float32) / 255
     track = find_object(video)
     misfits = _silhouette_misfits(track)
+
+    # VQ and MQ, then what is measured against silhouettes.
     errors = {**_visual_errors(video), **_motion_errors(track, words, fps)}
     errors["outline"] = np.mean(misfits.min(axis=0))
     errors |= _alignment_errors(track, misfits, words)
@@ -171,16 +177,21 @@ def _check(video: np.ndarray, fps: float) -> None:
 
 
 def _visual_errors(video: np.ndarray) -> dict[str, float]:
+    # The object, as far as the palette explains it: [F, H, W]; its area [F].
     coverage, palette = _explain_by_palette(video.reshape(-1, 3))
     coverage = coverage.reshape(video.shape[:3])
     area = coverage.sum((1, 2))
+
+    # Too small or too large, in log units; one pixel more keeps an empty frame finite.
     low, high = np.log(_AREAS.min() + 1), np.log(_AREAS.max() + 1)
     amount = np.log(area + 1)
     outside = np.maximum(low - amount, 0) + np.maximum(amount - high, 0)
+
     # Pixels next to both full and empty ones lie on a one-pixel ramp, whatever its phase.
     partial = (4 * coverage * (1 - coverage)) ** 2
     contrast = _extreme_3x3(np.maximum, coverage) - _extreme_3x3(np.minimum, coverage)
     soft = (partial * (1 - contrast)).sum((1, 2))
+    # The outline of a square of this area; ten pixels more keep it well above 0.
     outline = 4 * np.sqrt(area + 10)
     return {
         "palette": palette,
@@ -193,6 +204,9 @@ def _explain_by_palette(pixels_Px3: np.ndarray) -> tuple[np.ndarray, float]:
     """The best (background, colour) pair for all pixels: coverage [P], root mean square error."""
     best_error, best = np.inf, np.zeros(len(pixels_Px3), np.float32)
     for ground in spec.BACKGROUND_RGB / 255:
+        # With v a pixel minus the ground, c the contrast, p the place of v along c and a = p within
+        # 0..1: |v - a c|² = |v|² - a (2 p - a) |c|². So nothing of [P, colour, 3] is made. Float64,
+        # as it is the difference of two large sums.
         above = pixels_Px3 - ground
         total = np.einsum("pc,pc->", above, above, dtype=np.float64)
         contrast = spec.COLOUR_RGB / 255 - ground
@@ -208,6 +222,7 @@ def _explain_by_palette(pixels_Px3: np.ndarray) -> tuple[np.ndarray, float]:
 
 def _extreme_3x3(extreme: np.ufunc, images_FxHxW: np.ndarray) -> np.ndarray:
     """np.maximum or np.minimum over the 3x3 neighbourhood inside each frame."""
+    # Over three rows, then over three columns.
     out = np.pad(images_FxHxW, ((0, 0), (1, 1), (1, 1)), mode="edge")
     out = extreme(extreme(out[:, :-2], out[:, 1:-1]), out[:, 2:])
     return extreme(extreme(out[:, :, :-2], out[:, :, 1:-1]), out[:, :, 2:])
@@ -222,16 +237,22 @@ def find_object(video_FxHxWx3: np.ndarray) -> Track:
     Args:
       video_FxHxWx3: float32 in [0, 1].
     """
+    # The background, and the colour of what differs most from it: weighted by the fourth power of
+    # the distance, soft edges hardly count.
     pixels = video_FxHxWx3.reshape(-1, 3)
     ground = np.median(pixels, axis=0)
     above = pixels - ground
     weight = np.einsum("pc,pc->p", above, above) ** 2
     contrast = weight @ above / (weight.sum() + 1e-3)
+
     # The offset keeps the faint texture of an empty clip from counting as an object.
     coverage = above @ (contrast / (contrast @ contrast + 0.01))
     coverage = coverage.reshape(video_FxHxWx3.shape[:3])
+
     # Only what touches a mostly covered pixel counts: faint noise must not add up to an object.
     mask = np.clip(coverage, 0, 1) * _extreme_3x3(np.maximum, _harden(coverage))
+
+    # Uniform motion, by least squares over time counted from the middle of the clip.
     area, centroid, spread = _moments(mask)
     time = np.arange(len(mask)) - (len(mask) - 1) / 2
     velocity = time @ centroid / (time @ time)
@@ -247,8 +268,10 @@ def _harden(coverage: np.ndarray) -> np.ndarray:
 
 def _moments(mask_FxHxW: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Area [F], centroid [F, 2], spread [F]; an empty frame sits in the middle, without spread."""
+    # Sums over the rows [F, W] and over the columns [F, H] are all that moments need.
     across, down = mask_FxHxW.sum(1, dtype=np.float64), mask_FxHxW.sum(2, dtype=np.float64)
     area = across.sum(1)
+    # A tenth of a pixel in the middle of the frame decides only where there is nothing else.
     weight = area + 0.1
     x = (across @ _X + 0.1 * spec.WIDTH / 2) / weight
     y = (down @ _Y + 0.1 * spec.HEIGHT / 2) / weight
@@ -261,9 +284,12 @@ def _moments(mask_FxHxW: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 def _motion_errors(track: Track, words: spec.Words, fps: float) -> dict[str, float]:
     wanted = spec.DIRECTION_XY[words.direction] * _captioned_speed(words, fps)
+
     # Nothing, or everything, moves steadily: what is not one shape counts as unsteady.
     wide = np.log((track.spread + 1) / (_WIDEST_SPREAD + 1))
+    # exp(-area / 6) is 1 for an empty frame and 0.001 for the smallest shape.
     nothing = np.mean(np.exp(-track.area / 6) + np.maximum(wide, 0))
+
     area = np.std(track.area) / (np.mean(track.area) + 1)
     spread = np.std(np.log(track.spread + 1))
     return {
@@ -274,6 +300,7 @@ def _motion_errors(track: Track, words: spec.Words, fps: float) -> dict[str, flo
 
 
 def _captioned_speed(words: spec.Words, fps: float) -> float:
+    # Captions mean pixels a second: at another frame rate a frame covers another distance.
     return float(spec.PIXELS_PER_FRAME[words.speed]) * spec.FPS / fps
 
 
@@ -282,6 +309,7 @@ def _captioned_speed(words: spec.Words, fps: float) -> float:
 
 def _alignment_errors(track: Track, misfits: np.ndarray, words: spec.Words) -> dict[str, float]:
     direction = spec.DIRECTION_XY[words.direction]
+    # What stands still points nowhere: its cosine goes to 0.
     cosine = track.velocity @ direction / np.hypot(np.linalg.norm(track.velocity), _STILL)
     wanted_area = _AREAS[words.shape, words.size]
     return {
@@ -304,16 +332,21 @@ def _silhouette_misfits(track: Track) -> np.ndarray:
 
     The silhouettes have the area of that frame's mask and stand at its centroid.
     """
+    # Pixels as seen from the centroid: [F, 1, W] and [F, H, 1].
     x = _X - track.centroid[:, 0, None, None].astype(np.float32)
     y = _Y[:, None] - track.centroid[:, 1, None, None].astype(np.float32)
+
     energy = np.einsum("fhw,fhw->f", track.mask, track.mask)
     misfits = []
     for shape, unit_area in enumerate(_UNIT_AREA):
+        # Of a silhouette with this area; below 4 pixels it would be a dot.
         radius = np.sqrt(np.maximum(track.area, 4) / unit_area).astype(np.float32)
         distances = spec.signed_distances(radius[:, None, None], x, y)[shape]
         silhouette = np.clip(0.5 - distances, 0, 1)
+
         overlap = np.einsum("fhw,fhw->f", track.mask, silhouette)
         size = np.einsum("fhw,fhw->f", silhouette, silhouette)
+        # The offset leaves an empty frame without any resemblance: its misfit is 1.
         misfits.append(1 - overlap / np.sqrt(energy * size + 1e-6))
     return np.stack(misfits)
 

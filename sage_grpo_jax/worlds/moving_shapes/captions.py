@@ -36,6 +36,7 @@ def incomplete(texts: Iterable[str]) -> list[str]:
 
 def _reason(text: str, whole: bool) -> str | None:
     """What is wrong with a caption; None where nothing is."""
+    # Words first: a prompt of known words may be meant as less than a caption.
     known = spec.vocabulary()
     unknown = [word for word in word_embeddings.tokenize(text) if word not in known]
     if unknown:

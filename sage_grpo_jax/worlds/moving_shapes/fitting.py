@@ -20,6 +20,7 @@ from sage_grpo_jax.worlds.moving_shapes import spec
 from sage_grpo_jax.worlds.moving_shapes.rendering import ClipParameters, coverage, render
 
 CHUNK = 8  # Clips a call of the jitted program; bounds memory to about 100 MB.
+# Combinations that are refined: several may be equally good on the grid of start pixels.
 _CANDIDATES = 12
 _ITERATIONS = 10
 _KERNEL = 17  # Pixels; holds the largest silhouette (14.5 wide) and its ramp.
@@ -77,12 +78,17 @@ def _check(videos: np.ndarray | jax.Array) -> None:
 @jax.jit
 def _fit_chunk(videos: jax.Array) -> tuple[ClipParameters, jax.Array]:
     chex.assert_shape(videos, (None, *_VIDEO))
+    # [N, F, H, W, 3] in 0..1.
     scale = 255.0 if videos.dtype == jnp.uint8 else 1.0
     videos = videos.astype(jnp.float32) / scale
+
+    # The best combinations on the pixel grid: indices [N, K] into all of them, starts [N, K, 2].
     error, start = _coarse_search(videos)
     _, best = jax.lax.top_k(-error, _CANDIDATES)
     start = jnp.take_along_axis(start, best[..., None], axis=1)
     candidates = _candidates(best, start)
+
+    # The best of them between the pixels, and what it leaves unexplained.
     parameters = jax.vmap(_best_refined)(videos, candidates)
     difference = videos - render(parameters)
     return parameters, jnp.sqrt(jnp.mean(difference**2, axis=(1, 2, 3, 4)))
@@ -104,20 +110,32 @@ def _coarse_search(videos_NxFxHxWx3: jax.Array) -> tuple[jax.Array, jax.Array]:
     |v - g|^2 - 2 a (v - g).(c - g) + a^2 |c - g|^2 summed over pixels, where the sum of a v needs a
     correlation for each motion and silhouette, and colours only combine channels afterwards.
     """
+    # What a clip of the world would add to the plain background, for each (ground, colour).
     colour, ground = spec.COLOUR_RGB / 255, spec.BACKGROUND_RGB / 255
     contrast = colour[None] - ground[:, None]  # [ground, colour, 3]
+
+    # The sum of a v, for every start pixel. All that depends on the video is in here.
     silhouettes = _silhouettes()
     stacked = _stack_along_motion(videos_NxFxHxWx3)
     overlap = _correlate(stacked, silhouettes)  # [N, motion, 3, silhouette, H, W]
+
+    # The other sums: of a and a² over all frames, then with the colours of each combination.
     area = spec.NUM_FRAMES * silhouettes.sum((1, 2))
     power = spec.NUM_FRAMES * (silhouettes**2).sum((1, 2))
     cross = jnp.einsum("nmrshw,gcr->ngcmshw", overlap, contrast, precision=_PRECISION)
+
     offset = np.einsum("gr,gcr->gc", ground, contrast)
     constant = 2 * offset[..., None] * area + (contrast**2).sum(-1)[..., None] * power
     base = jnp.sum((videos_NxFxHxWx3[:, None] - ground[:, None, None, None]) ** 2, (2, 3, 4, 5))
+
+    # Axes [N, ground, colour, motion, silhouette, H, W]: the order of `_GRID`, where a motion is
+    # (direction, speed) and a silhouette is (shape, size). Starts off the frame cost infinity.
     error = -2 * cross + constant[None, :, :, None, :, None, None]
     error = error + jnp.where(_allowed_pixels(), 0.0, jnp.inf)
     error = error.reshape(len(videos_NxFxHxWx3), np.prod(_GRID), -1)
+
+    # The best start of each combination, at the centre of its pixel; what |v - g|² adds depends on
+    # the ground alone.
     pixel = jnp.argmin(error, axis=-1)
     start = jnp.stack([pixel % spec.WIDTH, pixel // spec.WIDTH], -1) + 0.5
     lowest = jnp.min(error, axis=-1).reshape(len(base), len(spec.BACKGROUNDS), -1)
@@ -126,6 +144,7 @@ def _coarse_search(videos_NxFxHxWx3: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _stack_along_motion(videos_NxFxHxWx3: jax.Array) -> jax.Array:
     """Frames moved back to the first one and added up, for every motion: [N, motion, 3, H, W]."""
+    # A motion runs along one axis only: left and right shift columns, up and down shift rows.
     along_x = jnp.einsum("nfhxr,dfxw->ndrhw", videos_NxFxHxWx3, _shifts(0), precision=_PRECISION)
     along_y = jnp.einsum("nfywr,dfyh->ndrhw", videos_NxFxHxWx3, _shifts(1), precision=_PRECISION)
     return jnp.concatenate([along_x, along_y], axis=1)
@@ -137,9 +156,12 @@ def _shifts(axis: int) -> np.ndarray:
     Returns: f32[motion, F, from, to]; motions in the order of (direction, speed). What comes from
     outside the frame is zero; allowed start positions never look there.
     """
+    # How far each motion has come in each frame: [motion, F, 1, 1], pixels.
     step = (spec.DIRECTION_XY[:, None] * spec.PIXELS_PER_FRAME[:, None])[..., axis]
     moving = spec.DIRECTION_XY[:, axis] != 0
     travel = step[moving].reshape(-1, 1, 1, 1) * np.arange(spec.NUM_FRAMES)[:, None, None]
+
+    # A triangle of width 1 around the place that a pixel came from.
     length = (spec.WIDTH, spec.HEIGHT)[axis]
     source, target = np.arange(length)[:, None], np.arange(length)
     return np.maximum(0, 1 - np.abs(source - target - travel)).astype(np.float32)
@@ -151,11 +173,13 @@ def _correlate(stacked: jax.Array, silhouettes: np.ndarray) -> jax.Array:
     By Fourier transforms, several times faster than XLA's convolution on a CPU. The zeros that pad
     a frame keep what wraps around out of it.
     """
+    # Rolled so that a silhouette is centred on pixel 0; conjugated, the product is a correlation.
     half = silhouettes.shape[-1] // 2
     padded = (spec.HEIGHT + half, spec.WIDTH + half)
     kernel = np.zeros((len(silhouettes), *padded))
     kernel[:, : 2 * half + 1, : 2 * half + 1] = silhouettes
     kernel = np.conj(np.fft.rfft2(np.roll(kernel, (-half, -half), (1, 2)))).astype(np.complex64)
+
     product = jnp.fft.rfft2(stacked, padded)[:, :, :, None] * kernel
     return jnp.fft.irfft2(product, padded)[..., : spec.HEIGHT, : spec.WIDTH]
 
@@ -171,6 +195,7 @@ def _silhouettes() -> np.ndarray:
 
 def _allowed_pixels() -> np.ndarray:
     """Which pixels can be a start, within half a pixel: bool[motion, silhouette, H, W]."""
+    # [shape, size, direction, speed, 2] becomes [motion, silhouette, 1, 1, 2].
     low, high = spec.start_range_table()
     low, high = (
         np.moveaxis(table, (2, 3), (0, 1)).reshape(8, -1, 2)[:, :, None, None]
@@ -202,6 +227,9 @@ def _refine(video: jax.Array, parameters: ClipParameters) -> tuple[jax.Array, ja
         ]
         for table in spec.start_range_table()
     )
+
+    # With the coverage a of the pixels, the squared error |v - g - a (c - g)|² sums up to
+    # floor + Σ a (power·a - 2·target).
     ground = jnp.asarray(spec.BACKGROUND_RGB / 255)[parameters.background]
     contrast = jnp.asarray(spec.COLOUR_RGB / 255)[parameters.colour] - ground
     power = jnp.sum(contrast**2)
@@ -214,18 +242,25 @@ def _refine(video: jax.Array, parameters: ClipParameters) -> tuple[jax.Array, ja
 
     def iterate(_, state):
         start, best, lowest = state
+        # The error here, and how the coverage changes along both axes: [F, H, W] each.
         alpha, tangent = jax.linearize(cover, start)
         along_x, along_y = tangent(jnp.array([1.0, 0.0])), tangent(jnp.array([0.0, 1.0]))
         error = floor + jnp.sum(alpha * (power * alpha - 2 * target))
         best = jnp.where(error < lowest, start, best)
+
+        # The normal equations of two unknowns, solved by Cramer's rule. Where nothing changes (no
+        # outline in the frame) the floor of the determinant keeps the step finite.
         miss = power * alpha - target
         slope = jnp.stack([jnp.sum(along_x * miss), jnp.sum(along_y * miss)])
         xx, xy, yy = jnp.sum(along_x**2), jnp.sum(along_x * along_y), jnp.sum(along_y**2)
         step = jnp.stack([yy * slope[0] - xy * slope[1], xx * slope[1] - xy * slope[0]])
         step = step / jnp.maximum(power * (xx * yy - xy * xy), 1e-6)
+
+        # At most a pixel, since coverage is far from linear beyond it; never out of the frame.
         start = jnp.clip(start - jnp.clip(step, -1.0, 1.0), low, high)
         return start, best, jnp.minimum(error, lowest)
 
+    # Steps may overshoot: what is returned is the best point that was met.
     start = jnp.clip(parameters.start, low, high)
     state = (start, start, jnp.asarray(jnp.inf, jnp.float32))
     _, best, lowest = jax.lax.fori_loop(0, _ITERATIONS, iterate, state)

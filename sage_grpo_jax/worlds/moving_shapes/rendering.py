@@ -32,6 +32,7 @@ def render(parameters: ClipParameters) -> jax.Array:
     """
     chex.assert_rank(parameters.start, 2)
     chex.assert_equal_shape_prefix(list(parameters), 1)
+    # Colours as [N, 1, 1, 1, 3], in 0..1.
     alpha_NxFxHxW = coverage(parameters)
     colour = jnp.asarray(spec.COLOUR_RGB / 255)[parameters.colour][:, None, None, None]
     ground = jnp.asarray(spec.BACKGROUND_RGB / 255)[parameters.background][:, None, None, None]
@@ -40,17 +41,22 @@ def render(parameters: ClipParameters) -> jax.Array:
 
 def coverage(parameters: ClipParameters) -> jax.Array:
     """How much of each pixel the shape covers: f32[N, F, H, W] in [0, 1]."""
+    # Where the shape is in each frame, at constant speed: [N, F, 2], pixels.
     step = jnp.asarray(spec.DIRECTION_XY)[parameters.direction]
     step = step * jnp.asarray(spec.PIXELS_PER_FRAME)[parameters.speed][:, None]
     frame = jnp.arange(spec.NUM_FRAMES, dtype=jnp.float32)
     centre_NxFx2 = parameters.start[:, None] + frame[:, None] * step[:, None]
+
+    # Every pixel's centre as seen from there: x [N, F, 1, W], y [N, F, H, 1].
     x = (jnp.arange(spec.WIDTH) + 0.5) - centre_NxFx2[..., 0, None, None]
     y = (jnp.arange(spec.HEIGHT) + 0.5)[:, None] - centre_NxFx2[..., 1, None, None]
+
     radius = jnp.asarray(spec.RADIUS)[parameters.size][:, None, None, None]
     which = parameters.shape[:, None, None, None]
     return jnp.clip(0.5 - _signed_distance(which, radius, x, y), 0.0, 1.0)
 
 
 def _signed_distance(shape: jax.Array, radius: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    # All three are computed and one is taken: under jit a shape is a number, not a branch.
     disk, square, triangle = spec.signed_distances(radius, x, y, xp=jnp)
     return jnp.where(shape == 0, disk, jnp.where(shape == 1, square, triangle))

@@ -202,6 +202,7 @@ def signed_distances(radius, x, y, xp=np):
     """
     disk = xp.sqrt(xp.maximum(x * x + y * y, 1e-12)) - radius
     square = xp.maximum(xp.abs(x), xp.abs(y)) - SQUARE_HALF_SIDE * radius
+    # The base at the bottom, and the two other edges at once by the symmetry in x.
     sides = 0.5 * 3.0**0.5 * xp.abs(x) - 0.5 * y
     triangle = xp.maximum(y, sides) - TRIANGLE_INRADIUS * radius
     return disk, square, triangle
@@ -212,9 +213,13 @@ def start_range_table(num_frames: int = NUM_FRAMES) -> tuple[np.ndarray, np.ndar
 
     Returns: (low, high), each f32[shape, size, direction, speed, 2], positions (x, y) in pixels.
     """
+    # How far the object reaches, [shape, 1, 1, 1, side] times [size, ...], and where it gets to in
+    # the clip, [direction, speed, 2]; a motion to the left or up has negative travel.
     reach = EXTENT[:, None, None, None] * RADIUS[None, :, None, None, None] + MARGIN
     travel = DIRECTION_XY[:, None] * PIXELS_PER_FRAME[None, :, None] * (num_frames - 1)
     frame = np.array([WIDTH, HEIGHT], np.float32)
+
+    # The first frame decides on one side, the last on the other.
     low = reach[..., [0, 2]] - np.minimum(travel, 0)
     high = frame - reach[..., [1, 3]] - np.maximum(travel, 0)
     return low.astype(np.float32), high.astype(np.float32)

@@ -43,6 +43,7 @@ def tokenize(text: str) -> list[str]:
 
 def word_vector(word: str, dim: int = DIM) -> np.ndarray:
     """The vector of one token: f32[dim] of mean square exactly 1 (up to rounding)."""
+    # Mean square 1, as a normalised layer of a large encoder would give.
     seed = int.from_bytes(hashlib.sha256(word.encode()).digest(), "big")
     vector = np.random.Generator(np.random.PCG64(seed)).standard_normal(dim)
     return (vector / np.sqrt(np.mean(vector**2))).astype(np.float32)

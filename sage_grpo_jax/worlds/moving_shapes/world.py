@@ -4,8 +4,8 @@ A clip shows one shape that moves at constant speed in one of four directions ov
 background: 17 frames of 32x32 RGB at 8 frames a second. A handful of parameters says everything
 about it, so that the distance of any video to the world can be measured (`manifold_distance`).
 
-The constants and the captions live in `moving_shapes_spec`, which does not import JAX; the
-renderer in `shape_rendering`, the distance in `shape_fitting`. All of it is reached from here.
+The constants and the captions live in `spec`, which does not import JAX; the renderer in
+`rendering`, the distance in `fitting`. All of it is reached from here.
 """
 
 import jax
@@ -47,12 +47,14 @@ def sample_parameters(key: jax.Array, n: int, split: str = "train") -> ClipParam
     Args:
       key: typed PRNG key; the same key gives the same clips.
       n: number of clips.
-      split: one of `moving_shapes_spec.SPLITS`.
+      split: one of `spec.SPLITS`.
     """
+    # Colour, shape and direction together, since a split is made of triples; the rest is free.
     allowed = _triples(split)
     keys = jax.random.split(key, 5)
     triple = jax.random.randint(keys[0], (n,), 0, len(allowed))
     colour, shape, direction = jnp.asarray(allowed)[triple].T
+
     size = jax.random.randint(keys[1], (n,), 0, len(spec.SIZES))
     speed = jax.random.randint(keys[2], (n,), 0, len(spec.SPEEDS))
     background = jax.random.randint(keys[3], (n,), 0, len(spec.BACKGROUNDS))
@@ -80,6 +82,7 @@ def caption(parameters: ClipParameters) -> str:
 
 def captions(parameters: ClipParameters) -> list[str]:
     """The captions of N clips."""
+    # Off the device once, and not for every index.
     parameters = jax.tree.map(np.asarray, parameters)
     return [
         caption(ClipParameters(*(field[i] for field in parameters)))
@@ -102,6 +105,7 @@ def _triples(split: str) -> np.ndarray:
 def _sample_start(
     key: jax.Array, shape: jax.Array, size: jax.Array, direction: jax.Array, speed: jax.Array
 ) -> jax.Array:
+    # Uniform over the starts from which the object stays in the frame.
     low, high = (jnp.asarray(table) for table in spec.start_range_table())
     index = (shape, size, direction, speed)
     share = jax.random.uniform(key, (*shape.shape, 2))
