@@ -24,8 +24,8 @@ import time
 import numpy as np
 
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
-from sage_grpo_jax.weights import tables, writing
-from sage_grpo_jax.weights.sources import Index, Source
+from sage_grpo_jax.weights import layouts, store
+from sage_grpo_jax.weights.formats.source import Index, Source
 
 GIB = 2**30
 FULL_LAYERS = 54
@@ -41,7 +41,7 @@ class RandomSource(Source):
     """Random float32 parameters, made when they are read."""
 
     def __init__(self, config: HunyuanVideoConfig):
-        self.shapes = tables.parameter_shapes(config)
+        self.shapes = layouts.parameter_shapes(config)
         self._random = np.random.default_rng(0)
 
     def read(self, path: tuple[str, ...], index: Index) -> np.ndarray:
@@ -53,7 +53,7 @@ class RandomSource(Source):
 
 def largest_leaf(config: HunyuanVideoConfig) -> int:
     """Bytes of the largest stacked parameter in float32."""
-    return 4 * max(int(np.prod(shape)) for shape in tables.parameter_shapes(config).values())
+    return 4 * max(int(np.prod(shape)) for shape in layouts.parameter_shapes(config).values())
 
 
 def measure(command: list[str]) -> dict[str, float]:
@@ -102,7 +102,7 @@ def main() -> None:
     # The synthetic model, and what the goal is measured by.
     config = HunyuanVideoConfig(num_layers=arguments.layers)
     source = RandomSource(config)
-    size, leaf = writing.total_bytes(source, np.float32), largest_leaf(config)
+    size, leaf = store.total_bytes(source, np.float32), largest_leaf(config)
     full_leaf = largest_leaf(HunyuanVideoConfig(num_layers=FULL_LAYERS))
 
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
@@ -110,7 +110,7 @@ def main() -> None:
         if shutil.disk_usage(folder).free < 3.5 * size:
             sys.exit(f"error: {folder} has not {3.5 * size / 1e9:.0f} GB free")
         first = current = folder / "0_tencent"
-        writing.write_model(first, config, source, "tencent")
+        store.write_model(first, config, source, "tencent")
 
         # Libraries alone take memory: the table tells what the weights add.
         idle = baseline()
@@ -141,7 +141,7 @@ def main() -> None:
                 shutil.rmtree(current)
             current = target
 
-        file = f"{writing.STEM}.safetensors"
+        file = f"{store.STEM}.safetensors"
         same = filecmp.cmp(first / file, current / file, shallow=False)
         print(f"first and last file: {'the same bytes' if same else 'DIFFERENT'}")
         for layers, parameter in ((arguments.layers, leaf), (FULL_LAYERS, full_leaf)):

@@ -32,9 +32,9 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_hunyuan_video15 as reference
 from flax import traverse_util
 
-from sage_grpo_jax.models import double_stream, rope
+from sage_grpo_jax.models import double_stream, layer_stack, rope
 from sage_grpo_jax.models.hunyuan_video_config import HunyuanVideoConfig
-from sage_grpo_jax.weights import hunyuan_video_keys
+from sage_grpo_jax.weights.tables import hunyuan_video_keys
 
 PREFIX = "transformer_blocks.0."
 # Of the largest number on the other side; bfloat16 has 8 bits.
@@ -138,8 +138,13 @@ def jax_side(config: HunyuanVideoConfig, params: Any, inputs: dict) -> dict[str,
     vector = jnp.asarray(inputs["vector"])
     tables = rope.rotary_tables(jnp.asarray(inputs["angles"]), tokens[0].shape[1])
 
+    block = double_stream.Block(config)
+
+    def apply_one(params, tokens):
+        return block.apply({"params": params}, tokens, vector, None, tables)[0]
+
     def apply(params, tokens):
-        return double_stream.run_blocks(params, config, tokens, (vector, None, tables))
+        return layer_stack.run(apply_one, tokens, params, remat=config.remat, unroll=config.unroll)
 
     def loss(params, tokens):
         return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in apply(params, tokens))

@@ -57,13 +57,14 @@ def get_config() -> ConfigDict:
     )
 
     # Training captions only: what the transformer has not been shown is left to test it with
-    config.latents = ConfigDict({"num_clips": 16384, "batch_size": 64})
+    config.latents = ConfigDict({"num_clips": 32768, "batch_size": 64})
 
     # Rectified flow; σ is the logistic of a standard normal, shifted as in sampling. One caption in
-    # ten is dropped, so that there is an unconditional branch to guide with.
+    # ten is dropped, so that there is an unconditional branch to guide with. The first latent frame
+    # stands for one frame of the video alone and comes out worst, so it counts double.
     config.flow = ConfigDict(
         {
-            "steps": 9000,
+            "steps": 29000,
             "batch_size": 32,
             "learning_rate": 1.5e-3,
             "warmup_steps": 200,
@@ -77,21 +78,20 @@ def get_config() -> ConfigDict:
             "sigma_mean": 0.0,
             "sigma_std": 1.0,
             "caption_drop": 0.1,
+            "first_frame_weight": 2.0,
         }
     )
 
-    # One pass learns what guidance makes of four (docs/pretraining.md). The first latent frame
-    # stands for one frame of the video alone and comes out worst, so it counts double.
+    # One pass learns what guidance makes of four (docs/pretraining.md).
     config.distill = ConfigDict(
         {
             **config.flow.to_dict(),
-            "steps": 4000,
+            "steps": 2500,
             "learning_rate": 8e-4,
             "warmup_steps": 100,
             "ema_decay": 0.995,
             "guidance": 2.0,
             "contrast": 1.0,
-            "first_frame_weight": 2.0,
         }
     )
 

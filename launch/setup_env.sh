@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launch scripts: makes .venv at the repository root once, and puts it on PATH.
 # Usage: . launch/setup_env.sh requirements.txt
 # PYTHON chooses the interpreter (3.11 or newer); VENV the folder.

@@ -1,8 +1,8 @@
-"""Converts weights between diffusers, other codebases, orbax checkpoints and adapters (peft).
+r"""Converts weights between diffusers, other codebases, orbax checkpoints and adapters (peft).
 
-    python -m sage_grpo_jax.convert --src=ckpts/transformer/480p_t2v --src_format=tencent \\
+    python -m sage_grpo_jax.convert --src=ckpts/transformer/480p_t2v --src_format=tencent \
         --dst=weights/480p_t2v --dst_format=orbax
-    python -m sage_grpo_jax.convert --src=runs/a --src_format=orbax \\
+    python -m sage_grpo_jax.convert --src=runs/a --src_format=orbax \
         --dst=tuned --dst_format=diffusers
 
 --src may be a model folder, a file, or (orbax) the workdir of a training run. Runs on the CPU, in
@@ -18,7 +18,8 @@ from absl import flags, logging
 from sage_grpo_jax.common import command_line
 from sage_grpo_jax.policy import networks
 from sage_grpo_jax.training import checkpoint
-from sage_grpo_jax.weights import conversion, orbax_io
+from sage_grpo_jax.weights import conversion
+from sage_grpo_jax.weights.formats import orbax_io
 
 _SRC = flags.DEFINE_string("src", None, "Folder or file to read.", required=True)
 _SRC_FORMAT = flags.DEFINE_string(

@@ -1,6 +1,6 @@
-"""Encodes prompts, once and offline, for training and sampling: writes an embedding cache.
+r"""Encodes prompts, once and offline, for training and sampling: writes an embedding cache.
 
-    python -m sage_grpo_jax.encode_prompts --prompts=prompts.jsonl --out=embeddings \\
+    python -m sage_grpo_jax.encode_prompts --prompts=prompts.jsonl --out=embeddings \
         --text_encoder=PIPELINE --byt5=PIPELINE
 
 Folders are in diffusers' layout: a whole pipeline, or text_encoder/ beside tokenizer/, and so on.

@@ -1,6 +1,6 @@
-"""Samples videos from converted weights or from a training run.
+r"""Samples videos from converted weights or from a training run.
 
-    python -m sage_grpo_jax.sample --config=configs/moving_shapes.py \\
+    python -m sage_grpo_jax.sample --config=configs/moving_shapes.py \
         --weights=asset:moving_shapes/transformer --prompts=prompts.txt --out=clips
 
 What is not given comes from the recipe. The same command goes on where it was stopped.

@@ -157,7 +157,7 @@ def _run_all(points: list[sweeps.Point], shared: list[str]) -> list[str]:
     return failed
 
 
-def _config_flag():
+def _config_flag() -> flags.Flag:
     return flags.FLAGS["config"]
 
 

@@ -21,7 +21,7 @@ from sage_grpo_jax.models import hunyuan_video, lora
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.models.lora import LoraConfig
 from sage_grpo_jax.training import checkpoint, state
-from sage_grpo_jax.weights import writing
+from sage_grpo_jax.weights import store
 
 CONFIG = HunyuanVideoConfig(
     in_channels=9,
@@ -295,7 +295,7 @@ def test_killed_half_way(how, large, tmp_path):
     flags["dst_format"] = "diffusers"
     assert run(**flags) == 0
     assert list(tmp_path.iterdir()) == [target]
-    name = f"{writing.STEM}.safetensors"
+    name = f"{store.STEM}.safetensors"
     assert (target / name).read_bytes() == (large / name).read_bytes()
 
 

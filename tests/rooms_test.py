@@ -26,6 +26,8 @@ ROOMS = (
     "flow",
     "common",
 )
+# Rooms within a room, from the top down, below the files that lie beside them.
+INNER = {"weights": ("tables", "formats")}
 MAX_TRAINING_FILES = 16
 
 
@@ -79,11 +81,38 @@ def _place(module: str) -> int:
     return ROOMS.index(room(module)) if room(module) else -1
 
 
+def test_rooms_within_a_room_import_only_what_is_below_them():
+    upwards = [
+        f"{module} imports {other}"
+        for module, others in GRAPH.items()
+        for other in sorted(others)
+        if room(module) == room(other) in INNER and _floor(module) > _floor(other)
+    ]
+    assert not upwards
+
+
+def _floor(module: str) -> int:
+    """0 for the files of a room, then its inner rooms in their order."""
+    outer, inner, *_ = module.split(".")
+    return 1 + INNER[outer].index(inner) if (PACKAGE / outer / inner).is_dir() else 0
+
+
+def test_inner_rooms_are_those_that_there_are():
+    for outer, inner in INNER.items():
+        assert {path.parent.name for path in (PACKAGE / outer).glob("*/__init__.py")} == set(inner)
+
+
 def test_no_module_imports_itself_in_a_circle():
     left = {module: set(others) - {module} for module, others in GRAPH.items()}
     while free := {module for module, others in left.items() if not others & left.keys()}:
         left = {module: others for module, others in left.items() if module not in free}
     assert not left, f"in a circle, or above one: {sorted(left)}"
+
+
+def test_every_file_of_weights_has_its_test():
+    names = [name for name in GRAPH if room(name) == "weights"]
+    tests = pathlib.Path(__file__).parent
+    assert not [n for n in names if not (tests / f"{n.replace('.', '/')}_test.py").exists()]
 
 
 def test_training_is_one_step_and_the_loop_around_it():

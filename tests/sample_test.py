@@ -7,23 +7,26 @@ import subprocess
 import sys
 
 import numpy as np
+from entry_process import run_all
 
 from sage_grpo_jax.data import media
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def _start(*arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "sage_grpo_jax.sample", "--config=configs/moving_shapes.py"]
+CONFIG = "--config=configs/moving_shapes.py"
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess:
     # One device: the recipe's batch goes through it whole.
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-    return subprocess.Popen(
-        [*command, *arguments],
+    return subprocess.run(
+        [sys.executable, "-m", "sage_grpo_jax.sample", CONFIG, *arguments],
         cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": flags},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
+        check=False,
     )
 
 
@@ -34,7 +37,7 @@ def test_videos_of_the_shipped_model_and_bad_input(tmp_path):
     prompts.write_text(
         "".join(json.dumps({"id": i, "prompt": p}) + "\n" for i, p in captions.items())
     )
-    good = _start(
+    good = _run(
         "--weights=asset:moving_shapes/transformer",
         f"--prompts={prompts}",
         f"--out={out}",
@@ -44,15 +47,14 @@ def test_videos_of_the_shipped_model_and_bad_input(tmp_path):
         "--seeds=3",
         "--format=gif",
     )
-    bad = _start(f"--prompts={prompts}", f"--out={tmp_path / 'bad'}", "--height=30")
-    stdout, stderr = bad.communicate()
-    assert bad.returncode == 2
-    assert stderr == "error: --height: got 30; allowed: a multiple of 8\n"
+    flags = [f"--prompts={prompts}", f"--out={tmp_path / 'bad'}", "--height=30"]
+    (bad,) = run_all([["sample", CONFIG, *flags]], ROOT)
+    assert bad.status == 2
+    assert bad.stderr == "error: --height: got 30; allowed: a multiple of 8\n"
     assert not (tmp_path / "bad").exists()
 
-    stdout, stderr = good.communicate()
-    assert good.returncode == 0, stderr
-    assert stdout == f"done: 2 videos; see {out}\n"
+    assert good.returncode == 0, good.stderr
+    assert good.stdout == f"done: 2 videos; see {out}\n"
     clips = [media.read_clip(out / f"00{i}_{name}_seed3.gif") for i, name in enumerate(captions)]
     assert all(clip.shape[1:] == (32, 32, 3) for clip in clips)
     # The colours that were asked for, over dark and over light.

@@ -2,11 +2,10 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from entry_process import Result, run_all
 
 from sage_grpo_jax.config import builder, schema, step_plan
 from sage_grpo_jax.flow import excess, injected_noise, schedules, sde
@@ -14,9 +13,10 @@ from sage_grpo_jax.flow import excess, injected_noise, schedules, sde
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def run(*flags: str, check: bool = True) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "sage_grpo_jax.schedule", *flags]
-    return subprocess.run(command, capture_output=True, text=True, check=check, cwd=ROOT)
+def run(*flags: str, status: int = 0) -> Result:
+    (result,) = run_all([["schedule", *flags]], ROOT)
+    assert result.status == status, result
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,6 @@ def test_matched_noise_is_printed_and_impossible_recipes_are_refused():
     variance = 0.49 * sigma[:-1] / (1 - near) * (sigma[:-1] - sigma[1:])
     assert f"injected std {np.sqrt(variance[:-1].sum()):.4g}" in text
     refused = run(
-        "--config=configs/moving_shapes.py:method=cps", "--config.rollout.eta=1.5", check=False
+        "--config=configs/moving_shapes.py:method=cps", "--config.rollout.eta=1.5", status=2
     )
-    assert refused.returncode == 2
     assert refused.stderr.strip().splitlines()[-1].startswith("error: config.rollout.eta: got 1.5")

@@ -52,7 +52,7 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Any, inputs: Any) -> list[Any]:
     """Runs a traced program with wide types."""
     values: dict[core.Var, Any] = {}
 
-    def read(atom):
+    def read(atom: core.Atom) -> Any:
         if not isinstance(atom, core.Literal):
             return values[atom]
         return widen(np.asarray(atom.val, atom.aval.dtype))
@@ -104,7 +104,7 @@ def _scan(params: dict[str, Any], inputs: list[Any]) -> list[Any]:
     program, consts = _open(params["jaxpr"])
     fixed, carried = params["num_consts"], params["num_carry"]
 
-    def body(carry, slices):
+    def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
         results = _evaluate(program, consts, [*inputs[:fixed], *carry, *slices])
         return results[:carried], results[carried:]
 

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sage_grpo_jax.checks import float64, shadow_formulas
+from sage_grpo_jax.config import schema
 from sage_grpo_jax.config.plan import Plan
 from sage_grpo_jax.flow import noise
 from sage_grpo_jax.grpo import trust_region
@@ -48,14 +49,14 @@ class Sides(NamedTuple):
 
 
 class Shadow:
-    """Recomputes a micro-batch and reports the deviation of the update's arithmetic."""
+    """Recomputes a micro-batch and reports the deviation of the update's arithmetic.
+
+    Raises:
+      ValueError: a choice without a second formula, more than one process, or no CPU backend
+        next to the accelerator.
+    """
 
     def __init__(self, plan: Plan) -> None:
-        """
-        Raises:
-          ValueError: a choice without a second formula, more than one process, or no CPU backend
-            next to the accelerator.
-        """
         shadow_formulas.check(plan.config)
         if jax.process_count() > 1:
             raise ValueError(
@@ -73,7 +74,7 @@ class Shadow:
         self._recipe = plan
         self._mesh = mesh_lib.make_mesh(1, 1, 1, devices=[device])
         self._float32 = jax.jit(functools.partial(_float32_side, plan))
-        self._float64: Callable | None = None
+        self._float64: Callable[[_Inputs], tuple[Sides, jax.Array]] | None = None
         self._controller = shadow_formulas.Controller(plan.config.trust_region)
 
     def __call__(
@@ -237,7 +238,7 @@ def _float32_side(
     return Sides(jnp.where(micro.counts, log_ratio, 0.0), total, gradient)
 
 
-def _velocity_program(plan: Plan) -> Callable:
+def _velocity_program(plan: Plan) -> Callable[..., jax.Array]:
     """(trained, base, negative, condition, latents, timestep) -> velocity, as the update has it.
 
     With plain attention and nothing recomputed: what changes is how it runs.
@@ -245,14 +246,23 @@ def _velocity_program(plan: Plan) -> Callable:
     transformer = dataclasses.replace(plan.transformer, attention="xla", remat=False)
     plan = dataclasses.replace(plan, transformer=transformer)
 
-    def velocity(trained, base, negative, condition, latents, timestep):
+    def velocity(
+        trained: Any,
+        base: Any,
+        negative: Any,
+        condition: Any,
+        latents: jax.Array,
+        timestep: jax.Array,
+    ) -> jax.Array:
         frozen = micro_losses.Frozen(negative, base)
         return micro_losses.velocity_fn(plan, trained, condition, frozen)(latents, timestep)
 
     return velocity
 
 
-def _float64_side(plan: Plan, velocity: Callable, inputs: _Inputs) -> tuple[Sides, jax.Array]:
+def _float64_side(
+    plan: Plan, velocity: Callable[..., jax.Array], inputs: _Inputs
+) -> tuple[Sides, jax.Array]:
     """The same quantities from the papers, and the scale that the loss is judged by."""
     config, rollout = plan.config, plan.config.rollout
     # σ is [m, 1, ..., 1] where it meets the latents of m samples.
@@ -262,20 +272,20 @@ def _float64_side(plan: Plan, velocity: Callable, inputs: _Inputs) -> tuple[Side
     timestep = jnp.asarray(np.asarray(plan.schedule.timesteps, np.float64))[inputs.step]
     masked = jnp.where(inputs.valid, 1.0, 0.0)
 
-    def transition(trained):
+    def transition(trained: Any) -> tuple[jax.Array, jax.Array]:
         network = trained, inputs.base, inputs.negative, inputs.condition
         v = velocity(*network, inputs.latents, timestep)
         return shadow_formulas.transition(
             rollout.sde, v, inputs.latents, sigma, sigma_next, rollout.eta, rollout.clamp
         )
 
-    def log_ratio_to(mean_old, mean, std):
+    def log_ratio_to(mean_old: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
         sample = mean_old + std * inputs.noise
         return shadow_formulas.log_prob(config.loss, sample, mean, std) - shadow_formulas.log_prob(
             config.loss, sample, mean_old, std
         )
 
-    def loss(trained):
+    def loss(trained: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         mean, std = transition(trained)
         # The first update of a rollout is taken to the policy itself, see `ratio`.
         log_ratio = log_ratio_to(jax.lax.stop_gradient(mean), mean, std)
@@ -292,7 +302,14 @@ def _float64_side(plan: Plan, velocity: Callable, inputs: _Inputs) -> tuple[Side
     return Sides(log_ratio, total, gradient), size / inputs.normalizer
 
 
-def _penalty(config, mean, std, log_ratio, inputs: _Inputs, transition) -> jax.Array:
+def _penalty(
+    config: schema.Config,
+    mean: jax.Array,
+    std: jax.Array,
+    log_ratio: jax.Array,
+    inputs: _Inputs,
+    transition: Callable[[Any], tuple[jax.Array, jax.Array]],
+) -> jax.Array:
     """Σ beta·KL [m] of the references, or of Eq. 15 for the previous policy."""
     region, total = config.trust_region, jnp.zeros_like(log_ratio)
     betas = [region.anchor_weight] * region.has_anchor

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sage_grpo_jax.config import schema
+from sage_grpo_jax.grpo.trust_region import TrustRegionConfig
 
 # Of the paper's App. A.2, rounded as σ is.
 _CLAMP = float(np.float32(3e-3))
@@ -210,10 +211,12 @@ class Controller:
     """λ by Eq. 41 and 42, from the counts of updates and the measured KLs alone.
 
     What happened before the first call is not known: a resumed run goes on from its λ.
+
+    Args:
+      region: the recipe's.
     """
 
-    def __init__(self, region: Any) -> None:
-        """`region`: the `TrustRegionConfig`."""
+    def __init__(self, region: TrustRegionConfig) -> None:
         self._region = region
         self._count: int | None = None
         self._weight = math.nan

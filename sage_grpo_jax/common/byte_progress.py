@@ -14,14 +14,14 @@ _BAR_SECONDS, _LINE_SECONDS = 0.1, 10.0
 
 
 class Progress:
-    """Counts bytes; `None` for the stream keeps silent."""
+    """Counts bytes; `None` for the stream keeps silent.
 
-    def __init__(self, total: int, stream: TextIO | None = sys.stderr):
-        """
-        Args:
-          total: bytes that will be written.
-          stream: where to.
-        """
+    Args:
+      total: bytes that will be written.
+      stream: where to.
+    """
+
+    def __init__(self, total: int, stream: TextIO | None = sys.stderr) -> None:
         self.total, self.done = total, 0
         self._stream = stream
         self._terminal = stream is not None and stream.isatty()

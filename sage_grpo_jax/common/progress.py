@@ -11,15 +11,15 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts finished units and guesses the time left; a context manager."""
+    """Counts finished units and guesses the time left; a context manager.
+
+    Args:
+      total: how many units there are to do.
+      unit: what they are, in the plural: "videos".
+      stream: where to write; standard error by default.
+    """
 
     def __init__(self, total: int, unit: str, stream: TextIO | None = None) -> None:
-        """
-        Args:
-          total: how many units there are to do.
-          unit: what they are, in the plural: "videos".
-          stream: where to write; standard error by default.
-        """
         self._total, self._unit = total, unit
         self._stream = sys.stderr if stream is None else stream
         self._terminal = self._stream.isatty()

@@ -99,7 +99,7 @@ class EmbeddingCache:
         have as many records as the manifest says; for a record, when it is read.
     """
 
-    def __init__(self, path: str | pathlib.Path):
+    def __init__(self, path: str | pathlib.Path) -> None:
         # What the manifest says.
         self.path = pathlib.Path(path)
         self.manifest = _read_manifest(self.path)
@@ -140,7 +140,8 @@ class EmbeddingCache:
         return self._entry(self.manifest["negative"])
 
     def _entry(self, index: int) -> Entry:
-        """
+        """The entry of a prompt, checked.
+
         Raises:
           ValueError: naming file and record: damaged, or not as the manifest says.
         """

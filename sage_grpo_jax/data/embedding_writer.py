@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,7 +106,7 @@ class EmbeddingCacheWriter:
         encoder: Encoder,
         dtype: str = "bfloat16",
         details: Mapping[str, Any] | None = None,
-    ):
+    ) -> None:
         # Refused before anything is made.
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
@@ -134,7 +135,12 @@ class EmbeddingCacheWriter:
     def __enter__(self) -> "EmbeddingCacheWriter":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
         # Leaving the folder's context publishes it; an error that passes through it removes it.
         with self._stack:
             try:

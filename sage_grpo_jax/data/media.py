@@ -18,7 +18,9 @@ def write_picture(path: pathlib.Path, picture: Image.Image) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def contact_sheet(videos: np.ndarray, captions: Sequence[str], frames: int = 6, scale: int = 3):
+def contact_sheet(
+    videos: np.ndarray, captions: Sequence[str], frames: int = 6, scale: int = 3
+) -> Image.Image:
     """A picture with one clip a row: `frames` of its frames, evenly spaced, and the caption.
 
     Args:

@@ -310,7 +310,7 @@ def save_figure(figure: Any, path: pathlib.Path) -> None:
     files.write_atomically(path, buffer.getvalue())
 
 
-def _plot_smoothed(axis, run: RunRecord, name: str, color: str, label: str | None) -> None:
+def _plot_smoothed(axis: Any, run: RunRecord, name: str, color: str, label: str | None) -> None:
     """Every step faintly, and the moving average: a step sees a handful of prompts only."""
     steps, values = run.series(name)
     axis.plot(steps, values, color=color, alpha=0.15)

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import pathlib
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -151,7 +152,7 @@ def _label(names: Sequence[str], values: Sequence[Any]) -> str:
     return ", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in pairs)
 
 
-def _pyplot():
+def _pyplot() -> types.ModuleType:
     import matplotlib
 
     matplotlib.use("Agg")

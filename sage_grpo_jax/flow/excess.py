@@ -47,11 +47,11 @@ def gaussian_data(
     V = (1-σ)²·s² + σ², and a step is x' = x + dt·v - removed·(x + (1-σ)·v) + std·ε: linear in x.
 
     Args:
-        kind, eta: of the stochastic steps, see `sde.transition`; the others follow the ODE.
-        schedule: T steps, concrete.
-        stochastic: bool[T].
-        mean, std: of the data; std 0 for data at one point.
-        clamp: see `sde.step_coefficients`.
+      kind, eta: of the stochastic steps, see `sde.transition`; the others follow the ODE.
+      schedule: T steps, concrete.
+      stochastic: bool[T].
+      mean, std: of the data; std 0 for data at one point.
+      clamp: see `sde.step_coefficients`.
     """
     sigmas = np.asarray(schedule.sigmas, np.float64)
     sigma, sigma_next = sigmas[:-1], sigmas[1:]

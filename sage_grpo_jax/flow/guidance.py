@@ -24,19 +24,19 @@ def guided(
     """Returns fn(latents, timestep, condition, negative=None) -> guided velocity, float32.
 
     Args:
-        velocity_fn: velocity_fn(latents, timestep, condition); parameters may be closed over and
-            get gradients.
-        scale: guidance scale, ≥ 0; 1 runs the condition alone and ignores the negative.
-        mode: `batch` runs both branches as one batch of 2·B. `sequential` runs them one after the
-            other and keeps nothing of either for the backward pass: half the memory, one more
-            forward of each branch under grad.
-        gradient: of `both` branches, or of that with the `condition` alone, the other being a
-            constant (Flow-GRPO): its backward pass is saved, and each branch runs by itself.
+      velocity_fn: velocity_fn(latents, timestep, condition); parameters may be closed over and
+        get gradients.
+      scale: guidance scale, ≥ 0; 1 runs the condition alone and ignores the negative.
+      mode: `batch` runs both branches as one batch of 2·B. `sequential` runs them one after the
+        other and keeps nothing of either for the backward pass: half the memory, one more
+        forward of each branch under grad.
+      gradient: of `both` branches, or of that with the `condition` alone, the other being a
+        constant (Flow-GRPO): its backward pass is saved, and each branch runs by itself.
 
     Condition and negative condition are pytrees of the same structure and shapes, leaves [B, ...].
 
     Raises:
-        ValueError: scale, mode or gradient out of range, or (from fn) condition trees that differ.
+      ValueError: scale, mode or gradient out of range, or (from fn) condition trees that differ.
     """
     if not (math.isfinite(scale) and scale >= 0.0):
         raise ValueError(f"scale={scale!r}: must be a finite number >= 0")

@@ -53,7 +53,7 @@ def matched_eta(
     has its authors'.
 
     Raises:
-        ValueError: no η gives that much noise, or one of the kinds has no stochastic step.
+      ValueError: no η gives that much noise, or one of the kinds has no stochastic step.
     """
 
     def variance_of(kind: str, eta: float, clamp: float) -> float:

@@ -46,11 +46,11 @@ class Kind:
     """A way of injecting noise: all that the rest of the project knows about it.
 
     Attributes:
-        coefficients: of steps; a std below any that matters is rounded to 0 afterwards.
-        highest_eta: the largest η that has a meaning, at least 1.
-        stochastic: whether it injects noise at all.
-        reads_clamp: whether its variance diverges at σ = 1, where a clamp keeps it finite.
-        eta_of_std: the η of a given std, in units of the std at η = 1.
+      coefficients: of steps; a std below any that matters is rounded to 0 afterwards.
+      highest_eta: the largest η that has a meaning, at least 1.
+      stochastic: whether it injects noise at all.
+      reads_clamp: whether its variance diverges at σ = 1, where a clamp keeps it finite.
+      eta_of_std: the η of a given std, in units of the std at η = 1.
     """
 
     coefficients: Coefficients

@@ -35,12 +35,12 @@ def sample_keys(seed: Any, step: Any, slot: Any, prompt_hashes: Any, samples: An
     """Returns one typed key per sample, keys[B].
 
     Args:
-        seed: seed of the run, an integer or a typed key.
-        step: rollout number, integer scalar (or [B]).
-        slot: place of the prompt in its batch, so that a prompt that occurs twice gets other
-            noise; integer scalar or [B].
-        prompt_hashes: `prompt_hash` of each sample's prompt, uint32[B].
-        samples: index of the sample within its group, integer[B].
+      seed: seed of the run, an integer or a typed key.
+      step: rollout number, integer scalar (or [B]).
+      slot: place of the prompt in its batch, so that a prompt that occurs twice gets other
+        noise; integer scalar or [B].
+      prompt_hashes: `prompt_hash` of each sample's prompt, uint32[B].
+      samples: index of the sample within its group, integer[B].
     """
     # The generator is named: another default would change the noise of every run.
     if not _is_key(seed):
@@ -74,9 +74,9 @@ def step_noise(keys: jax.Array, t: Any, shape: tuple[int, ...]) -> jax.Array:
     """Returns standard normal float32 [B, *shape], the noise that step t injects.
 
     Args:
-        keys: typed keys[B], one per sample.
-        t: step index, 0 at σ = 1; integer scalar, or [B] for a micro-batch of mixed steps.
-        shape: shape of one sample's latents.
+      keys: typed keys[B], one per sample.
+      t: step index, 0 at σ = 1; integer scalar, or [B] for a micro-batch of mixed steps.
+      shape: shape of one sample's latents.
     """
     return _normal(_step_keys(keys, _STEP_STREAM, t), shape)
 
@@ -95,12 +95,12 @@ def chosen_steps(keys: jax.Array, count: int, size: int) -> jax.Array:
     Every subset is as likely as every other.
 
     Args:
-        keys: typed keys[B], one per sample.
-        count: numbers to choose from.
-        size: how many, 0 to count.
+      keys: typed keys[B], one per sample.
+      count: numbers to choose from.
+      size: how many, 0 to count.
 
     Returns:
-        int32[B, size], in ascending order.
+      int32[B, size], in ascending order.
     """
     check_keys(keys)
     if not 0 <= size <= count:

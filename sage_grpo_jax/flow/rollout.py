@@ -45,17 +45,17 @@ def rollout(
     on keys[b] alone, whatever the batch.
 
     Args:
-        velocity_fn: the guided model, velocity_fn(latents [B, ...], timestep [B]).
-        keys: typed keys[B], one per sample (`noise.sample_keys`).
-        latent_shape: shape of one sample's latents, without the batch.
-        schedule: T steps.
-        kind, eta: the transition of the stochastic steps, see `sde.transition`.
-        stochastic: bool[T], or bool[T, B] where samples differ; the other steps follow the ODE and
-            inject nothing.
-        clamp: of the stochastic steps, see `sde.step_coefficients`.
-        initial_latents: f32[B, *latent_shape] at σ = 1; drawn from the keys by default.
-        flat: keep every state as N numbers a sample. A TPU pads the last two axes of an array to
-            tiles of 8 x 128: whole states would take several times what they weigh.
+      velocity_fn: the guided model, velocity_fn(latents [B, ...], timestep [B]).
+      keys: typed keys[B], one per sample (`noise.sample_keys`).
+      latent_shape: shape of one sample's latents, without the batch.
+      schedule: T steps.
+      kind, eta: the transition of the stochastic steps, see `sde.transition`.
+      stochastic: bool[T], or bool[T, B] where samples differ; the other steps follow the ODE and
+        inject nothing.
+      clamp: of the stochastic steps, see `sde.step_coefficients`.
+      initial_latents: f32[B, *latent_shape] at σ = 1; drawn from the keys by default.
+      flat: keep every state as N numbers a sample. A TPU pads the last two axes of an array to
+        tiles of 8 x 128: whole states would take several times what they weigh.
     """
     noise_lib.check_keys(keys)
     sde.check_kind_and_eta(kind, eta)
@@ -106,9 +106,9 @@ def behaviour_mean(next_latents: jax.Array, noise: jax.Array, std: Any) -> jax.A
     """Returns the mean that the rollout used for a step: next_latents - std·noise, [B, ...].
 
     Args:
-        next_latents: state after the step, f32[B, ...].
-        noise: `step_noise` of the same keys and step, f32[B, ...].
-        std: of that step, scalar or [B].
+      next_latents: state after the step, f32[B, ...].
+      noise: `step_noise` of the same keys and step, f32[B, ...].
+      std: of that step, scalar or [B].
     """
     chex.assert_equal_shape([next_latents, noise])
     std = jnp.asarray(std, jnp.float32)

@@ -25,11 +25,11 @@ def host_schedule(num_steps: int, shift: float) -> Schedule:
     """`make_schedule` as NumPy arrays: starts no JAX backend, so that configs can be checked early.
 
     Args:
-        num_steps: T ≥ 1.
-        shift: > 0; larger values spend more steps near σ = 1; 1 spaces σ evenly.
+      num_steps: T ≥ 1.
+      shift: > 0; larger values spend more steps near σ = 1; 1 spaces σ evenly.
 
     Raises:
-        ValueError: num_steps is no integer ≥ 1, or shift is no finite number > 0.
+      ValueError: num_steps is no integer ≥ 1, or shift is no finite number > 0.
     """
     try:
         num_steps = operator.index(num_steps)
@@ -62,8 +62,8 @@ def next_timestep(schedule: Schedule, timestep: jax.Array) -> jax.Array:
     """The timestep at which the step ends that starts at `timestep`; 0 for the last step.
 
     Args:
-        schedule: of T steps.
-        timestep: f32[...], each one of `schedule.timesteps`; any other value gives NaN.
+      schedule: of T steps.
+      timestep: f32[...], each one of `schedule.timesteps`; any other value gives NaN.
     """
     starts = jnp.asarray(schedule.timesteps)
     ends = jnp.append(starts[1:], 0.0)

@@ -54,19 +54,19 @@ def step_coefficients(
     With `xp=numpy` and float64 inputs the same formulas run on the host in float64.
 
     Args:
-        kind: a name in KINDS.
-        sigma: σ at the start of the step, in (0, 1].
-        sigma_next: σ' at its end, in [0, σ).
-        eta: noise level, 0 to the `highest_eta` of the kind. Its meaning differs between kinds.
-        clamp: how close to σ = 1 a step may look, 1 - σ ≥ clamp, where the variance of `precise`
-            and `flow` diverges; at most HIGHEST_CLAMP. 0: as their authors have it, that is CLAMP
-            for `precise`, while `flow` takes σ' for σ = 1. The other kinds have no such place and
-            do not read it.
-        xp: array module, jax.numpy or numpy.
+      kind: a name in KINDS.
+      sigma: σ at the start of the step, in (0, 1].
+      sigma_next: σ' at its end, in [0, σ).
+      eta: noise level, 0 to the `highest_eta` of the kind. Its meaning differs between kinds.
+      clamp: how close to σ = 1 a step may look, 1 - σ ≥ clamp, where the variance of `precise`
+        and `flow` diverges; at most HIGHEST_CLAMP. 0: as their authors have it, that is CLAMP
+        for `precise`, while `flow` takes σ' for σ = 1. The other kinds have no such place and
+        do not read it.
+      xp: array module, jax.numpy or numpy.
 
     Raises:
-        ValueError: unknown kind, clamp out of range, or eta is a plain number out of range
-            (traced: not checked).
+      ValueError: unknown kind, clamp out of range, or eta is a plain number out of range
+        (traced: not checked).
     """
     check_kind_and_eta(kind, eta)
     check_clamp(clamp)
@@ -87,16 +87,16 @@ def transition(
     """Returns mean and std of the step σ → σ' from `sample`.
 
     Args:
-        kind: a name in KINDS.
-        velocity: v = z - x0 predicted at `sample`, [B, ...].
-        sample: x at σ, [B, ...].
-        sigma, sigma_next, eta: scalars or [B], traced or not; 0 ≤ σ' < σ ≤ 1.
-        clamp: see `step_coefficients`.
+      kind: a name in KINDS.
+      velocity: v = z - x0 predicted at `sample`, [B, ...].
+      sample: x at σ, [B, ...].
+      sigma, sigma_next, eta: scalars or [B], traced or not; 0 ≤ σ' < σ ≤ 1.
+      clamp: see `step_coefficients`.
 
     Computed in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: unknown kind, or eta or clamp is a plain number out of range.
+      ValueError: unknown kind, or eta or clamp is a plain number out of range.
     """
     chex.assert_equal_shape([velocity, sample])
     dtype = _float_dtype(velocity, sample)
@@ -151,8 +151,8 @@ def gradient_scale(
     gradient 2·std_t·ε·λ_t, so N_t = std_t·λ_t (constant factors drop out of all its uses).
 
     Args:
-        kind, sigma, sigma_next, eta, clamp, xp: see `step_coefficients`.
-        log_prob: one of LOG_PROBS.
+      kind, sigma, sigma_next, eta, clamp, xp: see `step_coefficients`.
+      log_prob: one of LOG_PROBS.
     """
     check_choice("log_prob", log_prob, LOG_PROBS)
     _, std = step_coefficients(kind, sigma, sigma_next, eta, clamp=clamp, xp=xp)
@@ -204,11 +204,11 @@ def log_ratio(
     log-probabilities is the same number, but loses all its digits in float32.
 
     Args:
-        noise: the ε that was drawn in the rollout, [B, ...].
-        mean_new, mean_old: [B, ...]; gradients flow into both.
-        std: scalar, [B] or [B, 1, ..., 1], the same for both policies.
-        log_prob: `gaussian`, or `squared` for -(x' - mean)²: 2·std² times the above.
-        reduction: over the elements of a sample, `mean` or `sum`.
+      noise: the ε that was drawn in the rollout, [B, ...].
+      mean_new, mean_old: [B, ...]; gradients flow into both.
+      std: scalar, [B] or [B, 1, ..., 1], the same for both policies.
+      log_prob: `gaussian`, or `squared` for -(x' - mean)²: 2·std² times the above.
+      reduction: over the elements of a sample, `mean` or `sum`.
     """
     chex.assert_equal_shape([noise, mean_new, mean_old])
     check_choice("log_prob", log_prob, LOG_PROBS)
@@ -300,5 +300,6 @@ def _float_dtype(*values: Any) -> Any:
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError, naming the argument, unless the value is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")

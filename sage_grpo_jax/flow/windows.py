@@ -8,11 +8,11 @@ so that a run that is resumed, or another mesh, finds the same place.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import numpy as np
 
+from sage_grpo_jax.common import fields
 from sage_grpo_jax.flow import sde
 
 MOVING = ("progressive", "decay", "dynamic")
@@ -26,34 +26,30 @@ class Motion:
     """How a moving window moves on: every so many rollouts by so many steps.
 
     Attributes:
-        stay: rollouts at a place; of `decay` and `dynamic` at the first one.
-        stride: steps to the next place.
-        least_stay: `decay` stays stay·(1 - p) + least_stay·p, p the share of the steps that lie
-            before the window; rounded down.
-        threshold, rate: `dynamic` stays stay·exp(-rate·max(0, t - threshold)), t the number of
-            steps before the window; rounded down, at least 1.
-        restart: after the last place the window starts again; otherwise it stays there.
+      stay: rollouts at a place; of `decay` and `dynamic` at the first one.
+      stride: steps to the next place.
+      least_stay: `decay` stays stay·(1 - p) + least_stay·p, p the share of the steps that lie
+        before the window; rounded down.
+      threshold, rate: `dynamic` stays stay·exp(-rate·max(0, t - threshold)), t the number of
+        steps before the window; rounded down, at least 1.
+      restart: after the last place the window starts again; otherwise it stays there.
 
     Source: MixGRPO, fastvideo/utils/grpo_states.py; `dynamic` (there `exp_decay`) rounds down and
     restarts as the strategy of that name in Tencent's own trainers.
     """
 
-    stay: int = 25
-    stride: int = 1
-    least_stay: int = 1
-    threshold: int = 12
-    rate: float = 0.5
+    stay: int = fields.bounded(25, least=1)
+    stride: int = fields.bounded(1, least=1)
+    least_stay: int = fields.bounded(1, least=1)
+    threshold: int = fields.bounded(12, least=0)
+    rate: float = fields.bounded(0.5, least=0)
     restart: bool = True
 
     def __post_init__(self) -> None:
         """Raises ValueError for the first field that is out of range."""
-        for name, lowest in (("stay", 1), ("stride", 1), ("least_stay", 1), ("threshold", 0)):
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be at least {lowest}")
-        if self.least_stay > self.stay:
-            raise ValueError(f"least_stay={self.least_stay}: must be at most stay={self.stay}")
-        if not (math.isfinite(self.rate) and self.rate >= 0):
-            raise ValueError(f"rate={self.rate!r}: must be a finite number >= 0")
+        fields.check(self)
+        fits = self.least_stay <= self.stay
+        fields.require(fits, self, "least_stay", f"at most stay={self.stay}")
 
 
 class Places(NamedTuple):
@@ -69,12 +65,12 @@ def places(
     """Returns every place of a window, and how many of the rollouts find it there.
 
     Args:
-        stochastic: bool[T], the steps that can inject noise; a window counts these only.
-        window: `all`; `first_k`, the first `size` of them; `random_k`, `size` of them in a row,
-            each place as likely as the others; or one of MOVING, whose shares are those of one pass
-            from the first place to the last.
-        size: of the window, ≥ 1; more steps than there are is all of them. Not read for `all`.
-        motion: of a moving window; not read for the others.
+      stochastic: bool[T], the steps that can inject noise; a window counts these only.
+      window: `all`; `first_k`, the first `size` of them; `random_k`, `size` of them in a row,
+        each place as likely as the others; or one of MOVING, whose shares are those of one pass
+        from the first place to the last.
+      size: of the window, ≥ 1; more steps than there are is all of them. Not read for `all`.
+      motion: of a moving window; not read for the others.
     """
     sde.check_choice("window", window, WINDOWS)
     stochastic = np.asarray(stochastic, bool)
@@ -95,11 +91,11 @@ def start_at(step: int, window: str, count: int, size: int, motion: Motion | Non
     """Returns how many steps lie before a moving window in rollout `step`, counted from 0.
 
     Args:
-        step: number of the rollout.
-        window: one of MOVING.
-        count: steps that can inject noise.
-        size: of the window, 1 to count.
-        motion: how it moves.
+      step: number of the rollout.
+      window: one of MOVING.
+      count: steps that can inject noise.
+      size: of the window, 1 to count.
+      motion: how it moves.
     """
     sde.check_choice("window", window, MOVING)
     motion = motion or Motion()

@@ -31,18 +31,18 @@ def group_advantages(
     fewer than two valid members, or with equal rewards, get zeros.
 
     Args:
-        rewards: [P, G], P prompts with G rollouts each.
-        valid: bool[P, G].
-        epsilon: ≥ 0, in reward units.
-        clip: advantages are clipped to ±clip; None: not clipped.
-        std_floor: lower bound of std in reward units; keeps groups with nearly equal rewards
-            from being blown up to full size.
-        std: `group`, of the valid members of the group; `group_unbiased`, the same over one less
-            than their number (DanceGRPO); `global`, of all valid samples around the mean of all
-            (Flow-GRPO's global_std): groups with nearly equal rewards count less.
+      rewards: [P, G], P prompts with G rollouts each.
+      valid: bool[P, G].
+      epsilon: ≥ 0, in reward units.
+      clip: advantages are clipped to ±clip; None: not clipped.
+      std_floor: lower bound of std in reward units; keeps groups with nearly equal rewards
+        from being blown up to full size.
+      std: `group`, of the valid members of the group; `group_unbiased`, the same over one less
+        than their number (DanceGRPO); `global`, of all valid samples around the mean of all
+        (Flow-GRPO's global_std): groups with nearly equal rewards count less.
 
     Returns:
-        f32[P, G]. Source: GRPO, with the mask in place of zero rewards for failures.
+      f32[P, G]. Source: GRPO, with the mask in place of zero rewards for failures.
     """
     chex.assert_rank(rewards, 2)
     chex.assert_equal_shape([rewards, valid])
@@ -95,14 +95,14 @@ def combined_advantages(
     Rewards without a weight, or with weight 0, are not looked at, whatever they hold.
 
     Args:
-        rewards: by name, each [P, G].
-        weights: by name; of rewards that are there.
-        valid: bool[P, G]; the others get 0.
-        epsilon, clip, std_floor, std: see `group_advantages`.
-        combine: one of `COMBINES`.
+      rewards: by name, each [P, G].
+      weights: by name; of rewards that are there.
+      valid: bool[P, G]; the others get 0.
+      epsilon, clip, std_floor, std: see `group_advantages`.
+      combine: one of `COMBINES`.
 
     Raises:
-        ValueError: no weight but 0, or a value that is not allowed.
+      ValueError: no weight but 0, or a value that is not allowed.
 
     Source of `per_reward`: GDPO (arXiv 2601.05242), without its last division by the deviation over
     the batch; DanceGRPO has advantages of each reward by itself too, and adds the losses.

@@ -12,8 +12,8 @@ def warmed_up(count: jax.Array, decay: float) -> jax.Array:
     """Returns min(decay, (1 + n)/(10 + n)), f32[]: the first updates are forgotten sooner.
 
     Args:
-        count: n, applied updates so far, i32[].
-        decay: in [0, 1).
+      count: n, applied updates so far, i32[].
+      decay: in [0, 1).
 
     Source: Flow-GRPO, flow_grpo/ema.py.
     """
@@ -32,8 +32,8 @@ def mix(average: Any, params: Any, decay: jax.Array) -> Any:
     """Returns decay·average + (1 - decay)·params, leaf by leaf; a decay of 1 changes no bit.
 
     Args:
-        average, params: trees of the same structure.
-        decay: f32[] in [0, 1].
+      average, params: trees of the same structure.
+      decay: f32[] in [0, 1].
     """
 
     def leaf(old: jax.Array, new: jax.Array) -> jax.Array:

@@ -45,13 +45,13 @@ def equalizer_weights(
     """Returns S_t = median(N) / N_t, f32[T]; 0 for steps that are not trained or have no noise.
 
     Args:
-        kind, eta: transition of the stochastic steps, see `flow.sde.transition`.
-        schedule: T steps, concrete.
-        trained: bool[T], concrete; the median is taken over these steps.
-        median: of an even count, the `lower` middle value (as torch.median, and so the official
-            code) or the `mean` of the two.
-        log_prob: form of the log-probability, one of `flow.sde.LOG_PROBS`.
-        clamp: of the transition, see `flow.sde.step_coefficients`.
+      kind, eta: transition of the stochastic steps, see `flow.sde.transition`.
+      schedule: T steps, concrete.
+      trained: bool[T], concrete; the median is taken over these steps.
+      median: of an even count, the `lower` middle value (as torch.median, and so the official
+        code) or the `mean` of the two.
+      log_prob: form of the log-probability, one of `flow.sde.LOG_PROBS`.
+      clamp: of the transition, see `flow.sde.step_coefficients`.
     """
     if median not in MEDIANS:
         raise ValueError(f"median={median!r}: must be one of {', '.join(MEDIANS)}")

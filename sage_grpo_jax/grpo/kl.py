@@ -18,9 +18,9 @@ def gaussian_kl(
     deterministic step is not constrained.
 
     Args:
-        mean, mean_ref: [B, ...].
-        std: scalar, [B] or [B, 1, ..., 1], the same for both.
-        reduction: over the elements of a sample, `mean` or `sum`.
+      mean, mean_ref: [B, ...].
+      std: scalar, [B] or [B, 1, ..., 1], the same for both.
+      reduction: over the elements of a sample, `mean` or `sum`.
     """
     # With equal variances the terms of log std and trace cancel, and the distance of the means is
     # left.

@@ -33,21 +33,21 @@ def policy_loss(
     -A·S_t·log π (SAGE-GRPO Eq. 43). At r = 1 both have the same gradient.
 
     Args:
-        log_ratio: log π_new/π_old, [B, T].
-        advantages: [B].
-        weights: S_t, [T]; or [B, T] for micro-batches whose samples are at different steps.
-        clip_range: > 0; not used by `reinforce`.
-        mask: bool[B, T], the entries that count; what the others hold does not matter. All count
-            by default, also those with weight 0.
-        objective: one of OBJECTIVES.
-        normalizer: what the sum is divided by; default: the number of masked entries. To
-            accumulate over micro-batches give each the count of the whole batch: losses and
-            gradients then add up to those of the whole batch, and metrics with
-            `accumulate_metrics`. For a sum over steps, scale `weights` by the number of steps.
+      log_ratio: log π_new/π_old, [B, T].
+      advantages: [B].
+      weights: S_t, [T]; or [B, T] for micro-batches whose samples are at different steps.
+      clip_range: > 0; not used by `reinforce`.
+      mask: bool[B, T], the entries that count; what the others hold does not matter. All count
+        by default, also those with weight 0.
+      objective: one of OBJECTIVES.
+      normalizer: what the sum is divided by; default: the number of masked entries. To
+        accumulate over micro-batches give each the count of the whole batch: losses and
+        gradients then add up to those of the whole batch, and metrics with
+        `accumulate_metrics`. For a sum over steps, scale `weights` by the number of steps.
 
     Returns:
-        loss, f32 scalar, and {ratio/mean, ratio/max_deviation, ratio/clip_fraction}, f32 scalars;
-        max_deviation is max |r - 1|, clip_fraction the share with |r - 1| > clip_range.
+      loss, f32 scalar, and {ratio/mean, ratio/max_deviation, ratio/clip_fraction}, f32 scalars;
+      max_deviation is max |r - 1|, clip_fraction the share with |r - 1| > clip_range.
     """
     chex.assert_rank([log_ratio, advantages], [2, 1])
     _check_arguments(clip_range, objective)

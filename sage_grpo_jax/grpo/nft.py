@@ -32,8 +32,8 @@ def noised(clean: jax.Array, noise: jax.Array, sigma: Any) -> tuple[jax.Array, j
     """Returns ((1 - σ)·x0 + σ·ε, ε - x0): a state of the forward process, and its velocity.
 
     Args:
-        clean, noise: x0 and ε, f32[B, ...].
-        sigma: scalar or [B].
+      clean, noise: x0 and ε, f32[B, ...].
+      sigma: scalar or [B].
     """
     chex.assert_equal_shape([clean, noise])
     sigma = _per_sample(sigma, clean)
@@ -53,16 +53,16 @@ def nft_loss(
     """Returns (r·L₊ + (1 - r)·L₋)/β of every sample, f32[B], L± = |v± - target|² by elements.
 
     Args:
-        velocity: v of the policy that is trained, [B, ...].
-        velocity_old: of the policy that sampled; no gradient flows into it.
-        target: ε - x0, of `noised`.
-        sigma: of the state, scalar or [B].
-        good: r, [B], of `optimality`.
-        beta: how far the implicit policies lie from v_old, > 0; v itself is optimal at
-            v_old + (2r - 1)/β·(target - v_old), so a smaller β goes further.
-        adaptive: each L± is that of the predicted clean sample, (σ·(v± - target))², divided by the
-            mean of its root, σ·|v± - target|, which gets no gradient: every σ and every sample
-            weighs about the same. False: L± as above, averaged over the elements.
+      velocity: v of the policy that is trained, [B, ...].
+      velocity_old: of the policy that sampled; no gradient flows into it.
+      target: ε - x0, of `noised`.
+      sigma: of the state, scalar or [B].
+      good: r, [B], of `optimality`.
+      beta: how far the implicit policies lie from v_old, > 0; v itself is optimal at
+        v_old + (2r - 1)/β·(target - v_old), so a smaller β goes further.
+      adaptive: each L± is that of the predicted clean sample, (σ·(v± - target))², divided by the
+        mean of its root, σ·|v± - target|, which gets no gradient: every σ and every sample
+        weighs about the same. False: L± as above, averaged over the elements.
     """
     chex.assert_equal_shape([velocity, velocity_old, target])
     if not beta > 0:

@@ -18,12 +18,13 @@ skipped must keep the old optimizer state as a whole: counts count applied updat
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from sage_grpo_jax.common import fields
 
 KINDS = ("none", "fixed", "stepwise", "moving", "dual", "fixed_stepwise")
 FEEDBACKS = ("tighten", "paper", "none")
@@ -41,124 +42,79 @@ class TrustRegionConfig:
     """Settings of `trust_region`. The defaults are calibrated, docs/methods.md.
 
     Attributes:
-        kind: none; fixed (anchor = initial parameters); stepwise (previous parameters); moving
-            (anchor renewed every `anchor_every` updates); dual (moving + stepwise);
-            fixed_stepwise.
-        anchor_every: N, in applied updates.
-        anchor_weight, previous_weight: beta of each reference within the KL.
-        fixed_weight: the weight that `with_fixed_weight` gives the kinds with a fixed anchor.
-        initial_weight, final_weight, warmup_steps: linear warm-up of the weight, in updates (a
-            fraction of one is possible).
-        min_weight, max_weight: the range that feedback keeps the weight in.
-        target_shift: d, the shift of the means that feedback aims at, in standard deviations of
-            the transition (root mean square over elements): a KL of D = d²/2.
-        feedback: after the warm-up. `tighten`: high KL raises the weight; `paper`: lowers it, as
-            Eq. 42 is printed and the official code does; `none`: the weight stays.
-        history: H, feedback acts on the mean of the last H KLs.
-        high, low: feedback acts above high·D and below low·D ...
-        up, down: ... and multiplies the weight by up or down.
-        previous_estimator: of KL(π ‖ π_previous). `closed_form`, against the parameters before the
-            last update: one more forward pass; `log_ratio`: the mean of log π_old - log π over the
-            rollout's samples (Eq. 15 and the official code), which needs no parameters and has a
-            gradient of mean zero with one update per rollout.
-        kl_time_weight: of each step in the KLs of the references. `uniform`: the mean over
-            the steps, which the last steps dominate (KL_t = N_t²·Δv²/2 for a change Δv of the
-            velocity); `equalized`: times S_t², so that the same change of velocity costs the same
-            at every step, as much as at the median step; `step_length`: times σ - σ', which turns
-            the std of an Euler-Maruyama step in the denominator into the diffusion coefficient
-            (Flow-GRPO).
-        reference_dtype: `float32`, or `bfloat16` for references of half the size. The KL to a
-            rounded reference is not zero where the policy has not moved: about as large as what the
-            rounding of the compute dtype makes, so it is meant for a network that computes in
-            bfloat16.
-        step_bound: an update is scaled down so that KL(π_new ‖ π) is expected to stay below this,
-            from the measured KL of the last update and the lengths of both; 0: no bound.
+      kind: none; fixed (anchor = initial parameters); stepwise (previous parameters); moving
+        (anchor renewed every `anchor_every` updates); dual (moving + stepwise);
+        fixed_stepwise.
+      anchor_every: N, in applied updates.
+      anchor_weight, previous_weight: beta of each reference within the KL.
+      fixed_weight: the weight that `with_fixed_weight` gives the kinds with a fixed anchor.
+      initial_weight, final_weight, warmup_steps: linear warm-up of the weight, in updates (a
+        fraction of one is possible).
+      min_weight, max_weight: the range that feedback keeps the weight in.
+      target_shift: d, the shift of the means that feedback aims at, in standard deviations of
+        the transition (root mean square over elements): a KL of D = d²/2.
+      feedback: after the warm-up. `tighten`: high KL raises the weight; `paper`: lowers it, as
+        Eq. 42 is printed and the official code does; `none`: the weight stays.
+      history: H, feedback acts on the mean of the last H KLs.
+      high, low: feedback acts above high·D and below low·D ...
+      up, down: ... and multiplies the weight by up or down.
+      previous_estimator: of KL(π ‖ π_previous). `closed_form`, against the parameters before the
+        last update: one more forward pass; `log_ratio`: the mean of log π_old - log π over the
+        rollout's samples (Eq. 15 and the official code), which needs no parameters and has a
+        gradient of mean zero with one update per rollout.
+      kl_time_weight: of each step in the KLs of the references. `uniform`: the mean over
+        the steps, which the last steps dominate (KL_t = N_t²·Δv²/2 for a change Δv of the
+        velocity); `equalized`: times S_t², so that the same change of velocity costs the same
+        at every step, as much as at the median step; `step_length`: times σ - σ', which turns
+        the std of an Euler-Maruyama step in the denominator into the diffusion coefficient
+        (Flow-GRPO).
+      reference_dtype: `float32`, or `bfloat16` for references of half the size. Meant for a network
+        that computes in bfloat16, which rounds them anyway where it uses them; elsewhere the KL to
+        a rounded reference is not zero where the policy has not moved.
+      step_bound: an update is scaled down so that KL(π_new ‖ π) is expected to stay below this,
+        from the measured KL of the last update and the lengths of both; 0: no bound.
     """
 
-    kind: str = "dual"
-    anchor_every: int = 10
-    anchor_weight: float = 1.0
-    previous_weight: float = 0.1
-    fixed_weight: float = 0.04
-    initial_weight: float = 0.01
-    final_weight: float = 0.1
-    warmup_steps: float = 20.0
-    min_weight: float = 1e-3
-    max_weight: float = 30.0
-    target_shift: float = 0.02
-    feedback: str = "tighten"
-    history: int = 10
-    high: float = 1.5
-    low: float = 0.5
-    up: float = 1.1
-    down: float = 0.9
-    previous_estimator: str = "closed_form"
-    kl_time_weight: str = "uniform"
-    reference_dtype: str = "float32"
-    step_bound: float = 0.0
+    kind: str = fields.choice("dual", KINDS)
+    anchor_every: int = fields.bounded(10, least=1)
+    anchor_weight: float = fields.bounded(1.0, least=0)
+    previous_weight: float = fields.bounded(0.1, least=0)
+    fixed_weight: float = fields.bounded(0.04, least=0)
+    initial_weight: float = fields.bounded(0.01, least=0)
+    final_weight: float = fields.bounded(0.1, least=0)
+    warmup_steps: float = fields.bounded(20.0, least=0)
+    min_weight: float = fields.bounded(1e-3, least=0)
+    max_weight: float = fields.bounded(30.0)
+    target_shift: float = fields.bounded(0.02, above=0)
+    feedback: str = fields.choice("tighten", FEEDBACKS)
+    history: int = fields.bounded(10, least=1)
+    high: float = fields.bounded(1.5)
+    low: float = fields.bounded(0.5, least=0)
+    up: float = fields.bounded(1.1, least=1)
+    down: float = fields.bounded(0.9, above=0, most=1)
+    previous_estimator: str = fields.choice("closed_form", ESTIMATORS)
+    kl_time_weight: str = fields.choice("uniform", TIME_WEIGHTS)
+    reference_dtype: str = fields.choice("float32", REFERENCE_DTYPES)
+    step_bound: float = fields.bounded(0.0, least=0)
 
     def __post_init__(self) -> None:
         """Raises ValueError for the first field that is out of range."""
-        # Every field by itself
-        finite = [name for name, value in vars(self).items() if isinstance(value, float)]
-        for name in finite:
-            self._require(name, math.isfinite(getattr(self, name)), "finite")
-        self._require("kind", self.kind in KINDS, f"one of {', '.join(KINDS)}")
-        self._require("feedback", self.feedback in FEEDBACKS, f"one of {', '.join(FEEDBACKS)}")
-        estimators = ", ".join(ESTIMATORS)
-        self._require(
-            "previous_estimator", self.previous_estimator in ESTIMATORS, f"one of {estimators}"
-        )
-        self._require(
-            "kl_time_weight",
-            self.kl_time_weight in TIME_WEIGHTS,
-            f"one of {', '.join(TIME_WEIGHTS)}",
-        )
-        self._require(
-            "reference_dtype",
-            self.reference_dtype in REFERENCE_DTYPES,
-            f"one of {', '.join(REFERENCE_DTYPES)}",
-        )
-        self._require("step_bound", self.step_bound >= 0, ">= 0")
-        self._require_counts_and_weights()
-
-        # Fields that depend on each other
+        fields.check(self)
         if self.step_bound > 0:
-            self._require(
-                "step_bound",
+            fields.require(
                 self.has_previous,
+                self,
+                "step_bound",
                 "0 without the previous policy in closed form (kind stepwise, dual or "
                 "fixed_stepwise, previous_estimator closed_form)",
             )
-        self._require("high", self.high > self.low, f"> low={self.low}")
-        self._require("max_weight", self.max_weight >= self.min_weight, ">= min_weight")
+        fields.require(self.high > self.low, self, "high", f"greater than low={self.low}")
+        ordered = self.max_weight >= self.min_weight
+        fields.require(ordered, self, "max_weight", f"at least min_weight={self.min_weight}")
         if self.feedback != "none":
-            allowed = f"in [min_weight, max_weight] = [{self.min_weight}, {self.max_weight}]"
+            allowed = f"min_weight to max_weight, {self.min_weight} to {self.max_weight}"
             inside = self.min_weight <= self.final_weight <= self.max_weight
-            self._require("final_weight", inside, allowed)
-
-    def _require_counts_and_weights(self) -> None:
-        for name in ("anchor_every", "history"):
-            value = getattr(self, name)
-            self._require(name, isinstance(value, int) and value >= 1, "an integer >= 1")
-        for name in (
-            "anchor_weight",
-            "previous_weight",
-            "fixed_weight",
-            "initial_weight",
-            "final_weight",
-            "warmup_steps",
-            "min_weight",
-            "low",
-        ):
-            self._require(name, getattr(self, name) >= 0, ">= 0")
-        self._require("target_shift", self.target_shift > 0, "> 0")
-        self._require("up", self.up >= 1, ">= 1")
-        self._require("down", 0 < self.down <= 1, "in (0, 1]")
-
-    def _require(self, name: str, condition: bool, allowed: str) -> None:
-        if not condition:
-            raise ValueError(f"trust region: {name}={getattr(self, name)!r}: must be {allowed}")
+            fields.require(inside, self, "final_weight", allowed)
 
     def with_fixed_weight(self) -> TrustRegionConfig:
         """Returns the settings in which a fixed anchor has the weight `fixed_weight` all along.
@@ -282,7 +238,7 @@ def find_state(optimizer_state: Any) -> TrustRegionState:
     """Returns the TrustRegionState within the state of a chain.
 
     Raises:
-        ValueError: there is none, or more than one.
+      ValueError: there is none, or more than one.
     """
 
     def is_trust_region(node: Any) -> bool:

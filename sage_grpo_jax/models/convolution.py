@@ -48,11 +48,11 @@ def valid_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.platform_dependent(x, kernel, cpu=sum_of_taps, default=plain_convolution)
 
 
-def _forward(x: jax.Array, kernel: jax.Array):
+def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return valid_convolution(x, kernel), (x, kernel)
 
 
-def _backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array):
+def _backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     return lax.platform_dependent(*residuals, g, cpu=tap_gradients, default=plain_gradients)
 
 

@@ -252,14 +252,6 @@ class VideoAutoencoder(Protocol):
         """What `decode` does after `decode_unclipped`: `decode` is one after the other."""
         ...
 
-    def encode_moments(self, params: Any, videos: jax.Array, config: Any) -> jax.Array:
-        """float32 [B, T, h, w, 2 * C] that `split_moments` makes mean and logvar of."""
-        ...
-
-    def split_moments(self, moments: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(mean, logvar) of moments, or of blended tiles of them."""
-        ...
-
     def to_model_latents(self, latents: jax.Array, config: Any) -> jax.Array:
         """From its own units to those of the transformer."""
         ...

@@ -1,15 +1,13 @@
-"""The double-stream blocks of the HunyuanVideo-1.5 DiT, and how the stack of them is run."""
+"""The double-stream blocks of the HunyuanVideo-1.5 DiT."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sage_grpo_jax.models import lora
 from sage_grpo_jax.models.attention import Qkv, joint_attention
 from sage_grpo_jax.models.hunyuan_video_config import HunyuanVideoConfig
 from sage_grpo_jax.models.layers import Mlp, Modulation, RMSNorm, constrain, dense, layer_norm
@@ -87,46 +85,3 @@ class Block(nn.Module):
             constrain(image, "batch", "tokens", None),
             constrain(text, "batch", None, None),
         ), None
-
-
-def run_blocks(
-    params: Any,
-    config: HunyuanVideoConfig,
-    carry: tuple[jax.Array, jax.Array],
-    shared: tuple[Any, ...],
-    adapters: Any = None,
-    scale: float = 1.0,
-) -> tuple[jax.Array, jax.Array]:
-    """All blocks one after another on stacked parameters.
-
-    Args:
-      params: of the blocks, leaves [layers, ...].
-      config: decides between scan and unrolled blocks, and whether blocks are recomputed in the
-        backward pass.
-      carry: (image tokens [B, N, D], text tokens [B, L, D]).
-      shared: what every block sees: vector [B, D], key mask [B, N + L], rotary tables.
-      adapters: LoRA adapters of the blocks (`models.lora`), leaves [layers, ...], or None. They are
-        merged block by block, inside what the backward pass recomputes.
-      scale: of the adapters.
-    """
-
-    def block(carry, layer):
-        params, adapters = layer
-        if adapters is not None:
-            params = lora.merge_layer(params, adapters, scale)
-        return Block(config, parent=None).apply({"params": params}, carry, *shared)
-
-    layers = (params, adapters)
-    if not config.unroll:
-        if config.remat:
-            block = jax.checkpoint(block, prevent_cse=False)
-        return jax.lax.scan(block, carry, layers)[0]
-    if config.remat:
-        block = jax.checkpoint(block)
-    # Splits, not slices: their transpose is one concatenation, and what the backward pass needs is
-    # not copied into stacks.
-    stacked, tree = jax.tree.flatten(layers)
-    split = [jax.lax.split(leaf, [1] * config.num_layers) for leaf in stacked]
-    for leaves in zip(*split, strict=True):
-        carry, _ = block(carry, jax.tree.unflatten(tree, [leaf[0] for leaf in leaves]))
-    return carry

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sage_grpo_jax.models import double_stream, lora
-from sage_grpo_jax.models.double_stream import EPSILON
+from sage_grpo_jax.models import layer_stack, layers, lora, transformer
+from sage_grpo_jax.models.double_stream import EPSILON, Block
 from sage_grpo_jax.models.hunyuan_video_condition import (
     Condition,
     embedding_needs,
@@ -37,14 +35,12 @@ from sage_grpo_jax.models.layers import (
     constrain,
     float32_dense,
     layer_norm,
-    logical_names,
-    mesh_axis_size,
     normal,
     sinusoid,
-    xavier,
     zeros,
 )
 from sage_grpo_jax.models.model_config import require, require_shape
+from sage_grpo_jax.models.patches import PatchEmbed, pad_tokens, token_grid, unpatchify
 from sage_grpo_jax.models.rope import rotary_angles, rotary_tables
 from sage_grpo_jax.models.text_refiner import ByT5Mapper, ImageProjection, TextRefiner
 
@@ -98,8 +94,7 @@ def init_params(config: HunyuanVideoConfig, key: jax.Array) -> dict[str, Any]:
 
 def partition_names(config: HunyuanVideoConfig) -> dict[str, Any]:
     """The tree of `init_params` with a tuple of logical axis names (or None) at each leaf."""
-    boxed = jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0))
-    return logical_names(boxed)
+    return layers.partition_names(_init_boxed, config)
 
 
 def velocity(
@@ -111,30 +106,13 @@ def velocity(
     adapters: Any = None,
     scale: float = 1.0,
 ) -> jax.Array:
-    """The model's velocity dz/dsigma (noise minus clean latents).
+    """The velocity dz/dsigma of `door.VideoModel`: float32 [B, T, H, W, out_channels].
 
-    Args:
-      params: as from `init_params`.
-      latents: noisy latents [B, T, H, W, out_channels].
-      timestep: float [B], 1000 * sigma.
-      condition: see `Condition`.
-      config: static.
-      adapters: LoRA adapters as from `models.lora.init_adapters`, or None.
-      scale: of the adapters, `LoraConfig.scale`.
-
-    Returns:
-      float32 [B, T, H, W, out_channels].
-
-    Raises:
-      ValueError: shapes that do not fit the config.
+    Latents have as many channels; what else the model may see of a clip is in the condition.
     """
     _check_inputs(latents, timestep, condition, config)
-    blocks = None
-    if adapters is not None:
-        params, blocks = lora.split_blocks(params, adapters, scale)
-    return _Transformer(config).apply(
-        {"params": params}, latents, timestep, condition, blocks, scale
-    )
+    network = _Transformer(config)
+    return transformer.velocity(network, params, latents, timestep, condition, adapters, scale)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -156,37 +134,6 @@ def _init_boxed(config: HunyuanVideoConfig, key: jax.Array) -> dict[str, Any]:
         timestep_r=jnp.zeros(1) if config.use_meanflow else None,
     )
     return _Transformer(config).init(key, latents, jnp.zeros(1), condition)["params"]
-
-
-class _PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens. The kernel keeps the layout of a 3-D convolution.
-
-    Absent condition channels are zeros: their part of the kernel is left out of the product.
-    """
-
-    config: HunyuanVideoConfig
-
-    @nn.compact
-    def __call__(self, latents_BxTxHxWxC: jax.Array) -> jax.Array:
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
-        patch, width = config.patch, config.hidden_size
-
-        names = (None, None, None, "conv_in", "embed")
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(_xavier_of_patches, names),
-            (*patch, config.in_channels, width),
-        )
-        bias = self.param("bias", nn.with_logical_partitioning(zeros, (None,)), (width,))
-        channels = latents_BxTxHxWxC.shape[-1]
-        tokens = patchify(latents_BxTxHxWxC, patch).astype(dtype)
-        kernel = kernel[..., :channels, :].reshape(-1, width).astype(dtype)
-        return tokens @ kernel + bias.astype(dtype)
-
-
-def _xavier_of_patches(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-    """Xavier for a patch kernel, seen as the dense layer that it is."""
-    return xavier(key, (math.prod(shape[:-1]), shape[-1]), dtype).reshape(shape)
 
 
 class _FinalLayer(nn.Module):
@@ -216,43 +163,37 @@ class _Transformer(nn.Module):
         adapters: Any = None,
         scale: float = 1.0,
     ) -> jax.Array:
-        config = self.config
-        grid = tuple(
-            n // p for n, p in zip(latents_BxTxHxWxC.shape[1:4], config.patch, strict=True)
-        )
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        grid = token_grid(latents_BxTxHxWxC, config.patch)
+
+        # Time and text
         vector = VectorEmbed(config.hidden_size, name="time_embed")(sinusoid(timestep_B))
         if condition.timestep_r is not None:
             embed_r = VectorEmbed(config.hidden_size, name="time_embed_r")
             vector = vector + embed_r(sinusoid(condition.timestep_r))
 
         text, text_mask = self._text_tokens(condition, timestep_B)
+
+        # Image tokens, absent condition channels are zeros
         if condition.latents is not None:
             latents_BxTxHxWxC = jnp.concatenate([latents_BxTxHxWxC, condition.latents], axis=-1)
-        image = _PatchEmbed(config, name="patch_embed")(latents_BxTxHxWxC)
+        embed = PatchEmbed(
+            config.patch, config.in_channels, config.hidden_size, dtype, name="patch_embed"
+        )
+        image = embed(latents_BxTxHxWxC)
         num_tokens = image.shape[1]
-        # Sharded over `context`, tokens must come out even; the rest is padding under the mask.
-        padding = -num_tokens % mesh_axis_size("context")
-        image = jnp.pad(image, ((0, 0), (0, padding), (0, 0)))
-        image = constrain(image, "batch", "tokens", None)
-        image_mask = jnp.broadcast_to(
-            jnp.arange(num_tokens + padding) < num_tokens, image.shape[:2]
-        )
+        image, image_mask = pad_tokens(image)
         key_mask = jnp.concatenate([image_mask, text_mask], axis=1)
-        rope = rotary_tables(
-            rotary_angles(grid, config.rope_axes_dim, config.rope_theta), num_tokens + padding
-        )
+        angles = rotary_angles(grid, config.rope_axes_dim, config.rope_theta)
+        rope = rotary_tables(angles, image.shape[1])
         rope = tuple(constrain(table, "tokens", None) for table in rope)
 
-        shared = (vector, key_mask, rope)
-        if self.is_initializing():
-            self._init_blocks((image, text), *shared)
-        else:
-            blocks = self.variables["params"]["blocks"]
-            image, text = double_stream.run_blocks(
-                blocks, config, (image, text), shared, adapters, scale
-            )
+        # Blocks
+        image, _ = layer_stack.blocks(
+            self, Block, (image, text), (vector, key_mask, rope), adapters, scale
+        )
         out = _FinalLayer(config, name="final")(image[:, :num_tokens], vector)
-        return unpatchify(out, grid, config.patch)
+        return unpatchify(out, grid, config.patch, channels_first=True)
 
     def _text_tokens(
         self, condition: Condition, timestep_B: jax.Array
@@ -289,46 +230,12 @@ class _Transformer(nn.Module):
             masks.append(mask)
         return jnp.concatenate(tokens, axis=1), jnp.concatenate(masks, axis=1).astype(bool)
 
-    def _init_blocks(self, carry: tuple[jax.Array, jax.Array], *shared: Any) -> None:
-        """Makes the parameters of the blocks, stacked on a leading axis."""
-        blocks = nn.scan(
-            double_stream.Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast,) * len(shared),
-            length=self.config.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        blocks(self.config, name="blocks")(carry, *shared)
-
-
-def patchify(x_BxTxHxWxC: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
-    """[B, T, H, W, C] -> [B, tokens, pt * ph * pw * C], tokens in t-major order."""
-    b, t, h, w, c = x_BxTxHxWxC.shape
-    pt, ph, pw = patch
-    x = x_BxTxHxWxC.reshape(b, t // pt, pt, h // ph, ph, w // pw, pw, c)
-    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, pt * ph * pw * c)
-
-
-def unpatchify(
-    x_BxNxP: jax.Array, grid: tuple[int, int, int], patch: tuple[int, int, int]
-) -> jax.Array:
-    """[B, tokens, C * pt * ph * pw] -> [B, T, H, W, C]; channels lead in a token, unlike above."""
-    (t, h, w), (pt, ph, pw) = grid, patch
-    x = x_BxNxP.reshape(-1, t, h, w, x_BxNxP.shape[-1] // (pt * ph * pw), pt, ph, pw)
-    x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4)
-    return x.reshape(-1, t * pt, h * ph, w * pw, x.shape[-1])
-
 
 def _check_inputs(latents, timestep, condition: Condition, config: HunyuanVideoConfig) -> None:
-    chex.assert_rank([latents, timestep, condition.text, condition.text_mask], [5, 1, 3, 2])
+    transformer.check_inputs(
+        latents, timestep, condition.text, condition.text_mask, config, config.text_embed_dim
+    )
     batch = latents.shape[0]
-    for size, patch, axis in zip(latents.shape[1:4], config.patch, "THW", strict=True):
-        require(size % patch == 0, f"latents axis {axis}", size, f"a multiple of the patch {patch}")
-    require_shape("latents", latents, (*latents.shape[:4], config.out_channels))
-    require_shape("timestep", timestep, (batch,))
-    require_shape("condition.text", condition.text, (batch, None, config.text_embed_dim))
-    require_shape("condition.text_mask", condition.text_mask, condition.text.shape[:2])
     for name, width in (("byt5", config.text_embed_2_dim), ("image", config.image_embed_dim)):
         value, mask = getattr(condition, name), getattr(condition, f"{name}_mask")
         if value is None:

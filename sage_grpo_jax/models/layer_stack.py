@@ -1,13 +1,62 @@
-"""How a stack of equal layers is run: scanned or unrolled, recomputed or not, with adapters."""
+"""A stack of equal layers: its parameters, and how it is run.
+
+It is scanned or unrolled, recomputed in the backward pass or not, with or without adapters.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 
 from sage_grpo_jax.models import lora
+
+
+def blocks(
+    parent: nn.Module,
+    block: type[nn.Module],
+    carry: Any,
+    shared: tuple[Any, ...],
+    adapters: Any = None,
+    scale: float = 1.0,
+) -> Any:
+    """The carry after all blocks of a transformer; to be called in its compact method.
+
+    Args:
+      parent: the transformer. Its `config` says how many blocks there are and how they are run;
+        their parameters are stacked below its key `blocks`.
+      block: class of a block, `block(config)(carry, *shared) -> (carry, None)`.
+      carry: what goes into the first block.
+      shared: what every block sees.
+      adapters: LoRA adapters of the blocks, or None; see `run`.
+      scale: of the adapters.
+    """
+    config = parent.config
+    if parent.is_initializing():
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast,) * len(shared),
+            length=config.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return stack(config, name="blocks")(carry, *shared)[0]
+
+    def apply(params, carry):
+        return block(config, parent=None).apply({"params": params}, carry, *shared)[0]
+
+    return run(
+        apply,
+        carry,
+        parent.variables["params"]["blocks"],
+        remat=config.remat,
+        unroll=config.unroll,
+        adapters=adapters,
+        scale=scale,
+    )
 
 
 def run(

@@ -7,6 +7,7 @@ and the time embedding compute in float32 whatever the compute dtype is.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -194,8 +195,14 @@ def sinusoid(timestep_B: jax.Array, channels: int = 256, max_period: float = 1e4
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def logical_names(boxed: Any) -> Any:
-    """Of a tree of Flax's boxes, the tuple of logical axis names (or None) at each leaf."""
+def partition_names(init_boxed: Callable[[Any, jax.Array], Any], config: Any) -> dict[str, Any]:
+    """The tuple of logical axis names (or None) of each parameter, in a tree like theirs.
+
+    Args:
+      init_boxed: (config, key) -> parameters in Flax's boxes.
+      config: of the model.
+    """
+    boxed = jax.eval_shape(functools.partial(init_boxed, config), jax.random.key(0))
     return jax.tree.map(
         lambda box: tuple(box.names),
         boxed,

@@ -1,7 +1,7 @@
 """The models that there are: one line each. Everything else asks here and names none.
 
 A model is a module that has what `models.door` asks for, and a module of weight tables
-(`weights.model_tables`). They are named as texts and imported on first use.
+(`weights.tables.model_tables`). They are named as texts and imported on first use.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class Entry(NamedTuple):
     tables: str
 
 
-_MODELS, _WEIGHTS = "sage_grpo_jax.models", "sage_grpo_jax.weights"
+_MODELS, _TABLES = "sage_grpo_jax.models", "sage_grpo_jax.weights.tables"
 # By `_class_name` in diffusers' config.json.
 ENTRIES: dict[str, Entry] = {
     "HunyuanVideo15Transformer3DModel": Entry(
-        TRANSFORMER, f"{_MODELS}.hunyuan_video", f"{_WEIGHTS}.hunyuan_video_keys"
+        TRANSFORMER, f"{_MODELS}.hunyuan_video", f"{_TABLES}.hunyuan_video_keys"
     ),
     "AutoencoderKLHunyuanVideo15": Entry(
-        AUTOENCODER, f"{_MODELS}.vae", f"{_WEIGHTS}.hunyuan_vae_keys"
+        AUTOENCODER, f"{_MODELS}.vae", f"{_TABLES}.hunyuan_vae_keys"
     ),
-    "WanTransformer3DModel": Entry(TRANSFORMER, f"{_MODELS}.wan", f"{_WEIGHTS}.wan_keys"),
-    "AutoencoderKLWan": Entry(AUTOENCODER, f"{_MODELS}.wan_vae", f"{_WEIGHTS}.wan_vae_keys"),
+    "WanTransformer3DModel": Entry(TRANSFORMER, f"{_MODELS}.wan", f"{_TABLES}.wan_keys"),
+    "AutoencoderKLWan": Entry(AUTOENCODER, f"{_MODELS}.wan_vae", f"{_TABLES}.wan_vae_keys"),
 }
 
 
@@ -81,7 +81,7 @@ def names(kind: str) -> list[str]:
 
 
 def tables_of(class_name: str) -> Any:
-    """The module of weight tables of a model; see `weights.model_tables`."""
+    """The module of weight tables of a model; see `weights.tables.model_tables`."""
     return importlib.import_module(ENTRIES[class_name].tables)
 
 

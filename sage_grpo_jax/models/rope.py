@@ -99,11 +99,15 @@ def swapped_by_product(x: jax.Array) -> jax.Array:
     return jnp.matmul(x, permutation, precision=jax.lax.Precision.HIGHEST)
 
 
-def _forward(x, cos, sin):
+def _forward(
+    x: jax.Array, cos: jax.Array, sin: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return apply_rotary(x, cos, sin), (cos, sin)
 
 
-def _backward(tables, gradient):
+def _backward(
+    tables: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, None, None]:
     # The transpose of a rotation is the rotation back; derived automatically it would be a slow
     # chain of pads and slices.
     cos, sin = tables

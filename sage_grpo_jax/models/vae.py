@@ -16,15 +16,22 @@ import json
 import math
 from typing import Any
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from sage_grpo_jax.common import checked_json
-from sage_grpo_jax.models import vae_layers as layers
+from sage_grpo_jax.models import autoencoder, layers
+from sage_grpo_jax.models.hunyuan_vae_layers import (
+    CausalConv,
+    Downsample,
+    MidBlock,
+    ResnetBlock,
+    Upsample,
+    group_mean,
+)
 from sage_grpo_jax.models.hunyuan_video_config import VARIANTS
-from sage_grpo_jax.models.layers import logical_names
+from sage_grpo_jax.models.vae_layers import RmsNorm
 
 Params = dict[str, Any]
 # Far beyond the released model; what is larger comes from a damaged file.
@@ -190,13 +197,13 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, videos_BxFxHxWxC: jax.Array) -> jax.Array:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        h = layers.CausalConv(config.block_out_channels[0], dtype, name="conv_in")(videos_BxFxHxWxC)
+        h = CausalConv(config.block_out_channels[0], dtype, name="conv_in")(videos_BxFxHxWxC)
         for level in range(len(config.block_out_channels)):
             h = DownBlock(config, level, name=f"down_{level}")(h)
-        h = layers.MidBlock(dtype, name="mid")(h)
-        shortcut = layers.group_mean(h, 2 * config.latent_channels)
-        h = nn.silu(layers.RmsNorm(name="norm_out")(h))
-        return layers.CausalConv(2 * config.latent_channels, dtype, name="conv_out")(h) + shortcut
+        h = MidBlock(dtype, name="mid")(h)
+        shortcut = group_mean(h, 2 * config.latent_channels)
+        h = nn.silu(RmsNorm(name="norm_out")(h))
+        return CausalConv(2 * config.latent_channels, dtype, name="conv_out")(h) + shortcut
 
 
 class DownBlock(nn.Module):
@@ -210,12 +217,12 @@ class DownBlock(nn.Module):
         config, h, dtype = self.config, h_BxTxHxWxC, jnp.dtype(self.config.dtype)
         for i in range(config.layers_per_block):
             width = config.block_out_channels[self.level]
-            h = layers.ResnetBlock(width, dtype, name=f"resnet_{i}")(h)
+            h = ResnetBlock(width, dtype, name=f"resnet_{i}")(h)
         if self.level >= config.spatial_steps:
             return h
         temporal = self.level >= config.spatial_steps - config.temporal_steps
         width = config.downsampled_width(self.level)
-        return layers.Downsample(width, temporal, dtype, name="downsample")(h)
+        return Downsample(width, temporal, dtype, name="downsample")(h)
 
 
 class Decoder(nn.Module):
@@ -227,13 +234,13 @@ class Decoder(nn.Module):
     def __call__(self, latents_BxTxHxWxC: jax.Array) -> jax.Array:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         width = config.block_out_channels[-1]
-        h = layers.CausalConv(width, dtype, name="conv_in")(latents_BxTxHxWxC)
+        h = CausalConv(width, dtype, name="conv_in")(latents_BxTxHxWxC)
         h += jnp.repeat(latents_BxTxHxWxC, width // config.latent_channels, axis=-1).astype(dtype)
-        h = layers.MidBlock(dtype, name="mid")(h)
+        h = MidBlock(dtype, name="mid")(h)
         for level in range(len(config.block_out_channels)):
             h = UpBlock(config, level, name=f"up_{level}")(h)
-        h = nn.silu(layers.RmsNorm(name="norm_out")(h))
-        return layers.CausalConv(config.out_channels, dtype, name="conv_out")(h)
+        h = nn.silu(RmsNorm(name="norm_out")(h))
+        return CausalConv(config.out_channels, dtype, name="conv_out")(h)
 
 
 class UpBlock(nn.Module):
@@ -247,40 +254,31 @@ class UpBlock(nn.Module):
         config, h, dtype = self.config, h_BxTxHxWxC, jnp.dtype(self.config.dtype)
         for i in range(config.layers_per_block + 1):
             width = config.block_out_channels[::-1][self.level]
-            h = layers.ResnetBlock(width, dtype, name=f"resnet_{i}")(h)
+            h = ResnetBlock(width, dtype, name=f"resnet_{i}")(h)
         if self.level >= config.spatial_steps:
             return h
         temporal = self.level < config.temporal_steps
         width = config.upsampled_width(self.level)
-        return layers.Upsample(width, temporal, dtype, name="upsample")(h)
-
-
-def _init_boxed(config: VaeConfig, key: jax.Array) -> Params:
-    """Both parameter trees, each array in Flax's box of logical axis names."""
-    side = config.spatial_compression_ratio
-    video = jnp.zeros((1, 1, side, side, config.in_channels))
-    latent = jnp.zeros((1, 1, 1, 1, config.latent_channels))
-    encoder_key, decoder_key = jax.random.split(key)
-    return {
-        "encoder": Encoder(config).init(encoder_key, video)["params"],
-        "decoder": Decoder(config).init(decoder_key, latent)["params"],
-    }
+        return Upsample(width, temporal, dtype, name="upsample")(h)
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _init_boxed(config: VaeConfig, key: jax.Array) -> Params:
+    """Both parameter trees, each array in Flax's box of logical axis names."""
+    return autoencoder.init_boxed(Encoder(config), Decoder(config), config, key)
+
+
 def init_params(config: VaeConfig, key: jax.Array) -> Params:
     """Random float32 parameters {"encoder": ..., "decoder": ...} as nested dicts of arrays.
 
-    Under jit, so that the forward pass which Linen uses to find the shapes is never run; works
-    under `jax.eval_shape`, also at the full size.
+    Works under `jax.eval_shape`, also at the full size.
     """
     return nn.unbox(_init_boxed(config, key))
 
 
 def partition_names(config: VaeConfig) -> Params:
     """Tree like the parameters; each leaf the tuple of logical axis names of that parameter."""
-    boxed = jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0))
-    return logical_names(boxed)
+    return layers.partition_names(_init_boxed, config)
 
 
 def encode(
@@ -301,28 +299,10 @@ def encode(
     Raises:
       ValueError: if the clip does not fit the compression ratios.
     """
-    return split_moments(encode_moments(params, videos_BxFxHxWxC, config))
-
-
-def encode_moments(params: Params, videos_BxFxHxWxC: jax.Array, config: VaeConfig) -> jax.Array:
-    """Mean and unclipped logvar of `encode`, one after the other on the last axis; float32."""
-    chex.assert_rank(videos_BxFxHxWxC, 5)
-    _, frames, height, width, channels = videos_BxFxHxWxC.shape
-    s, t = config.spatial_compression_ratio, config.temporal_compression_ratio
-    if (frames - 1) % t:
-        raise ValueError(f"frames={frames}: must be 1 plus a multiple of {t}")
-    if height % s or width % s:
-        raise ValueError(f"height={height}, width={width}: must be multiples of {s}")
-    if channels != config.in_channels:
-        raise ValueError(f"channels={channels}: must be in_channels={config.in_channels}")
-    moments = Encoder(config).apply({"params": params["encoder"]}, videos_BxFxHxWxC)
-    return moments.astype(jnp.float32)
-
-
-def split_moments(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(mean, clipped logvar) of moments [..., 2 * latent_channels]."""
-    mean, logvar = jnp.split(moments, 2, axis=-1)
-    return mean, jnp.clip(logvar, -30.0, 20.0)
+    autoencoder.check_clip(videos_BxFxHxWxC, config)
+    return autoencoder.posterior(
+        Encoder(config).apply({"params": params["encoder"]}, videos_BxFxHxWxC)
+    )
 
 
 def decode(params: Params, latents_BxTxHxWxC: jax.Array, config: VaeConfig) -> jax.Array:
@@ -334,12 +314,9 @@ def decode(params: Params, latents_BxTxHxWxC: jax.Array, config: VaeConfig) -> j
       config: shape of the VAE.
 
     Raises:
-      ValueError: if the latents do not have `latent_channels` channels.
+      ValueError: if the latents are empty or do not have `latent_channels` channels.
     """
-    chex.assert_rank(latents_BxTxHxWxC, 5)
-    channels = latents_BxTxHxWxC.shape[-1]
-    if channels != config.latent_channels:
-        raise ValueError(f"channels={channels}: must be latent_channels={config.latent_channels}")
+    autoencoder.check_latents(latents_BxTxHxWxC, config)
     videos = Decoder(config).apply({"params": params["decoder"]}, latents_BxTxHxWxC)
     return videos.astype(jnp.float32)
 

@@ -1,12 +1,12 @@
-"""The VAE on spatial tiles: bounded memory at any clip size, with linear blending at the seams.
+"""Decoding on spatial tiles: bounded memory at any clip size, with linear blending at the seams.
 
 Tiles cover all frames and a square of `tile` pixels; each starts (1 - overlap) of a tile after the
 one before, and the shared strip fades from one to the other. Tiled and whole results differ: the
 mid-block attention sees one tile only. The released weights are usually decoded this way.
 
-Same numbers as `tiled_decode` and `tiled_encode` of diffusers' video VAEs (overlap 0.25, the
-default there) and of HunyuanVideo-1.5's own code (overlap 0.125): a tile is blended with the
-blended tile above it, then with the blended one to its left.
+Same numbers as `tiled_decode` of diffusers' video VAEs (overlap 0.25, the default there) and of
+HunyuanVideo-1.5's own code (overlap 0.125): a tile is blended with the blended tile above it, then
+with the blended one to its left.
 """
 
 from __future__ import annotations
@@ -88,43 +88,6 @@ def decode_tiled(
         return model.decode_unclipped({"decoder": decoder}, latents, config)
 
     return model.clip_pixels(_tiled(decode, latents_BxTxHxWxC, grids))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "tile", "overlap"))
-def encode_tiled(
-    params: Params,
-    videos_BxFxHxWxC: jax.Array,
-    config: AutoencoderConfig,
-    *,
-    tile: int = TILE,
-    overlap: float = OVERLAPS["diffusers"],
-) -> tuple[jax.Array, jax.Array]:
-    """Like `encode` of the VAE, tile by tile; a clip that fits into one tile is encoded whole.
-
-    Args:
-      params: as from its `init_params`; only "encoder" is used.
-      videos_BxFxHxWxC: in [-1, 1]; sizes as for `encode`.
-      config: shape of the VAE.
-      tile: side of a tile in pixels.
-      overlap: part of a tile that it shares with the next, at most 0.5.
-
-    Returns:
-      (mean, logvar) of the blended moments.
-
-    Raises:
-      ValueError: see `encode` and `decode_tiled`.
-    """
-    # The sizes are checked by tracing the plain encoder, which computes nothing.
-    model, ratio = registry.of(config), config.spatial_compression_ratio
-    jax.eval_shape(lambda p, v: model.encode(p, v, config), params, videos_BxFxHxWxC)
-    window, stride = (ratio * n for n in _window_and_stride(ratio, tile, overlap))
-    grids = [_Grid(n, window, stride, lambda x: x // ratio) for n in videos_BxFxHxWxC.shape[2:4]]
-
-    def encode(videos: jax.Array) -> jax.Array:
-        encoder, videos = lax.optimization_barrier((params["encoder"], videos))
-        return model.encode_moments({"encoder": encoder}, videos, config)
-
-    return model.split_moments(_tiled(encode, videos_BxFxHxWxC, grids))
 
 
 def check_tile(config: AutoencoderConfig, tile: int, overlap: float) -> None:

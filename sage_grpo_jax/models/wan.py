@@ -12,12 +12,11 @@ import functools
 import math
 from typing import Any
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sage_grpo_jax.models import layer_stack, lora
+from sage_grpo_jax.models import layer_stack, layers, transformer
 from sage_grpo_jax.models.layers import (
     Mlp,
     Modulation,
@@ -25,15 +24,13 @@ from sage_grpo_jax.models.layers import (
     constrain,
     float32_dense,
     layer_norm,
-    logical_names,
-    mesh_axis_size,
     normal,
     sinusoid,
     xavier,
     zeros,
 )
-from sage_grpo_jax.models.model_config import require, require_shape
-from sage_grpo_jax.models.patches import PatchEmbed, unpatchify
+from sage_grpo_jax.models.model_config import require
+from sage_grpo_jax.models.patches import PatchEmbed, pad_tokens, token_grid, unpatchify
 from sage_grpo_jax.models.rope import float64_rotary_tables
 from sage_grpo_jax.models.wan_blocks import Block, ModulationTable, gelu
 from sage_grpo_jax.models.wan_condition import (
@@ -90,8 +87,7 @@ def init_params(config: WanConfig, key: jax.Array) -> dict[str, Any]:
 
 def partition_names(config: WanConfig) -> dict[str, Any]:
     """The tree of `init_params` with a tuple of logical axis names (or None) at each leaf."""
-    boxed = jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0))
-    return logical_names(boxed)
+    return layers.partition_names(_init_boxed, config)
 
 
 def velocity(
@@ -103,30 +99,10 @@ def velocity(
     adapters: Any = None,
     scale: float = 1.0,
 ) -> jax.Array:
-    """The model's velocity dz/dsigma (noise minus clean latents).
-
-    Args:
-      params: as from `init_params`.
-      latents: noisy latents [B, T, H, W, in_channels].
-      timestep: float [B], 1000 * sigma.
-      condition: see `Condition`.
-      config: static.
-      adapters: LoRA adapters as from `models.lora.init_adapters`, or None.
-      scale: of the adapters, `LoraConfig.scale`.
-
-    Returns:
-      float32 [B, T, H, W, out_channels].
-
-    Raises:
-      ValueError: shapes that do not fit the config.
-    """
+    """The velocity dz/dsigma of `door.VideoModel`: float32 [B, T, H, W, out_channels]."""
     _check_inputs(latents, timestep, condition, config)
-    blocks = None
-    if adapters is not None:
-        params, blocks = lora.split_blocks(params, adapters, scale)
-    return _Transformer(config).apply(
-        {"params": params}, latents, timestep, condition, blocks, scale
-    )
+    network = _Transformer(config)
+    return transformer.velocity(network, params, latents, timestep, condition, adapters, scale)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -153,7 +129,7 @@ class _Transformer(nn.Module):
     ) -> jax.Array:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         width = config.hidden_size
-        grid = _token_grid(latents_BxTxHxWxC, config)
+        grid = token_grid(latents_BxTxHxWxC, config.patch)
 
         # Time and text
         vector = VectorEmbed(width, name="time_embed")(sinusoid(timestep_B, config.freq_dim))
@@ -162,49 +138,20 @@ class _Transformer(nn.Module):
         text = Mlp(width, width, gelu, dtype, normal, name="text_embed")(text)
         text = constrain(text, "batch", None, None)
 
-        # Image tokens. Sharded over `context`, they must come out even: padding under the mask.
-        image = PatchEmbed(config.patch, width, dtype, name="patch_embed")(latents_BxTxHxWxC)
+        # Image tokens
+        embed = PatchEmbed(config.patch, config.in_channels, width, dtype, name="patch_embed")
+        image = embed(latents_BxTxHxWxC)
         num_tokens = image.shape[1]
-        padding = -num_tokens % mesh_axis_size("context")
-        image = constrain(jnp.pad(image, ((0, 0), (0, padding), (0, 0))), "batch", "tokens", None)
-        mask = None
-        if padding:
-            mask = jnp.broadcast_to(jnp.arange(image.shape[1]) < num_tokens, image.shape[:2])
+        image, mask = pad_tokens(image)
         rope = float64_rotary_tables(grid, config.rope_axes_dim, ROPE_THETA, image.shape[1])
         rope = tuple(constrain(table, "tokens", None) for table in rope)
 
         # Blocks
-        shared = (text, jnp.concatenate(modulation, axis=1), mask, rope)
-
-        def block(params, x):
-            return Block(config, parent=None).apply({"params": params}, x, *shared)[0]
-
-        if self.is_initializing():
-            self._init_blocks(image, *shared)
-        else:
-            image = layer_stack.run(
-                block,
-                image,
-                self.variables["params"]["blocks"],
-                remat=config.remat,
-                unroll=config.unroll,
-                adapters=adapters,
-                scale=scale,
-            )
+        padded = image.shape[1] > num_tokens
+        shared = (text, jnp.concatenate(modulation, axis=1), mask if padded else None, rope)
+        image = layer_stack.blocks(self, Block, image, shared, adapters, scale)
         out = _FinalLayer(config, name="final")(image[:, :num_tokens], vector)
         return unpatchify(out, grid, config.patch)
-
-    def _init_blocks(self, image: jax.Array, *shared: Any) -> None:
-        """Makes the parameters of the blocks, stacked on a leading axis."""
-        blocks = nn.scan(
-            Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast,) * len(shared),
-            length=self.config.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        blocks(self.config, name="blocks")(image, *shared)
 
 
 class _FinalLayer(nn.Module):
@@ -221,21 +168,13 @@ class _FinalLayer(nn.Module):
         return float32_dense(channels, ("embed", "conv_out"), init=zeros, name="proj")(x)
 
 
-def _token_grid(latents_BxTxHxWxC: jax.Array, config: WanConfig) -> tuple[int, int, int]:
-    return tuple(n // p for n, p in zip(latents_BxTxHxWxC.shape[1:4], config.patch, strict=True))
-
-
 def _check_inputs(
     latents: jax.Array, timestep: jax.Array, condition: Condition, config: WanConfig
 ) -> None:
-    chex.assert_rank([latents, timestep, condition.text, condition.text_mask], [5, 1, 3, 2])
+    transformer.check_inputs(
+        latents, timestep, condition.text, condition.text_mask, config, config.text_dim
+    )
     most = config.rope_max_seq_len
     for size, patch, axis in zip(latents.shape[1:4], config.patch, "THW", strict=True):
-        name = f"latents axis {axis}"
-        require(size % patch == 0, name, size, f"a multiple of the patch {patch}")
-        require(size // patch <= most, name, size, f"at most {most} patches (rope_max_seq_len)")
-    batch = latents.shape[0]
-    require_shape("latents", latents, (*latents.shape[:4], config.in_channels))
-    require_shape("timestep", timestep, (batch,))
-    require_shape("condition.text", condition.text, (batch, None, config.text_dim))
-    require_shape("condition.text_mask", condition.text_mask, condition.text.shape[:2])
+        allowed = f"at most {most} patches (rope_max_seq_len)"
+        require(size // patch <= most, f"latents axis {axis}", size, allowed)

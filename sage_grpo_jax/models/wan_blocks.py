@@ -81,7 +81,7 @@ class _Attention(nn.Module):
 
     config: WanConfig
 
-    def setup(self):
+    def setup(self) -> None:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         width = config.hidden_size
         self.query = dense(width, ("embed", "heads"), dtype)

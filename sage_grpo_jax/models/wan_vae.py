@@ -16,17 +16,23 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sage_grpo_jax.models import wan_vae_layers as layers
-from sage_grpo_jax.models.layers import logical_names
+from sage_grpo_jax.models import autoencoder, layers
 from sage_grpo_jax.models.vae_layers import Pointwise, RmsNorm
 from sage_grpo_jax.models.wan_config import VARIANTS
 from sage_grpo_jax.models.wan_vae_config import WanVaeConfig
+from sage_grpo_jax.models.wan_vae_layers import (
+    CACHE,
+    CausalConv,
+    Downsample,
+    MidBlock,
+    ResnetBlock,
+    Upsample,
+)
 
 Params = dict[str, Any]
 NAME, Config = "Wan 2.1 VAE", WanVaeConfig
@@ -43,12 +49,12 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, videos_BxFxHxWxC: jax.Array, starts: bool = True) -> jax.Array:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        h = layers.CausalConv(config.base_dim, dtype, name="conv_in")(videos_BxFxHxWxC)
+        h = CausalConv(config.base_dim, dtype, name="conv_in")(videos_BxFxHxWxC)
         for level in range(config.levels):
             h = DownBlock(config, level, name=f"down_{level}")(h, starts)
-        h = layers.MidBlock(dtype, name="mid")(h)
+        h = MidBlock(dtype, name="mid")(h)
         h = nn.silu(RmsNorm(name="norm_out")(h))
-        h = layers.CausalConv(2 * config.z_dim, dtype, name="conv_out")(h)
+        h = CausalConv(2 * config.z_dim, dtype, name="conv_out")(h)
         return Pointwise(2 * config.z_dim, dtype, name="quant")(h)
 
 
@@ -63,11 +69,11 @@ class DownBlock(nn.Module):
         config, h, dtype = self.config, h_BxTxHxWxC, jnp.dtype(self.config.dtype)
         for i in range(config.num_res_blocks):
             width = config.encoder_width(self.level)
-            h = layers.ResnetBlock(width, dtype, name=f"resnet_{i}")(h)
+            h = ResnetBlock(width, dtype, name=f"resnet_{i}")(h)
         if self.level == config.levels - 1:
             return h
         temporal = config.downsamples_time(self.level)
-        return layers.Downsample(temporal, dtype, name="downsample")(h, starts)
+        return Downsample(temporal, dtype, name="downsample")(h, starts)
 
 
 class Decoder(nn.Module):
@@ -79,12 +85,12 @@ class Decoder(nn.Module):
     def __call__(self, latents_BxTxHxWxC: jax.Array, starts: bool = True) -> jax.Array:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         h = Pointwise(config.z_dim, dtype, name="post_quant")(latents_BxTxHxWxC)
-        h = layers.CausalConv(config.decoder_width(0), dtype, name="conv_in")(h)
-        h = layers.MidBlock(dtype, name="mid")(h)
+        h = CausalConv(config.decoder_width(0), dtype, name="conv_in")(h)
+        h = MidBlock(dtype, name="mid")(h)
         for level in range(config.levels):
             h = UpBlock(config, level, name=f"up_{level}")(h, starts)
         h = nn.silu(RmsNorm(name="norm_out")(h))
-        return layers.CausalConv(config.out_channels, dtype, name="conv_out")(h)
+        return CausalConv(config.out_channels, dtype, name="conv_out")(h)
 
 
 class UpBlock(nn.Module):
@@ -98,39 +104,30 @@ class UpBlock(nn.Module):
         config, h, dtype = self.config, h_BxTxHxWxC, jnp.dtype(self.config.dtype)
         for i in range(config.num_res_blocks + 1):
             width = config.decoder_width(self.level)
-            h = layers.ResnetBlock(width, dtype, name=f"resnet_{i}")(h)
+            h = ResnetBlock(width, dtype, name=f"resnet_{i}")(h)
         if self.level == config.levels - 1:
             return h
         temporal = config.upsamples_time(self.level)
-        return layers.Upsample(temporal, dtype, name="upsample")(h, starts)
-
-
-def _init_boxed(config: WanVaeConfig, key: jax.Array) -> Params:
-    """Both parameter trees, each array in Flax's box of logical axis names."""
-    side = config.spatial_compression_ratio
-    video = jnp.zeros((1, 1, side, side, config.in_channels))
-    latent = jnp.zeros((1, 1, 1, 1, config.z_dim))
-    encoder_key, decoder_key = jax.random.split(key)
-    return {
-        "encoder": Encoder(config).init(encoder_key, video)["params"],
-        "decoder": Decoder(config).init(decoder_key, latent)["params"],
-    }
+        return Upsample(temporal, dtype, name="upsample")(h, starts)
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _init_boxed(config: WanVaeConfig, key: jax.Array) -> Params:
+    """Both parameter trees, each array in Flax's box of logical axis names."""
+    return autoencoder.init_boxed(Encoder(config), Decoder(config), config, key)
+
+
 def init_params(config: WanVaeConfig, key: jax.Array) -> Params:
     """Random float32 parameters {"encoder": ..., "decoder": ...} as nested dicts of arrays.
 
-    Under jit, so that the forward pass which Linen uses to find the shapes is never run; works
-    under `jax.eval_shape`, also at the full size.
+    Works under `jax.eval_shape`, also at the full size.
     """
     return nn.unbox(_init_boxed(config, key))
 
 
 def partition_names(config: WanVaeConfig) -> Params:
     """Tree like the parameters; each leaf the tuple of logical axis names of that parameter."""
-    boxed = jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0))
-    return logical_names(boxed)
+    return layers.partition_names(_init_boxed, config)
 
 
 def to_model_latents(means_BxTxHxWxC: jax.Array, config: WanVaeConfig) -> jax.Array:
@@ -166,34 +163,13 @@ def encode(
     Raises:
       ValueError: if the clip does not fit the compression ratios, or `latent_frames` < 1.
     """
-    return split_moments(encode_moments(params, videos_BxFxHxWxC, config, latent_frames))
-
-
-def encode_moments(
-    params: Params,
-    videos_BxFxHxWxC: jax.Array,
-    config: WanVaeConfig,
-    latent_frames: int | None = None,
-) -> jax.Array:
-    """Mean and unclipped logvar of `encode`, one after the other on the last axis."""
-    chex.assert_rank(videos_BxFxHxWxC, 5)
-    batch, frames, height, width, channels = videos_BxFxHxWxC.shape
-    s, t = config.spatial_compression_ratio, config.temporal_compression_ratio
-    if not frames or (frames - 1) % t:
-        raise ValueError(f"frames={frames}: must be 1 plus a multiple of {t}")
-    if not height or not width or height % s or width % s:
-        raise ValueError(f"height={height}, width={width}: must be multiples of {s}")
-    if channels != config.in_channels:
-        raise ValueError(f"channels={channels}: must be in_channels={config.in_channels}")
+    autoencoder.check_clip(videos_BxFxHxWxC, config)
+    batch, frames, height, width, _ = videos_BxFxHxWxC.shape
+    t = config.temporal_compression_ratio
     at_once = _at_once(latent_frames, (frames - 1) // t, batch * t * height * width)
-    moments = _over_time(Encoder(config), params["encoder"], videos_BxFxHxWxC, t * at_once)
-    return moments.astype(jnp.float32)
-
-
-def split_moments(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(mean, clipped logvar) of moments [..., 2 * z_dim]."""
-    mean, logvar = jnp.split(moments, 2, axis=-1)
-    return mean, jnp.clip(logvar, -30.0, 20.0)
+    return autoencoder.posterior(
+        _over_time(Encoder(config), params["encoder"], videos_BxFxHxWxC, t * at_once)
+    )
 
 
 def decode(
@@ -229,12 +205,8 @@ def decode_unclipped(
     latent_frames: int | None = None,
 ) -> jax.Array:
     """`decode` without the last step; tiles are blended before it."""
-    chex.assert_rank(latents_BxTxHxWxC, 5)
-    batch, frames, height, width, channels = latents_BxTxHxWxC.shape
-    if not frames or not height or not width:
-        raise ValueError(f"frames={frames}, height={height}, width={width}: must be at least 1")
-    if channels != config.z_dim:
-        raise ValueError(f"channels={channels}: must be z_dim={config.z_dim}")
+    autoencoder.check_latents(latents_BxTxHxWxC, config)
+    batch, frames, height, width, _ = latents_BxTxHxWxC.shape
     s, t = config.spatial_compression_ratio, config.temporal_compression_ratio
     at_once = _at_once(latent_frames, frames - 1, batch * t * height * s * width * s)
     videos = _over_time(Decoder(config), params["decoder"], latents_BxTxHxWxC, at_once)
@@ -263,9 +235,9 @@ def _over_time(module: nn.Module, params: Params, x_BxTxHxWxC: jax.Array, piece:
         return module.apply({"params": params}, x_BxTxHxWxC)
 
     def run(cache: Params, frames: jax.Array, starts: bool = False) -> tuple[Params, jax.Array]:
-        variables = {"params": params, layers.CACHE: cache}
-        y, state = module.apply(variables, frames, starts, mutable=[layers.CACHE])
-        return state[layers.CACHE], y
+        variables = {"params": params, CACHE: cache}
+        y, state = module.apply(variables, frames, starts, mutable=[CACHE])
+        return state[CACHE], y
 
     cache, first = run({}, x_BxTxHxWxC[:, :1], starts=True)
     done, rest = [first], x_BxTxHxWxC[:, 1:]

@@ -1,6 +1,5 @@
-"""Building blocks of the Wan 2.1 VAE: Linen modules, channels last.
+"""Building blocks of the Wan 2.1 VAE, see `vae_layers`.
 
-Hidden states are h_BxTxHxWxC in the compute dtype; norms and the softmax are computed in float32.
 The behaviour of each block is that of the class of the same name in diffusers'
 `autoencoders/autoencoder_kl_wan.py`, which sees a clip in pieces of time: the first frame, then
 a few frames at once, and a cache of earlier frames in each layer that looks back.
@@ -13,18 +12,19 @@ mutable. `starts` says whether the clip begins with the given frames.
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sage_grpo_jax.models import convolution
-from sage_grpo_jax.models.vae_layers import Pointwise, RmsNorm
+from sage_grpo_jax.models import convolution, vae_layers
+from sage_grpo_jax.models.vae_layers import conv_parameters
 
 CACHE = "cache"
 # Above this many scores the attention runs frame by frame.
 _DENSE_SCORES = 2048**2
-_kernel_init = nn.initializers.lecun_normal()
 
 
 def with_history(module: nn.Module, h_BxTxHxWxC: jax.Array, frames: int) -> jax.Array:
@@ -38,22 +38,6 @@ def with_history(module: nn.Module, h_BxTxHxWxC: jax.Array, frames: int) -> jax.
     return h
 
 
-def _kernel_and_bias(
-    module: nn.Module, window: tuple[int, ...], channels: int, features: int, dtype: jnp.dtype
-) -> tuple[jax.Array, jax.Array]:
-    """Parameters in the compute dtype: [*window, channels, features] and [features]."""
-    names = (*(None,) * len(window), "conv_in", "conv_out")
-    kernel = module.param(
-        "kernel",
-        nn.with_logical_partitioning(_kernel_init, names),
-        (*window, channels, features),
-    )
-    bias = module.param(
-        "bias", nn.with_logical_partitioning(nn.initializers.zeros, ("conv_out",)), (features,)
-    )
-    return kernel.astype(dtype), bias.astype(dtype)
-
-
 class CausalConv(nn.Module):
     """3x3x3 convolution with bias, causal in time, zeros at the edges."""
 
@@ -63,7 +47,7 @@ class CausalConv(nn.Module):
     @nn.compact
     def __call__(self, h_BxTxHxWxC: jax.Array) -> jax.Array:
         channels = h_BxTxHxWxC.shape[-1]
-        kernel, bias = _kernel_and_bias(self, (3, 3, 3), channels, self.features, self.dtype)
+        kernel, bias = conv_parameters(self, (3, 3, 3), channels, self.features, self.dtype)
         h = with_history(self, h_BxTxHxWxC.astype(self.dtype), 2)
         return convolution.valid_convolution(_pad_rows_and_columns(h), kernel) + bias
 
@@ -78,7 +62,7 @@ class TemporalConv(nn.Module):
     @nn.compact
     def __call__(self, h_BxTxHxWxC: jax.Array) -> jax.Array:
         frames, channels = h_BxTxHxWxC.shape[1], h_BxTxHxWxC.shape[-1]
-        kernel, bias = _kernel_and_bias(self, (3, 1, 1), channels, self.features, self.dtype)
+        kernel, bias = conv_parameters(self, (3, 1, 1), channels, self.features, self.dtype)
         outputs = (frames - 3) // self.stride + 1
         taps = [
             jnp.einsum(
@@ -93,53 +77,20 @@ class TemporalConv(nn.Module):
         return sum(taps).astype(self.dtype) + bias
 
 
-class ResnetBlock(nn.Module):
-    """norm, SiLU, conv, twice, plus the input (projected where the width changes)."""
-
-    features: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, h_BxTxHxWxC: jax.Array) -> jax.Array:
-        residual = h_BxTxHxWxC
-        h = nn.silu(RmsNorm(name="norm1")(h_BxTxHxWxC))
-        h = CausalConv(self.features, self.dtype, name="conv1")(h)
-        h = nn.silu(RmsNorm(name="norm2")(h))
-        h = CausalConv(self.features, self.dtype, name="conv2")(h)
-        if residual.shape[-1] != self.features:
-            residual = Pointwise(self.features, self.dtype, name="shortcut")(residual)
-        return h + residual
-
-
-class Attention(nn.Module):
-    """Single-head attention over the tokens of each frame, plus the input."""
-
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, h_BxTxHxWxC: jax.Array) -> jax.Array:
-        batch, frames, height, width, channels = h_BxTxHxWxC.shape
-        h = RmsNorm(name="norm")(h_BxTxHxWxC).reshape(batch * frames, height * width, channels)
-        query, key, value = (
-            Pointwise(channels, self.dtype, name=name)(h) for name in ("query", "key", "value")
-        )
-        h = attention_in_frames(query, key, value).reshape(h_BxTxHxWxC.shape)
-        return h_BxTxHxWxC + Pointwise(channels, self.dtype, name="out")(h)
-
-
 def attention_in_frames(
-    query_FxNxC: jax.Array, key_FxNxC: jax.Array, value_FxNxC: jax.Array
+    query_BxTxNxC: jax.Array, key_BxTxNxC: jax.Array, value_BxTxNxC: jax.Array
 ) -> jax.Array:
     """softmax(q k / sqrt(C)) v within each frame.
 
     Many scores are computed frame by frame (and again in the backward pass), so that memory holds
     those of one frame.
     """
-    frames, tokens, _ = query_FxNxC.shape
-    if frames * tokens**2 <= _DENSE_SCORES:
-        return _attend(query_FxNxC, key_FxNxC, value_FxNxC)
+    batch, frames, tokens, _ = query_BxTxNxC.shape
+    if batch * frames * tokens**2 <= _DENSE_SCORES:
+        return _attend(query_BxTxNxC, key_BxTxNxC, value_BxTxNxC)
     one_frame = jax.checkpoint(lambda qkv: _attend(*qkv))
-    return lax.map(one_frame, (query_FxNxC, key_FxNxC, value_FxNxC))
+    qkv_FxNxC = [x.reshape(-1, *x.shape[2:]) for x in (query_BxTxNxC, key_BxTxNxC, value_BxTxNxC)]
+    return lax.map(one_frame, tuple(qkv_FxNxC)).reshape(value_BxTxNxC.shape)
 
 
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -155,17 +106,8 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return jnp.einsum("...nm,...mc->...nc", weights, value, precision=lax.Precision.HIGHEST)
 
 
-class MidBlock(nn.Module):
-    """Resnet, attention, resnet."""
-
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, h_BxTxHxWxC: jax.Array) -> jax.Array:
-        channels = h_BxTxHxWxC.shape[-1]
-        h = ResnetBlock(channels, self.dtype, name="resnet_0")(h_BxTxHxWxC)
-        h = Attention(self.dtype, name="attention")(h)
-        return ResnetBlock(channels, self.dtype, name="resnet_1")(h)
+ResnetBlock = functools.partial(vae_layers.ResnetBlock, CausalConv)
+MidBlock = functools.partial(vae_layers.MidBlock, CausalConv, attention_in_frames)
 
 
 class Downsample(nn.Module):
@@ -219,7 +161,7 @@ class ImageConv(nn.Module):
     @nn.compact
     def __call__(self, h_BxTxHxWxC: jax.Array) -> jax.Array:
         channels = h_BxTxHxWxC.shape[-1]
-        kernel, bias = _kernel_and_bias(self, (3, 3), channels, self.features, self.dtype)
+        kernel, bias = conv_parameters(self, (3, 3), channels, self.features, self.dtype)
         h = _pad_rows_and_columns(h_BxTxHxWxC.astype(self.dtype))
         return convolution.valid_convolution(h, kernel[None]) + bias
 
@@ -233,7 +175,7 @@ class HalvingConv(nn.Module):
     @nn.compact
     def __call__(self, h_BxTxHxWxC: jax.Array) -> jax.Array:
         batch, frames, *image = h_BxTxHxWxC.shape
-        kernel, bias = _kernel_and_bias(self, (3, 3), image[-1], self.features, self.dtype)
+        kernel, bias = conv_parameters(self, (3, 3), image[-1], self.features, self.dtype)
         h = lax.conv_general_dilated(
             h_BxTxHxWxC.reshape(batch * frames, *image).astype(self.dtype),
             kernel,

@@ -25,7 +25,9 @@ def batch_sharding(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, axes_lib.BATCH))
 
 
-def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: jax.sharding.Mesh):
+def _spec(
+    names: tuple[str | None, ...], shape: tuple[int, ...], mesh: jax.sharding.Mesh
+) -> PartitionSpec:
     """The spec of one array; an axis that does not divide evenly stays whole."""
     if len(names) != len(shape):
         raise ValueError(f"partition names {names} do not fit the shape {shape}")
@@ -61,11 +63,11 @@ def optimizer_shardings(
     tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, abstract_params: Any, shardings: Any
 ) -> Any:
     """Shardings for `tx.init(params)`: what mirrors a parameter follows it, the rest is replicated.
-    Without it `jit(tx.init)` replicates the moments on every device.
 
-    A leaf mirrors a parameter if its path ends with that of the parameter and the shapes are the
-    same. (`optax.tree.map_params` cannot tell for transformations that look at the parameters
-    while they partition them, as Muon does.)
+    Without them `jit(tx.init)` replicates the moments on every device. A leaf mirrors a parameter
+    if its path ends with that of the parameter and the shapes are the same.
+    (`optax.tree.map_params` cannot tell for transformations that look at the parameters while they
+    partition them, as Muon does.)
     """
     where = traverse_util.flatten_dict(shardings)
     shapes = {

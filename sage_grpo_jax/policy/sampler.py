@@ -108,7 +108,18 @@ def make_decode(
 
 
 class Sampler:
-    """Samples batches of any fixed size; call it under `jax.set_mesh(mesh)`."""
+    """Samples batches of any fixed size; call it under `jax.set_mesh(mesh)`.
+
+    Args:
+      transformer: config of the transformer.
+      vae_config: config of the VAE.
+      policy: on the mesh.
+      vae_params: on the mesh.
+      negative: the one unconditional prompt of guidance.
+      sampling: see there.
+      mesh: the device mesh.
+      decode_batch: clips that are decoded at a time; divides every batch.
+    """
 
     def __init__(
         self,
@@ -121,17 +132,6 @@ class Sampler:
         mesh: jax.sharding.Mesh,
         decode_batch: int = 1,
     ) -> None:
-        """
-        Args:
-          transformer: config of the transformer.
-          vae_config: config of the VAE.
-          policy: on the mesh.
-          vae_params: on the mesh.
-          negative: the one unconditional prompt of guidance.
-          sampling: see there.
-          mesh: the device mesh.
-          decode_batch: clips that are decoded at a time; divides every batch.
-        """
         self._policy, self._vae_params = policy, vae_params
         self._transformer, self._decode_batch = transformer, decode_batch
         self._rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
@@ -140,7 +140,13 @@ class Sampler:
 
         rollout = make_rollout(transformer, sampling)
 
-        def chain(policy, condition, negative, key_data, initial_latents):
+        def chain(
+            policy: Policy,
+            condition: Any,
+            negative: Any,
+            key_data: jax.Array,
+            initial_latents: jax.Array | None,
+        ) -> jax.Array:
             # Bits come in, not typed keys: each process may fill its own rows of a plain array.
             keys = jax.random.wrap_key_data(key_data, impl="threefry2x32")
             path = rollout(policy, condition, negative, keys, initial_latents=initial_latents)

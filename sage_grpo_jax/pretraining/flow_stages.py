@@ -10,6 +10,7 @@ import numpy as np
 from sage_grpo_jax.models import registry
 from sage_grpo_jax.models.door import TransformerConfig
 from sage_grpo_jax.pretraining.loop import (
+    Loss,
     LossFn,
     Params,
     Phase,
@@ -142,7 +143,7 @@ def _other_shapes(text: str) -> list[str]:
 def flow_loss_fn(model: TransformerConfig, stage: FlowStageConfig) -> LossFn:
     """loss(params, key, step, *FlowData): mean |v(z_sigma, sigma) - (z - x0)|², random batch."""
 
-    def loss_fn(params: Params, key: jax.Array, step: jax.Array, *inputs: jax.Array):
+    def loss_fn(params: Params, key: jax.Array, step: jax.Array, *inputs: jax.Array) -> Loss:
         del step
         data = FlowData(*inputs)
         batch = noisy_batch(key, data, stage)
@@ -161,7 +162,9 @@ def distill_loss_fn(model: TransformerConfig, stage: DistillStageConfig) -> Loss
     the caption is dropped all three are the same, so that the empty prompt keeps its meaning.
     """
 
-    def loss_fn(params: Params, key: jax.Array, step: jax.Array, teacher: Params, *inputs):
+    def loss_fn(
+        params: Params, key: jax.Array, step: jax.Array, teacher: Params, *inputs: jax.Array
+    ) -> Loss:
         del step
         # The teacher's three velocities in one pass of 3 B samples.
         data = FlowData(*inputs)

@@ -23,8 +23,9 @@ from sage_grpo_jax.pretraining.settings import StageConfig
 from sage_grpo_jax.training import optimizers
 
 Params = dict[str, Any]
-# loss_fn(params, key, step, *inputs) -> (scalar loss, dict of scalar metrics)
-LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+Metrics = dict[str, jax.Array]  # scalars
+Loss = tuple[jax.Array, Metrics]  # a scalar, and what is logged beside it
+LossFn = Callable[..., Loss]  # loss_fn(params, key, step, *inputs)
 
 
 class Phase(NamedTuple):
@@ -105,11 +106,11 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     )
 
 
-def make_update(loss_fn: LossFn, stage: StageConfig) -> Callable[..., tuple[TrainState, dict]]:
+def make_update(loss_fn: LossFn, stage: StageConfig) -> Callable[..., tuple[TrainState, Metrics]]:
     """A jitted `update(state, stage_key, *inputs) -> (state, metrics)`; the state is donated."""
     optimizer = make_optimizer(stage)
 
-    def update(state: TrainState, stage_key: jax.Array, *inputs):
+    def update(state: TrainState, stage_key: jax.Array, *inputs: Any) -> tuple[TrainState, Metrics]:
         # Gradient and step.
         key = jax.random.fold_in(stage_key, state.step)
         gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -236,7 +237,7 @@ def truncate_metrics(path: pathlib.Path, stage: str, step: int) -> None:
 class _Progress:
     """Writes one JSON line and one plain line with speed and time left for every logged step."""
 
-    def __init__(self, name: str, start: int, total: int, metrics_file: pathlib.Path):
+    def __init__(self, name: str, start: int, total: int, metrics_file: pathlib.Path) -> None:
         self._name, self._total, self._file = name, total, metrics_file
         self._step, self._time = start, time.monotonic()
 

@@ -40,8 +40,9 @@ def judge(
 ) -> dict[str, float]:
     """Measures real clips, reconstructions and validation samples; writes contact sheets.
 
-    Returns: reconstruction error, manifold distances, mean normalised rewards and how often the
-    captioned shape is seen, by name.
+    Returns:
+      Reconstruction error, manifold distances, mean normalised rewards and how often the captioned
+      shape is seen, by name.
     """
     # Real clips, and what the autoencoder makes of them; pixels are 0 to 1, so the peak is 1.
     captions = spread(moving_shapes.split_captions("validation"), config.num_samples)
@@ -113,7 +114,8 @@ def sample(
 ) -> jax.Array:
     """Clips for captions by the ODE sampler, without guidance.
 
-    Returns: f32[N, F, H, W, 3], 0 to 1 but not clipped.
+    Returns:
+      f32[N, F, H, W, 3], 0 to 1 but not clipped.
     """
     # The sampler of training and `sample`, without noise.
     transformer = pipeline.transformer

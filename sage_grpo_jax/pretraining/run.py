@@ -124,7 +124,7 @@ def _encode(
     vae = registry.of(model)
 
     @jax.jit
-    def encode_batch(key: jax.Array):
+    def encode_batch(key: jax.Array) -> tuple[jax.Array, moving_shapes.ClipParameters]:
         clips = moving_shapes.sample_parameters(key, stage.batch_size, "train")
         mean, _ = vae.encode(params, 2.0 * moving_shapes.render(clips) - 1.0, model)
         return mean, clips
@@ -170,7 +170,8 @@ def _read_latents(folder: pathlib.Path) -> LatentCache:
 def export(config: PretrainConfig, key: jax.Array, workdir: pathlib.Path) -> dict[str, float]:
     """Writes `workdir/weights/{vae,transformer}` and judges reconstructions and samples.
 
-    Returns: the numbers that are also written to `workdir/report.json`.
+    Returns:
+      The numbers that are also written to `workdir/report.json`.
     """
     summary = json.loads((workdir / "latents" / "summary.json").read_text())
     model = dataclasses.replace(config.vae_model, scaling_factor=1.0 / summary["std"])

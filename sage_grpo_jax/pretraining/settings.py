@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from sage_grpo_jax.common import checked_json, fields
+from sage_grpo_jax.common.fields import bounded, choice
 from sage_grpo_jax.models import registry
 from sage_grpo_jax.models.door import AutoencoderConfig, TransformerConfig
 
@@ -18,29 +20,22 @@ class StageConfig:
     faster decay is used, so that the average never remembers the random initialisation.
     """
 
-    steps: int
-    batch_size: int
-    learning_rate: float
-    optimizer: str = "adamw"
-    muon_scale: float = 4.0
-    warmup_steps: int = 100
-    weight_decay: float = 0.0
-    beta2: float = 0.99
-    gradient_clip: float = 1.0
-    ema_decay: float = 0.999
-    log_every: int = 50
-    checkpoint_every: int = 500
+    steps: int = bounded(least=1)
+    batch_size: int = bounded(least=1)
+    learning_rate: float = bounded(above=0)
+    optimizer: str = choice("adamw", ("adamw", "muon"))
+    muon_scale: float = bounded(4.0, above=0)
+    warmup_steps: int = bounded(100, least=0)
+    weight_decay: float = bounded(0.0, least=0)
+    beta2: float = bounded(0.99, least=0, below=1)
+    gradient_clip: float = bounded(1.0, above=0)
+    ema_decay: float = bounded(0.999, least=0, below=1)
+    log_every: int = bounded(50, least=1)
+    checkpoint_every: int = bounded(500, least=1)
 
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
-            _require(getattr(self, name) >= 1, self, name, "at least 1")
-        _require(self.optimizer in ("adamw", "muon"), self, "optimizer", "adamw, muon")
-        for name in ("learning_rate", "gradient_clip", "muon_scale"):
-            _require(getattr(self, name) > 0, self, name, "a number above 0")
-        for name in ("warmup_steps", "weight_decay"):
-            _require(getattr(self, name) >= 0, self, name, "0 or more")
-        for name in ("ema_decay", "beta2"):
-            _require(0 <= getattr(self, name) < 1, self, name, "0 <= value < 1")
+    def __post_init__(self) -> None:
+        """Raises ValueError for the first field that is out of range."""
+        fields.check(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,52 +50,45 @@ class VaeStageConfig(StageConfig):
     many standard deviations of the latents, for a decoder that forgives small errors.
     """
 
-    l1_weight: float = 1.0
-    l2_weight: float = 0.0
-    edge_weight: float = 1.0
-    contrast_weight: float = 0.0
-    kl_weight: float = 1e-4
-    short_steps: int = 0
-    short_batch_size: int = 8
-    short_frames: int = 5
-    noise_warmup_steps: int = 0
-    latent_noise: float = 0.0
+    l1_weight: float = bounded(1.0, least=0)
+    l2_weight: float = bounded(0.0, least=0)
+    edge_weight: float = bounded(1.0, least=0)
+    contrast_weight: float = bounded(0.0, least=0)
+    kl_weight: float = bounded(1e-4, least=0)
+    short_steps: int = bounded(0, least=0)
+    short_batch_size: int = bounded(8, least=1)
+    short_frames: int = bounded(5, least=1)
+    noise_warmup_steps: int = bounded(0, least=0)
+    latent_noise: float = bounded(0.0, least=0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        """Raises ValueError for the first field that is out of range."""
         super().__post_init__()
-        weights = ("l1_weight", "l2_weight", "edge_weight", "contrast_weight", "kl_weight")
-        for name in (*weights, "noise_warmup_steps", "latent_noise"):
-            _require(getattr(self, name) >= 0, self, name, "0 or more")
-        _require(0 <= self.short_steps <= self.steps, self, "short_steps", "0 to its steps")
-        for name in ("short_frames", "short_batch_size"):
-            _require(getattr(self, name) >= 1, self, name, "at least 1")
+        fits = self.short_steps <= self.steps
+        fields.require(fits, self, "short_steps", f"0 to its steps, {self.steps}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharpenStageConfig(VaeStageConfig):
     """The decoder on denoised latents: noise levels are uniform from 0 to `max_sigma`."""
 
-    max_sigma: float = 0.5
-    denoising_steps: int = 1
-
-    def __post_init__(self):
-        super().__post_init__()
-        _require(0 < self.max_sigma < 1, self, "max_sigma", "0 < value < 1")
-        _require(self.denoising_steps >= 1, self, "denoising_steps", "at least 1")
+    max_sigma: float = bounded(0.5, above=0, below=1)
+    denoising_steps: int = bounded(1, least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentsStageConfig:
     """How many training clips are encoded once, and how many at a time."""
 
-    num_clips: int
-    batch_size: int
+    num_clips: int = bounded(least=1)
+    batch_size: int = bounded(least=1)
 
-    def __post_init__(self):
-        _require(self.batch_size >= 1, self, "batch_size", "at least 1")
+    def __post_init__(self) -> None:
+        """Raises ValueError for the first field that is out of range."""
+        fields.check(self)
+        whole = self.num_clips % self.batch_size == 0
         allowed = f"a positive multiple of latents.batch_size ({self.batch_size})"
-        valid = self.num_clips > 0 and self.num_clips % self.batch_size == 0
-        _require(valid, self, "num_clips", allowed)
+        fields.require(whole, self, "num_clips", allowed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,18 +99,11 @@ class FlowStageConfig(StageConfig):
     alone, counts in the loss beside each of the others.
     """
 
-    shift: float = 3.0
-    sigma_mean: float = 0.0
-    sigma_std: float = 1.0
-    caption_drop: float = 0.1
-    first_frame_weight: float = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("shift", "first_frame_weight"):
-            _require(getattr(self, name) > 0, self, name, "a number above 0")
-        _require(self.sigma_std > 0, self, "sigma_std", "a number above 0")
-        _require(0 <= self.caption_drop < 1, self, "caption_drop", "0 <= value < 1")
+    shift: float = bounded(3.0, above=0)
+    sigma_mean: float = bounded(0.0)
+    sigma_std: float = bounded(1.0, above=0)
+    caption_drop: float = bounded(0.1, least=0, below=1)
+    first_frame_weight: float = bounded(1.0, above=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,42 +113,32 @@ class DistillStageConfig(FlowStageConfig):
     `guidance` 1 with `contrast` 0 changes nothing.
     """
 
-    guidance: float = 2.0
-    contrast: float = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        _require(self.guidance >= 1, self, "guidance", "at least 1")
-        _require(self.contrast >= 0, self, "contrast", "0 or more")
+    guidance: float = bounded(2.0, least=1)
+    contrast: float = bounded(1.0, least=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """Samples of validation captions after the last stage, with the ODE sampler."""
 
-    sampling_steps: tuple[int, ...] = (10, 40)
-    shift: float = 3.0
-    num_samples: int = 64
-    sheet_rows: int = 8
-    sheet_frames: int = 6
+    sampling_steps: tuple[int, ...] = bounded((10, 40), least=1)
+    shift: float = bounded(3.0, above=0)
+    num_samples: int = bounded(64, least=1)
+    sheet_rows: int = bounded(8, least=1)
+    sheet_frames: int = bounded(6, least=1)
 
-    def __post_init__(self):
-        object.__setattr__(self, "sampling_steps", tuple(self.sampling_steps))
-        valid = bool(self.sampling_steps) and all(steps >= 1 for steps in self.sampling_steps)
-        _require(valid, self, "sampling_steps", "one or more step counts, each at least 1")
-        _require(self.shift > 0, self, "shift", "a number above 0")
-        for name in ("num_samples", "sheet_rows", "sheet_frames"):
-            _require(getattr(self, name) >= 1, self, name, "at least 1")
-        _require(
-            self.sheet_rows <= self.num_samples, self, "sheet_rows", "at most report.num_samples"
-        )
+    def __post_init__(self) -> None:
+        """Raises ValueError for the first field that is out of range."""
+        fields.check(self)
+        fits = self.sheet_rows <= self.num_samples
+        fields.require(fits, self, "sheet_rows", f"at most report.num_samples={self.num_samples}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """A whole pretraining run: two models and the stages that make and judge them."""
 
-    seed: int
+    seed: int = bounded(least=0)
     vae_model: AutoencoderConfig
     transformer: TransformerConfig
     vae: VaeStageConfig
@@ -179,8 +150,9 @@ class PretrainConfig:
     sharpen: SharpenStageConfig
     report: ReportConfig
 
-    def __post_init__(self):
-        _require(self.seed >= 0, self, "seed", "0 or more")
+    def __post_init__(self) -> None:
+        """Raises ValueError for the first field that is out of range."""
+        fields.check(self)
 
 
 _MODELS = {"vae_model": registry.AUTOENCODER, "transformer": registry.TRANSFORMER}
@@ -218,43 +190,25 @@ def from_mapping(config: Mapping[str, Any]) -> PretrainConfig:
 
     # Each is checked by its own class.
     sections = {
-        name: _build(name, section_type, config[name]) for name, section_type in _SECTIONS.items()
+        name: fields.build(section_type, config[name], name, defaults=True)
+        for name, section_type in _SECTIONS.items()
     }
     models = {name: _build_model(name, kind, config[name]) for name, kind in _MODELS.items()}
     return PretrainConfig(seed=config["seed"], **models, **sections)
 
 
 def _build_model(name: str, kind: str, values: Mapping[str, Any]) -> Any:
+    """The config of a model, which checks itself; here only that its fields are fields."""
     values, allowed = dict(values), registry.names(kind)
     class_name = values.pop("_class_name", allowed[0])
     if class_name not in allowed:
         raise ValueError(f"{name}: _class_name is {class_name!r}; allowed: {', '.join(allowed)}")
-    return _build(name, registry.named(class_name).Config, values)
-
-
-def _build(name: str, section_type: type, values: Mapping[str, Any]) -> Any:
-    # Fields: what the class would refuse with a message of Python's own.
-    fields = {field.name: field for field in dataclasses.fields(section_type)}
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise ValueError(f"{name}: unknown fields {unknown}; allowed are {sorted(fields)}")
-    missing = sorted(
-        field.name
-        for field in fields.values()
-        if field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-        and field.name not in values
-    )
-    if missing:
-        raise ValueError(f"{name}: missing fields {missing}")
-
-    # ConfigDict hands lists back for tuples that were overridden; the model configs are hashable.
-    hashable = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    return section_type(**hashable)
-
-
-def _require(condition: bool, config: Any, field: str, allowed: str) -> None:
-    if not condition:
-        raise ValueError(
-            f"{type(config).__name__}.{field} is {getattr(config, field)!r}; allowed: {allowed}"
-        )
+    model_type = registry.named(class_name).Config
+    # A ConfigDict hands lists back for tuples that were overridden.
+    listed = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+    tuples = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    try:
+        checked_json.fields(model_type, listed)
+        return model_type(**tuples)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

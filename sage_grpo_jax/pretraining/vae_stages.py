@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from sage_grpo_jax.models import registry
 from sage_grpo_jax.models.door import AutoencoderConfig
 from sage_grpo_jax.pretraining.loop import (
+    Loss,
     LossFn,
     Params,
     Phase,
@@ -114,7 +115,7 @@ def vae_loss_fn(
     """
     vae = registry.of(model)
 
-    def loss_fn(params: Params, key: jax.Array, step: jax.Array):
+    def loss_fn(params: Params, key: jax.Array, step: jax.Array) -> Loss:
         # Clips that no update sees again: [B, F, H, W, 3] in ±1.
         params = {**frozen, **params}
         clip_key, noise_key = jax.random.split(key)
@@ -156,7 +157,7 @@ def sharpen_loss_fn(
 
     choices = tuple(len(words) for words in moving_shapes.spec.CHOICES)
 
-    def loss_fn(params: Params, key: jax.Array, step: jax.Array):
+    def loss_fn(params: Params, key: jax.Array, step: jax.Array) -> Loss:
         del step
         # Clips, and their latents in the units of the transformer.
         keys, count = jax.random.split(key, 3), stage.batch_size

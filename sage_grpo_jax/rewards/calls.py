@@ -18,7 +18,7 @@ class Failure(NamedTuple):
 class Call:
     """The clock and the attempts of one sample."""
 
-    def __init__(self, budget: float):
+    def __init__(self, budget: float) -> None:
         self._started = time.monotonic()
         self.budget = budget
         self.deadline = self._started + budget

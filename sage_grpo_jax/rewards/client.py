@@ -16,6 +16,7 @@ from concurrent import futures
 
 import grpc
 import numpy as np
+from google.protobuf.message import Message
 
 from sage_grpo_jax.rewards import reward_pb2, reward_pb2_grpc, types, wire
 from sage_grpo_jax.rewards.calls import Call, Failure, Job
@@ -74,7 +75,7 @@ class RewardClient:
         expected_fingerprint: str = "",
         max_message_bytes: int = types.MAX_MESSAGE_BYTES,
         heartbeat: float = 5.0,
-    ):
+    ) -> None:
         for field, value in (("timeout", timeout), ("budget", budget), ("heartbeat", heartbeat)):
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{field} = {value}: must be a finite number of seconds above 0")
@@ -109,7 +110,7 @@ class RewardClient:
     def __enter__(self) -> "RewardClient":
         return self
 
-    def __exit__(self, *unused) -> None:
+    def __exit__(self, *unused: object) -> None:
         self.close()
 
     @property
@@ -248,7 +249,9 @@ class RewardClient:
             return call.failed(response)
         return self._result(call, request, response)
 
-    def _result(self, call: Call, request, response) -> RewardResult:
+    def _result(
+        self, call: Call, request: reward_pb2.ScoreRequest, response: reward_pb2.ScoreResponse
+    ) -> RewardResult:
         failure = self._check_answer(request, response)
         if failure is not None:
             return call.failed(failure, response.fingerprint)
@@ -264,7 +267,9 @@ class RewardClient:
             warnings=tuple(response.warnings),
         )
 
-    def _check_answer(self, request, response) -> Failure | None:
+    def _check_answer(
+        self, request: reward_pb2.ScoreRequest, response: reward_pb2.ScoreResponse
+    ) -> Failure | None:
         """An answer counts only if it is to this request, by the pinned model, and has numbers."""
         if response.request_id != request.request_id:
             return Failure(
@@ -298,7 +303,7 @@ class RewardClient:
             f"expected was {self._fingerprint!r}"
         )
 
-    def _attempts(self, call: Call, method: Callable, request) -> object | Failure:
+    def _attempts(self, call: Call, method: Callable, request: Message) -> Message | Failure:
         """Calls until there is an answer, a final failure, or no budget; returns either."""
         failure = None
         with self._outage.watching(call.deadline):
@@ -332,8 +337,8 @@ class RewardClient:
         return Failure(code, f"{spent}; last: {message}")
 
     def _attempt(
-        self, method: Callable, request, timeout: float
-    ) -> tuple[object | Failure, bool, float]:
+        self, method: Callable, request: Message, timeout: float
+    ) -> tuple[Message | Failure, bool, float]:
         """One call: the answer or a failure, whether to retry, the pause that the server wants."""
         try:
             return method(self._connect())(request, timeout=timeout), False, 0.0

@@ -17,7 +17,7 @@ class OutageLog:
     Fed by many threads; the outage ends with the first answer to any of them.
     """
 
-    def __init__(self, address: str, heartbeat: float):
+    def __init__(self, address: str, heartbeat: float) -> None:
         self._address = address
         self._heartbeat = heartbeat
         self._lock = threading.Lock()

@@ -59,7 +59,7 @@ class RewardServer:
         max_queue: int = 64,
         max_message_bytes: int = types.MAX_MESSAGE_BYTES,
         cache_size: int = 256,
-    ):
+    ) -> None:
         _require("port", port, 0, 65535)
         _require("max_workers", max_workers, 1, 1024)
         _require("max_queue", max_queue, 0, 65536)
@@ -166,7 +166,7 @@ class _Service(reward_pb2_grpc.RewardServiceServicer):
         max_message_bytes: int,
         cache_size: int,
         on_lost: Callable[[], None],
-    ):
+    ) -> None:
         self.ready = threading.Event()
         self.fingerprint = backend.fingerprint()
         self.counts = collections.Counter()
@@ -221,7 +221,7 @@ class _Service(reward_pb2_grpc.RewardServiceServicer):
             time.sleep(0.01)
         return self._running == 0
 
-    def _check(self, request, context) -> None:
+    def _check(self, request: reward_pb2.ScoreRequest, context: grpc.ServicerContext) -> None:
         self._require_ready(context)
         # A client that has pinned another model must not get scores of this one.
         if request.expected_fingerprint not in ("", self.fingerprint):
@@ -239,7 +239,9 @@ class _Service(reward_pb2_grpc.RewardServiceServicer):
         except ValueError as error:
             self._refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
-    def _score_in_turn(self, request, context, received: float) -> reward_pb2.ScoreResponse:
+    def _score_in_turn(
+        self, request: reward_pb2.ScoreRequest, context: grpc.ServicerContext, received: float
+    ) -> reward_pb2.ScoreResponse:
         # Never waits for a slot: a full server must answer, and not keep the frames.
         if not self._slots.acquire(blocking=False):
             context.set_trailing_metadata(((PUSHBACK_KEY, str(_PUSHBACK_MS)),))
@@ -260,7 +262,9 @@ class _Service(reward_pb2_grpc.RewardServiceServicer):
             self._cache.put(request.digest, response)
         return response
 
-    def _score(self, request, context, received: float) -> reward_pb2.ScoreResponse | None:
+    def _score(
+        self, request: reward_pb2.ScoreRequest, context: grpc.ServicerContext, received: float
+    ) -> reward_pb2.ScoreResponse | None:
         """Runs in a scoring thread; None if the caller has gone while this waited."""
         # Skip what nobody waits for, or nobody can score.
         if not context.is_active():
@@ -292,7 +296,7 @@ class _Service(reward_pb2_grpc.RewardServiceServicer):
         response.timings.score_seconds = time.monotonic() - started
         return response
 
-    def _fill(self, response: reward_pb2.ScoreResponse, request) -> None:
+    def _fill(self, response: reward_pb2.ScoreResponse, request: reward_pb2.ScoreRequest) -> None:
         # What a client gets is checked here too: a backend may be anybody's code.
         video = wire.read_frames(request.frames)
         scores = self._backend.score(video, request.prompt, request.frames.source_fps)
@@ -309,11 +313,13 @@ class _Service(reward_pb2_grpc.RewardServiceServicer):
             raw, normalised = scores[name]
             response.rewards.add(name=name, raw=raw, normalised=normalised)
 
-    def _require_ready(self, context) -> None:
+    def _require_ready(self, context: grpc.ServicerContext) -> None:
         if not self.ready.is_set():
             self._refuse(context, grpc.StatusCode.UNAVAILABLE, "not ready: warming up or stopping")
 
-    def _refuse(self, context, code: grpc.StatusCode, message: str) -> NoReturn:
+    def _refuse(
+        self, context: grpc.ServicerContext, code: grpc.StatusCode, message: str
+    ) -> NoReturn:
         self._count(code.name)
         context.abort(code, message)
         raise AssertionError("unreachable: abort raises")
@@ -326,7 +332,7 @@ class _Service(reward_pb2_grpc.RewardServiceServicer):
 class _Cache:
     """The most recent answers by digest; scoring is pure, so a repeated request needs no work."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int) -> None:
         self._size = size
         self._lock = threading.Lock()
         # As bytes: what is handed out is a copy, which the caller fills in.

@@ -45,7 +45,9 @@ class SpawnedServer:
       log_path: its standard error.
     """
 
-    def __init__(self, address: str, fingerprint: str, process: subprocess.Popen, log: "_Log"):
+    def __init__(
+        self, address: str, fingerprint: str, process: subprocess.Popen, log: "_Log"
+    ) -> None:
         self.address = address
         self.fingerprint = fingerprint
         self.process = process
@@ -55,7 +57,7 @@ class SpawnedServer:
     def __enter__(self) -> "SpawnedServer":
         return self
 
-    def __exit__(self, *unused) -> None:
+    def __exit__(self, *unused: object) -> None:
         self.close()
 
     def close(self, grace: float = 10.0) -> None:
@@ -145,7 +147,7 @@ def die_with_parent(parent_pid: int) -> None:
     if parent_pid < 1:
         raise ValueError(f"parent_pid = {parent_pid}: must be the id of the parent process")
 
-    def check(*unused) -> None:
+    def check(*unused: object) -> None:
         # An orphan is given to another process, so this differs from then on.
         if os.getppid() != parent_pid:
             # Nobody is left to read answers, and other threads may never finish.
@@ -174,7 +176,7 @@ class _NotServingError(Exception):
 class _Log:
     """The child's standard error; remembers where this child's part begins."""
 
-    def __init__(self, path: str | os.PathLike | None):
+    def __init__(self, path: str | os.PathLike | None) -> None:
         self._temporary = path is None
         if path is None:
             handle, path = tempfile.mkstemp(prefix="reward_server_", suffix=".log")

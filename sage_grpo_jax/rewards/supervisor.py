@@ -25,7 +25,7 @@ _NO_ANSWER = frozenset(
 
 
 class KeptServer:
-    """Owns a spawned server and keeps it alive until closed.
+    """Owns a spawned server and keeps it alive until closed; begins when the first one serves.
 
     A client that waits out an outage (within its budget) finds the new server on the same address,
     so that no rollout is lost. A server that keeps dying is started again after growing pauses. One
@@ -33,6 +33,13 @@ class KeptServer:
 
     Attributes:
       address: "127.0.0.1:PORT", constant.
+
+    Args:
+      backend, log_path: as for `spawn.spawn_server`.
+      silence_seconds: without any answer until the server is killed; 0: it never is.
+
+    Raises:
+      RuntimeError: the first one does not come up; with the tail of its log.
     """
 
     def __init__(
@@ -41,15 +48,6 @@ class KeptServer:
         log_path: str | os.PathLike | None = None,
         silence_seconds: float = 60.0,
     ) -> None:
-        """Starts the first server and waits until it serves.
-
-        Args:
-          backend, log_path: as for `spawn.spawn_server`.
-          silence_seconds: without any answer until the server is killed; 0: it never is.
-
-        Raises:
-          RuntimeError: the first one does not come up; with the tail of its log.
-        """
         self._backend = backend
         self._log_path = log_path
         self._silence_seconds = silence_seconds
@@ -142,14 +140,13 @@ class SilenceWatch:
     Silence is counted in probes that were really sent, each followed by its share of the time, not
     read off a clock: a process that was itself stopped meanwhile would take its own absence for
     the server's.
+
+    Args:
+      address: "host:port".
+      seconds: of silence, above 0.
     """
 
     def __init__(self, address: str, seconds: float) -> None:
-        """
-        Args:
-          address: "host:port".
-          seconds: of silence, above 0.
-        """
         # The silence is cut into shares, with one probe at the beginning of each.
         self._seconds = seconds
         self._share = seconds / _PROBES

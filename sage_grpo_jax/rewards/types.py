@@ -72,6 +72,6 @@ class RewardInfo:
 class RewardServiceError(RuntimeError):
     """The service as a whole cannot be used (never raised for a single sample)."""
 
-    def __init__(self, code: str, message: str):
+    def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")
         self.code = code

@@ -65,17 +65,17 @@ def slug(name: str) -> str:
 
 
 class Records:
-    """samples.jsonl: what is finished, and how it was made."""
+    """samples.jsonl: what is finished, and how it was made.
+
+    Args:
+      out: the output folder.
+      settings: all that decides how a clip looks, JSON values.
+
+    Raises:
+      ValueError: a damaged file, or clips that were made with other settings.
+    """
 
     def __init__(self, out: pathlib.Path, settings: dict[str, Any]) -> None:
-        """
-        Args:
-          out: the output folder.
-          settings: all that decides how a clip looks, JSON values.
-
-        Raises:
-          ValueError: a damaged file, or clips that were made with other settings.
-        """
         self._out, self._path = out, out / RECORDS
         # As they are read back (tuples become lists), so that they compare equal.
         self._settings = json.loads(json.dumps(settings))

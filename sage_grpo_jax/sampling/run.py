@@ -165,7 +165,14 @@ def _sample_all(
 
 
 class _Batches:
-    """Prompt batches of one size from a cache; each process reads the rows of its devices."""
+    """Prompt batches of one size from a cache; each process reads the rows of its devices.
+
+    Args:
+      cache: the embeddings.
+      max_text_tokens: static text length; 0, or too short, takes the cache's bucket.
+      size: samples in a batch.
+      mesh: whose batch axes divide it.
+    """
 
     def __init__(
         self,
@@ -174,13 +181,6 @@ class _Batches:
         size: int,
         mesh: jax.sharding.Mesh,
     ) -> None:
-        """
-        Args:
-          cache: the embeddings.
-          max_text_tokens: static text length; 0, or too short, takes the cache's bucket.
-          size: samples in a batch.
-          mesh: whose batch axes divide it.
-        """
         self.size, self._cache = size, cache
         wanted = max_text_tokens if max_text_tokens >= cache.max_length else None
         self._length, self._byt5_length = cache.lengths(wanted)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from typing import Any
 
 import numpy as np
 
+from sage_grpo_jax.common import fields
+from sage_grpo_jax.common.fields import bounded, choice
 from sage_grpo_jax.config import schema
+from sage_grpo_jax.flow import guidance as guidance_lib
 from sage_grpo_jax.flow import schedules, sde
 from sage_grpo_jax.models import frames, vae_tiling
 from sage_grpo_jax.models.door import AutoencoderConfig, TransformerConfig
@@ -39,20 +41,20 @@ class Settings:
       clamp: of the sampler, see `flow.sde.step_coefficients`; the recipe's where it is its sampler.
     """
 
-    sampler: str
-    steps: int
-    shift: float
-    guidance: float
-    eta: float
-    frames: int
-    height: int
-    width: int
-    fps: float
-    tiling: str
-    format: str = "mp4"
-    last_step: str = "deterministic"
-    guidance_mode: str = "batch"
-    clamp: float = 0.0
+    sampler: str = choice(values=sde.KINDS)
+    steps: int = bounded(least=1, most=1000)
+    shift: float = bounded(least=0.1, most=20)
+    guidance: float = bounded(least=0)
+    eta: float = bounded(least=0, most=sde.HIGHEST_ETA)
+    frames: int = bounded(least=1)
+    height: int = bounded(least=1)
+    width: int = bounded(least=1)
+    fps: float = bounded(above=0)
+    tiling: str = choice(values=TILINGS)
+    format: str = choice("mp4", FORMATS)
+    last_step: str = choice("deterministic", sde.LAST_STEPS)
+    guidance_mode: str = choice("batch", guidance_lib.MODES)
+    clamp: float = bounded(0.0, least=0, most=sde.HIGHEST_CLAMP)
 
     @property
     def schedule(self) -> schedules.Schedule:
@@ -128,30 +130,11 @@ def from_config(config: schema.Config, **given: Any) -> Settings:
 
 
 def _check(settings: Settings) -> None:
-    for field, allowed in (
-        ("sampler", tuple(sde.KINDS)),
-        ("tiling", TILINGS),
-        ("format", FORMATS),
-    ):
-        if (value := getattr(settings, field)) not in allowed:
-            raise ValueError(f"--{field}: got {value!r}; allowed: {', '.join(allowed)}")
-
-    # Numbers; an eta above its highest has no meaning for a sampler.
-    highest_eta = min(sde.KINDS[settings.sampler].highest_eta, sde.HIGHEST_ETA)
-    for field, low, high in (
-        ("steps", 1, 1000),
-        ("shift", 0.1, 20),
-        ("guidance", 0, math.inf),
-        ("eta", 0, highest_eta),
-        ("frames", 1, math.inf),
-        ("height", 1, math.inf),
-        ("width", 1, math.inf),
-    ):
-        value = getattr(settings, field)
-        # Written so that NaN and infinity fail.
-        if not (low <= value <= high and value < math.inf):
-            bounds = f"at least {low}" if high == math.inf else f"{low} to {high}"
-            raise ValueError(f"--{field}: got {value}; allowed: {bounds}")
+    fields.check(settings, "--")
+    # An eta above its highest has no meaning for a sampler.
+    highest_eta = sde.KINDS[settings.sampler].highest_eta
+    if settings.eta > highest_eta:
+        raise ValueError(f"--eta: got {settings.eta}; allowed: 0 to {highest_eta}")
 
 
 def check_clip(settings: Settings, transformer: TransformerConfig, vae: AutoencoderConfig) -> None:

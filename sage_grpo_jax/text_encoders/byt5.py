@@ -17,7 +17,7 @@ MAX_TOKENS = 256
 class GlyphTokenizer:
     """Tokenizes glyph texts (see `template.glyph_text`), cut to `max_tokens`."""
 
-    def __init__(self, folder: pathlib.Path, max_tokens: int = MAX_TOKENS):
+    def __init__(self, folder: pathlib.Path, max_tokens: int = MAX_TOKENS) -> None:
         _, transformers = torch_support.load_libraries()
         self._tokenizer = torch_support.load_processor(transformers.AutoTokenizer, folder)
         self._max_tokens = max_tokens
@@ -37,7 +37,7 @@ class GlyphEncoder:
       ValueError: a folder that holds another model, or tensors that do not fit.
     """
 
-    def __init__(self, folder: pathlib.Path, device: str, pad: int):
+    def __init__(self, folder: pathlib.Path, device: str, pad: int) -> None:
         _, transformers = torch_support.load_libraries()
         self._device, self._pad = device, pad
         self._model = torch_support.load_model(

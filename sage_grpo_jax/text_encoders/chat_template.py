@@ -90,7 +90,11 @@ def _environment() -> Any:
         raise jinja2.exceptions.TemplateError(message)
 
     def tojson(
-        value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
     ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
                           sort_keys=sort_keys)  # fmt: skip

@@ -127,7 +127,7 @@ class Plan:
       settings: all that the cache's bytes depend on.
     """
 
-    def __init__(self, request: Request):
+    def __init__(self, request: Request) -> None:
         self.request = request
         self.prompts = prompts_lib.read_prompts(request.prompts)
         self.device = torch_support.choose_device(request.device)

@@ -52,7 +52,9 @@ class ImageEncoder:
       ValueError: a folder that holds another model, or tensors that do not fit.
     """
 
-    def __init__(self, folder: pathlib.Path, processor: pathlib.Path, dtype: str, device: str):
+    def __init__(
+        self, folder: pathlib.Path, processor: pathlib.Path, dtype: str, device: str
+    ) -> None:
         torch, transformers = torch_support.load_libraries()
         # The processor on PIL is the one that the model was released with; the one on torchvision
         # scales images a little differently. Older transformers have it under the plain name.

@@ -4,7 +4,7 @@ import hashlib
 import pathlib
 from typing import NamedTuple
 
-from sage_grpo_jax.weights import safetensors_io
+from sage_grpo_jax.weights.formats import safetensors_io
 
 _MODEL_FILE = "config.json"
 _TOKENIZER_FILE = "tokenizer_config.json"

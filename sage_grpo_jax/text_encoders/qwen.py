@@ -36,7 +36,7 @@ class PromptTokenizer:
         one that cannot be rendered (see `chat_template`).
     """
 
-    def __init__(self, folder: pathlib.Path, max_tokens: int = MAX_TOKENS):
+    def __init__(self, folder: pathlib.Path, max_tokens: int = MAX_TOKENS) -> None:
         _, transformers = torch_support.load_libraries()
         self._folder, self._max_tokens = folder, max_tokens
         self._tokenizer = torch_support.load_processor(transformers.AutoTokenizer, folder)
@@ -101,7 +101,9 @@ class PromptEncoder:
       ValueError: a folder that holds another model, or tensors that do not fit.
     """
 
-    def __init__(self, folder: pathlib.Path, dtype: str, device: str, crop_start: int, pad: int):
+    def __init__(
+        self, folder: pathlib.Path, dtype: str, device: str, crop_start: int, pad: int
+    ) -> None:
         self._device, self._crop_start, self._pad = device, crop_start, pad
         self._model = load_language_model(folder, dtype, device)
 

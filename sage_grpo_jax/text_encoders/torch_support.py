@@ -49,7 +49,7 @@ def versions(optional: Sequence[str] = ()) -> dict[str, str]:
 
 
 def choose_device(device: str) -> str:
-    """ "cuda" or "cpu"; "auto" takes a GPU where there is one.
+    """Says cuda or cpu; "auto" takes a GPU where there is one.
 
     Raises:
       ValueError: for a GPU that is not there.
@@ -148,7 +148,7 @@ def embed_tokens(
 
     Args:
       skipped: tokens at the beginning whose states are left out.
-      options: of the network's call.
+      **options: of the network's call.
     """
     torch, _ = load_libraries()
     ids, mask = pad_tokens(tokens, pad, device)

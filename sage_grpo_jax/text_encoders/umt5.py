@@ -60,7 +60,7 @@ class PromptTokenizer:
 
     template_hash = ""
 
-    def __init__(self, folder: pathlib.Path, max_tokens: int = MAX_TOKENS):
+    def __init__(self, folder: pathlib.Path, max_tokens: int = MAX_TOKENS) -> None:
         _, transformers = torch_support.load_libraries()
         self._folder, self._max_tokens = folder, max_tokens
         self._tokenizer = torch_support.load_processor(transformers.AutoTokenizer, folder)
@@ -93,7 +93,7 @@ class PromptEncoder:
       ValueError: a folder that holds another model, or tensors that do not fit.
     """
 
-    def __init__(self, folder: pathlib.Path, dtype: str, device: str, pad: int):
+    def __init__(self, folder: pathlib.Path, dtype: str, device: str, pad: int) -> None:
         _, transformers = torch_support.load_libraries()
         config = torch_support.load_processor(transformers.UMT5Config, folder)
         # Wan's config says otherwise, but its file has one embedding for both places; some

@@ -32,7 +32,7 @@ class WorkFolder:
         files of these names that are not ours.
     """
 
-    def __init__(self, path: pathlib.Path, settings: Mapping[str, Any], resume: bool):
+    def __init__(self, path: pathlib.Path, settings: Mapping[str, Any], resume: bool) -> None:
         # The folder: only one that is empty, new, or ours from before.
         self.path = path
         settings = self.comparable(settings)
@@ -133,7 +133,8 @@ def run(stage: Stage, work: WorkFolder, batch_size: int) -> dict[int, int]:
     Batches are of inputs of about equal cost, the dearest first: memory runs out at once or never.
     They depend on the inputs only, so that a resumed run computes the same values.
 
-    Returns: the number of the batch of every position.
+    Returns:
+      The number of the batch of every position.
     """
     # Equal costs go by position, so that a rerun cuts the same batches.
     costs = {position: stage.cost(value) for position, value in stage.inputs.items()}

@@ -27,7 +27,8 @@ from orbax.checkpoint import v1 as ocp
 from sage_grpo_jax.common import files
 from sage_grpo_jax.common.files import StorageError
 from sage_grpo_jax.parallel import checksums, hosts
-from sage_grpo_jax.weights import orbax_io, orbax_reading, sources, store
+from sage_grpo_jax.weights import sources, store
+from sage_grpo_jax.weights.formats import orbax_io
 
 FOLDER = "checkpoints"
 EMA = "ema"  # name of the moving average in the state
@@ -54,15 +55,15 @@ def storage_error(
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest kept."""
+    """The checkpoints of one run, newest kept.
+
+    Args:
+      workdir: the run's folder.
+      every: save each time the step is a multiple of it.
+      keep: how many checkpoints stay.
+    """
 
     def __init__(self, workdir: pathlib.Path, every: int, keep: int) -> None:
-        """
-        Args:
-          workdir: the run's folder.
-          every: save each time the step is a multiple of it.
-          keep: how many checkpoints stay.
-        """
         self._every = every
         self._folder = files.real_path(workdir / FOLDER)
         self._failed = False
@@ -273,7 +274,7 @@ def _read_part(folder: pathlib.Path, name: str, abstract: Any) -> dict[str, Any]
     """
     expected = traverse_util.flatten_dict(abstract)
     (dtype,) = {leaf.dtype for leaf in expected.values()}
-    source = orbax_reading.OrbaxSource(folder, ("state", name), dtypes=(dtype.name,))
+    source = orbax_io.OrbaxSource(folder, ("state", name), dtypes=(dtype.name,))
     store.check_tree(source, {path: leaf.shape for path, leaf in expected.items()}, folder)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     part = sources.to_devices(source, shardings, dtype)

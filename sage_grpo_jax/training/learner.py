@@ -36,7 +36,17 @@ class Check(Protocol):
 
 
 class Learner:
-    """The algorithm around the compiled programs; holds no trained state itself."""
+    """The algorithm around the compiled programs; holds no trained state itself.
+
+    Args:
+      programs: of `training.programs.build`.
+      vae_params: on the programs' mesh.
+      negative: the one unconditional prompt of guidance.
+      scorer: scores videos.
+      check_interrupt: called between phases; raises to abandon the step.
+      base: with LoRA the frozen weights, on the mesh; None for full fine-tuning.
+      check: looks at every update before it is made, and adds metrics of its own.
+    """
 
     def __init__(
         self,
@@ -48,16 +58,6 @@ class Learner:
         base: Any = None,
         check: Check | None = None,
     ) -> None:
-        """
-        Args:
-          programs: of `training.programs.build`.
-          vae_params: on the programs' mesh.
-          negative: the one unconditional prompt of guidance.
-          scorer: scores videos.
-          check_interrupt: called between phases; raises to abandon the step.
-          base: with LoRA the frozen weights, on the mesh; None for full fine-tuning.
-          check: looks at every update before it is made, and adds metrics of its own.
-        """
         self.programs = programs
         self.plan = programs.plan
         self.config = programs.plan.config

@@ -15,6 +15,7 @@ from absl import logging
 from sage_grpo_jax.config import plan as plan_lib
 from sage_grpo_jax.config import schema
 from sage_grpo_jax.parallel import hosts
+from sage_grpo_jax.policy import conditions
 from sage_grpo_jax.policy import prompts as prompts_lib
 from sage_grpo_jax.rewards import client as client_lib
 from sage_grpo_jax.training import checkpoint, evaluation, input_checks, metrics
@@ -273,7 +274,9 @@ class _Run:
             found |= self._evaluate_split(step, "test", self.prompts.test)
         return {**found, "time/eval": time.perf_counter() - started}
 
-    def _evaluate_split(self, step: int, split: str, prompts) -> dict[str, float]:
+    def _evaluate_split(
+        self, step: int, split: str, prompts: conditions.PromptBatch
+    ) -> dict[str, float]:
         params = self.state.ema if self.config.eval.weights == "ema" else self.state.params
         result = evaluation.evaluate(self.learner, params, prompts, split)
         if self.writer is not None:

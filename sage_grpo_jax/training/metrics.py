@@ -13,8 +13,8 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
 
 from absl import logging
 from tensorboardX.proto import event_pb2, summary_pb2
@@ -52,14 +52,14 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Writes the rows of a run; only process 0 should have one."""
+    """Writes the rows of a run; only process 0 should have one.
+
+    Args:
+      workdir: the run's folder.
+      last_step: the step that the run goes on from; later rows are cut off. None: a new run.
+    """
 
     def __init__(self, workdir: pathlib.Path, last_step: int | None) -> None:
-        """
-        Args:
-          workdir: the run's folder.
-          last_step: the step that the run goes on from; later rows are cut off. None: a new run.
-        """
         self._path = workdir / METRICS_FILE
         kept = -1 if last_step is None else last_step
         # Steps that are done again are written again: their old rows and events go first.
@@ -187,7 +187,13 @@ class Progress:
     second one.
     """
 
-    def __init__(self, total: int, first: int, stream=None, clock=time.monotonic) -> None:
+    def __init__(
+        self,
+        total: int,
+        first: int,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._total = total
         self._first = first
         self._stream = stream or sys.stderr

@@ -49,7 +49,7 @@ class Programs:
         return self.blueprint.mesh
 
 
-def make_rollout(plan: Plan):
+def make_rollout(plan: Plan) -> Callable[..., rollout_lib.Trajectory]:
     """(params, condition [B], frozen, keys [B], starts int32 [B]) -> flat Trajectory.
 
     That of the forward process holds its last state only, [1, B, N]. The samples of a device go
@@ -76,7 +76,13 @@ def make_rollout(plan: Plan):
         ),
     )
 
-    def rollout(params, condition, frozen, keys, starts):
+    def rollout(
+        params: Any,
+        condition: Any,
+        frozen: micro_losses.Frozen,
+        keys: jax.Array,
+        starts: jax.Array,
+    ) -> rollout_lib.Trajectory:
         initial = None
         if config.same_initial_noise:
             # Every sample takes the key of the first one of its group: groups lie in a row in a
@@ -110,7 +116,7 @@ def make_rollout(plan: Plan):
     return rollout
 
 
-def make_sample(plan: Plan):
+def make_sample(plan: Plan) -> Callable[..., jax.Array]:
     """(params, condition [B], frozen, keys [B]) -> clean latents [B, ...] of the evaluation."""
     config = plan.config
     # The policy samples as it would be used: by the ODE, in as many steps as the evaluation has.
@@ -122,19 +128,21 @@ def make_sample(plan: Plan):
     )
     rollout = sampler.make_rollout(plan.transformer, sampling)
 
-    def sample(params, condition, frozen, keys):
+    def sample(
+        params: Any, condition: Any, frozen: micro_losses.Frozen, keys: jax.Array
+    ) -> jax.Array:
         policy = micro_losses.policy_of(plan, params, frozen)
         return rollout(policy, condition, frozen.negative, keys).latents[-1]
 
     return sample
 
 
-def make_decode(plan: Plan):
+def make_decode(plan: Plan) -> Callable[..., jax.Array]:
     """(vae_params, latents [B, ...] or flat, piece, size) -> frames, see `sampler.make_decode`."""
     model = plan.config.model
     decode = sampler.make_decode(plan.vae, model.vae_tiling, model.matmul_precision)
 
-    def decode_piece(vae_params, latents, piece, size):
+    def decode_piece(vae_params: Any, latents: jax.Array, piece: Any, size: int) -> jax.Array:
         return decode(vae_params, latents.reshape(-1, *plan.latent_shape), piece, size)
 
     return decode_piece

@@ -53,7 +53,14 @@ class Scores:
 
 
 class Scoring:
-    """Decodes latents and asks for the rewards of the videos."""
+    """Decodes latents and asks for the rewards of the videos.
+
+    Args:
+      programs: of `training.programs.build`.
+      vae_params: on the programs' mesh.
+      scorer: scores videos.
+      check_interrupt: called between videos and while waiting; raises to abandon the step.
+    """
 
     def __init__(
         self,
@@ -62,13 +69,6 @@ class Scoring:
         scorer: Scorer,
         check_interrupt: Callable[[], None] = lambda: None,
     ) -> None:
-        """
-        Args:
-          programs: of `training.programs.build`.
-          vae_params: on the programs' mesh.
-          scorer: scores videos.
-          check_interrupt: called between videos and while waiting; raises to abandon the step.
-        """
         self.scorer = scorer
         self._programs = programs
         self._config = programs.plan.config

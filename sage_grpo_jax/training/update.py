@@ -194,7 +194,9 @@ def _gradients(
 
     # The scan over all of them: gradients and metrics are added up. Each gradient is taken inside
     # of the loop, so that no activation outlives its micro-batch.
-    def body(totals: tuple[Any, ...], scanned: tuple[Index, jax.Array | None]):
+    def body(
+        totals: tuple[Any, ...], scanned: tuple[Index, jax.Array | None]
+    ) -> tuple[tuple[Any, ...], jax.Array | None]:
         index, recorded = scanned
         grads, result = _where_needed(plan, entry, index, recorded, old)
         totals = (

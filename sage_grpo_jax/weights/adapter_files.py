@@ -24,10 +24,11 @@ from sage_grpo_jax.models import lora as lora_lib
 from sage_grpo_jax.models import registry
 from sage_grpo_jax.models.door import TransformerConfig
 from sage_grpo_jax.models.lora import LoraConfig
-from sage_grpo_jax.weights import safetensors_io, tables, torch_zip
-from sage_grpo_jax.weights.key_table import Path, Row, Shape
-from sage_grpo_jax.weights.sources import FLOATS, Index, Source, is_stacked
-from sage_grpo_jax.weights.stored_tensor import StoredTensor
+from sage_grpo_jax.weights import layouts
+from sage_grpo_jax.weights.formats import safetensors_io, torch_zip
+from sage_grpo_jax.weights.formats.source import FLOATS, Index, Path, Shape, Source, is_stacked
+from sage_grpo_jax.weights.formats.stored_tensor import StoredTensor
+from sage_grpo_jax.weights.tables.key_table import Row
 
 STEM = "pytorch_lora_weights"
 METADATA = "lora_adapter_metadata"
@@ -132,6 +133,7 @@ def open_file(path: pathlib.Path, config: TransformerConfig) -> Opened:
         tensors, header = torch_zip.read_file(file), {}
     else:
         tensors, header = safetensors_io.read_file(file)
+
     settings = _read_settings(file, header)
     try:
         return _open(tensors, settings, config)
@@ -141,7 +143,7 @@ def open_file(path: pathlib.Path, config: TransformerConfig) -> Opened:
 
 def module_rows(config: TransformerConfig) -> dict[Path, Row]:
     """The row of the kernel of each layer that can be adapted, in diffusers' layout."""
-    rows = {row.ours: row for row in tables.rows(config, "diffusers")}
+    rows = {row.ours: row for row in layouts.rows(config, "diffusers")}
     paths = (tuple(layer.split("/")) for layer in registry.of(config).ADAPTER_LAYERS)
     return {path: rows[(*path, "kernel")] for path in paths if (*path, "kernel") in rows}
 
@@ -156,7 +158,7 @@ def adapter_shapes(config: TransformerConfig, lora: LoraConfig) -> dict[Path, Sh
     shapes = traverse_util.unflatten_dict(
         {
             path: jax.ShapeDtypeStruct(shape, np.float32)
-            for path, shape in tables.parameter_shapes(config).items()
+            for path, shape in layouts.parameter_shapes(config).items()
         }
     )
     flat = traverse_util.flatten_dict(lora_lib.abstract_adapters(shapes, lora, registry.of(config)))
@@ -229,7 +231,7 @@ def _open(
 ) -> Opened:
     layers = _layers(config)
     files, alphas = _sort(tensors, layers)
-    shapes = tables.parameter_shapes(config)
+    shapes = layouts.parameter_shapes(config)
     found = {}
     for name, parts in files.items():
         path, _ = layers[name]
@@ -268,6 +270,7 @@ def _sort(
     """({layer: {"A": .., "B": ..}}, {layer: alpha}) of the tensors in a file."""
     files: dict[str, dict[str, StoredTensor]] = collections.defaultdict(dict)
     alphas, unexpected, twice = {}, [], []
+
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(_plain(name))
         if match is None or match["module"] not in layers:
@@ -280,6 +283,7 @@ def _sort(
         where[key] = tensor
     if not files:
         raise ValueError(f"no adapters of this model; tensors begin with {sorted(tensors)[:3]}")
+
     missing = [f"{name}.lora_{part}.weight" for name in {**files, **alphas} for part in "AB"
                if part not in files.get(name, {})]  # fmt: skip
     problems = {"missing": missing, "unexpected": unexpected, "there twice": twice}
@@ -319,6 +323,7 @@ def _alpha(
         given = _by_pattern(settings.alphas, name, settings.alpha)
         if given is None and not alphas:
             raise ValueError("lora_alpha is missing in the metadata")
+
     if alphas:
         if name not in alphas:
             raise ValueError(f"{name}.alpha is missing, other layers have theirs")
@@ -326,6 +331,7 @@ def _alpha(
         if given not in (None, stored):
             raise ValueError(f"alphas differ: {name}.alpha: {stored}, metadata: {given}")
         given = stored
+
     if given is None:
         return float(rank)  # as diffusers
     if not 0 < given < math.inf:

@@ -20,17 +20,12 @@ from sage_grpo_jax.models import lora as lora_lib
 from sage_grpo_jax.models import registry
 from sage_grpo_jax.models.door import TransformerConfig
 from sage_grpo_jax.models.lora import LoraConfig
-from sage_grpo_jax.weights import (
-    adapter_files,
-    configs,
-    orbax_io,
-    orbax_reading,
-    store,
-    writing,
-)
+from sage_grpo_jax.weights import adapter_files, configs, store
 from sage_grpo_jax.weights.adapter_files import Opened, adapter_shapes
-from sage_grpo_jax.weights.key_table import Row
-from sage_grpo_jax.weights.sources import FiniteSource, Source, TreeSource, to_devices
+from sage_grpo_jax.weights.formats import orbax_io
+from sage_grpo_jax.weights.formats.source import Source
+from sage_grpo_jax.weights.sources import FiniteSource, TreeSource, to_devices
+from sage_grpo_jax.weights.tables.key_table import Row
 
 FORMATS = ("peft", "orbax")
 LORA_FILE = "lora.json"
@@ -106,19 +101,22 @@ def write(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """`save_adapters` from a source; see there and `writing.write_model`."""
+    """`save_adapters` from a source; see there and `store.write_model`."""
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: must be one of {FORMATS}")
     dtype, progress = np.dtype(dtype), progress or Progress(0, None)
     store.check_tree(source, adapter_shapes(config, lora), pathlib.Path(LORA_FILE))
+
     with folders.new_folder(path, f"adapters, {format}", overwrite=overwrite) as folder:
         if format == "orbax":
             (folder / configs.CONFIG_FILE).write_text(config.to_json())
             (folder / LORA_FILE).write_text(_to_json(lora))
             orbax_io.write(folder, source, dtype, progress)
             return
+
+        # diffusers looks for rank and alpha in the metadata of the tensors' file.
         rows = adapter_rows(config, lora)
-        writing.write_tensors(
+        store.write_tensors(
             folder,
             adapter_files.STEM,
             rows,
@@ -135,7 +133,7 @@ def open_adapters(path: str | os.PathLike, config: TransformerConfig) -> Opened:
     if not orbax_io.is_orbax(path):
         return adapter_files.open_file(path, config)
     lora, _ = read_lora_json(path / LORA_FILE)
-    source = orbax_reading.OrbaxSource(path / orbax_io.PARAMS)
+    source = orbax_io.OrbaxSource(path / orbax_io.PARAMS)
     store.check_tree(source, adapter_shapes(config, lora), path / LORA_FILE)
     return Opened(source, lora, "")
 

@@ -12,22 +12,13 @@ from sage_grpo_jax.common.byte_progress import Progress
 from sage_grpo_jax.models import registry
 from sage_grpo_jax.models.door import TransformerConfig
 from sage_grpo_jax.models.lora import LoraConfig
-from sage_grpo_jax.weights import (
-    adapters,
-    configs,
-    facts,
-    orbax_io,
-    orbax_reading,
-    safetensors_io,
-    store,
-    tables,
-    tensor_files,
-    writing,
-)
-from sage_grpo_jax.weights.sources import FiniteSource, MergedSource, Source
-from sage_grpo_jax.weights.tables import Config
+from sage_grpo_jax.weights import adapters, configs, layouts, store
+from sage_grpo_jax.weights.formats import orbax_io, safetensors_io, tensor_files
+from sage_grpo_jax.weights.formats.source import Source
+from sage_grpo_jax.weights.layouts import Config
+from sage_grpo_jax.weights.sources import FiniteSource, MergedSource
 
-FORMATS = (*writing.FORMATS, "peft")
+FORMATS = (*store.FORMATS, "peft")
 DTYPES = ("float32", "bfloat16")
 _RUN_CONFIG = "transformer.json"
 
@@ -74,6 +65,8 @@ class Job:
         safetensors_io.parse_size(self.max_shard_size)
         if not self.src.exists():
             raise ValueError(f"src={self.src}: no such file or folder")
+
+        # What is read has to outlive what is replaced.
         for field in ("src", "base"):
             path = getattr(self, field)
             dst = files.real_path(self.dst)
@@ -115,19 +108,24 @@ def convert(job: Job, stream: TextIO | None = None) -> str:
       ValueError: whatever does not fit, before anything is written; values that are not finite.
       StorageError: a disk that is too small, before anything is written.
     """
+    # What is read
     opened = _open(job)
     if job.dst_format == "peft" and opened.lora is None:
         raise ValueError("dst_format='peft': the source holds a whole model, no adapters")
     if opened.note and stream is not None:
         stream.write(f"note: {opened.note}\n")
+
     # Before a merge: it is told of which of the two NaN comes.
     source = FiniteSource(opened.source, _blamed(job, opened))
     if opened.lora is not None and not _keeps_adapters(job):
         opened = _merge(job, dataclasses.replace(opened, source=source))
         source = FiniteSource(opened.source, f"base with adapters {job.src}")
-    dtype = writing.DTYPES[job.dtype]
-    total = writing.total_bytes(source, dtype)
+
+    # What is written
+    dtype = store.DTYPES[job.dtype]
+    total = store.total_bytes(source, dtype)
     folders.check_space(job.dst, total, "dst")
+
     progress = Progress(total, stream)
     options = {"dtype": dtype, "overwrite": job.overwrite, "progress": progress}
     try:
@@ -135,7 +133,7 @@ def convert(job: Job, stream: TextIO | None = None) -> str:
             adapters.write(job.dst, source, opened.lora, opened.config, job.dst_format, **options)
         else:
             limit = safetensors_io.parse_size(job.max_shard_size)
-            writing.write_model(
+            store.write_model(
                 job.dst,
                 opened.config,
                 source,
@@ -145,6 +143,7 @@ def convert(job: Job, stream: TextIO | None = None) -> str:
             )
     finally:
         progress.close()
+
     is_vae = registry.kind_of(opened.config) == registry.AUTOENCODER
     kind = "VAE" if is_vae else "transformer"
     what = kind if opened.lora is None else f"adapters of rank {opened.lora.rank}"
@@ -179,8 +178,8 @@ def _open_tensors(
         tensors = tensor_files.open_tensors(path, src_key)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         try:
-            kind = tables.recognise(shapes)
-            config = facts.infer_config(layout or (kind.layout if kind else "diffusers"), shapes)
+            kind = layouts.recognise(shapes)
+            config = configs.infer_config(layout or (kind.layout if kind else "diffusers"), shapes)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return config, store.open_source(path, config, layout, src_key, str(file))
@@ -209,20 +208,20 @@ def _open_run(job: Job) -> _Opened:
     source = _open_state(job)
     description = job.src / adapters.LORA_FILE
     if not description.is_file():
-        store.check_tree(source, tables.parameter_shapes(config), file)
+        store.check_tree(source, layouts.parameter_shapes(config), file)
         return _Opened(config, source)
     lora, base = adapters.read_lora_json(description)
     store.check_tree(source, adapters.adapter_shapes(config, lora), description)
     return _Opened(config, source, lora, base)
 
 
-def _open_state(job: Job) -> orbax_reading.OrbaxSource:
+def _open_state(job: Job) -> orbax_io.OrbaxSource:
     """The parameters of a run's checkpoint, or their moving average."""
     names = {None: "params", "module": "params", "ema": "ema"}
     if job.src_key not in names:
         raise ValueError(f"src_key={job.src_key!r}: must be module or ema")
     try:
-        return orbax_reading.OrbaxSource(job.run_step, ("state", names[job.src_key]))
+        return orbax_io.OrbaxSource(job.run_step, ("state", names[job.src_key]))
     except ValueError as error:
         if job.src_key != "ema":
             raise

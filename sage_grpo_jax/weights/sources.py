@@ -1,14 +1,14 @@
-"""Where parameters come from: one way to read slices of them, whatever holds them.
+"""Sources of parameters: another codebase's tensors, trees in memory, and sources around others.
 
-A source knows the shape of each parameter and reads any slice of it. The other modules are written
-against that: a conversion is a source and a sink, merging adapters is a source around two others.
+A source (`formats.source`) knows the shape of each parameter and reads any slice of it. The other
+modules are written against that: a conversion is a source and a sink, merging adapters is a source
+around two others, and loading is a source whose slices go to devices.
 """
 
 from __future__ import annotations
 
-import abc
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,30 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from sage_grpo_jax.weights.key_table import Path, Row, Shape, check_tensors, contiguous
-from sage_grpo_jax.weights.stored_tensor import StoredTensor
-
-Index = tuple[slice, ...]
-FLOATS = ("float64", "float32", "float16", "bfloat16")
-_CHECK_BYTES = 1 << 24  # checks for NaN go through pieces of this size
-
-
-class Source(abc.ABC):
-    """Parameters that can be read by slices.
-
-    Attributes:
-      shapes: shape of each parameter, by path.
-    """
-
-    shapes: Mapping[Path, Shape]
-
-    @abc.abstractmethod
-    def read(self, path: Path, index: Index) -> np.ndarray:
-        """A slice (steps of 1) of a parameter, in the dtype that it is stored in."""
-
-    def describe(self, path: Path, layer: int | None) -> str:
-        """Name of a parameter, or of one layer of it, for messages."""
-        return "/".join(path) + ("" if layer is None else f", layer {layer}")
+from sage_grpo_jax.weights.formats.source import (
+    FLOATS,
+    Index,
+    Path,
+    Shape,
+    Source,
+    all_finite,
+    contiguous,
+    is_stacked,
+)
+from sage_grpo_jax.weights.formats.stored_tensor import StoredTensor
+from sage_grpo_jax.weights.tables.key_table import Row, check_tensors
 
 
 class TensorSource(Source):
@@ -70,8 +58,8 @@ class TensorSource(Source):
 
     def read(self, path: Path, index: Index) -> np.ndarray:
         row, shape = self._rows[path], self.shapes[path]
-        bounds = _bounds(index, shape)
-        names = row.names()
+        bounds, names = _bounds(index, shape), row.names()
+        # Each layer is a tensor of its own there: our first axis chooses among them.
         if row.stacked is not None:
             names, bounds = names[slice(*bounds[0])], bounds[1:]
         here = tuple(slice(*bound) for bound in bounds)
@@ -98,7 +86,7 @@ class TreeSource(Source):
 
     def read(self, path: Path, index: Index) -> np.ndarray:
         if self._held is None or self._held[0] != path:
-            self._held = None
+            self._held = None  # never two at a time
             self._held = (path, np.asarray(jax.device_get(self._flat[path])))
         return self._held[1][index]
 
@@ -117,6 +105,7 @@ class MergedSource(Source):
           ValueError: adapters of layers that the base lacks, or of other widths.
         """
         self.shapes, self._base, self._adapters, self._scale = base.shapes, base, adapters, scale
+
         for path, shape in adapters.shapes.items():
             kernel = self.shapes.get((*path[:-1], "kernel"), ())
             # down [..., in, r], up [..., r, out]
@@ -134,6 +123,7 @@ class MergedSource(Source):
         value, down = self._base.read(path, index), (*path[:-1], "down")
         if path[-1] != "kernel" or down not in self._adapters.shapes:
             return value
+
         whole = slice(None)
         down = self._adapters.read(down, (*index[:-1], whole)).astype(np.float32)
         up = self._adapters.read((*path[:-1], "up"), (*index[:-2], whole, index[-1]))
@@ -172,58 +162,6 @@ class FiniteSource(Source):
         return self._source.describe(path, layer)
 
 
-def all_finite(values: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite; in little memory."""
-    # In the order of the memory: the values may be a transposed view.
-    values = values.transpose(np.argsort(values.strides)[::-1])
-    if values.dtype.itemsize == 2 and values.dtype != np.float16:  # bfloat16: by its bits
-        bits = values.view(np.uint16)
-        return all(((piece & 0x7F80) != 0x7F80).all() for piece in _pieces(bits))
-    for piece in _pieces(values):
-        with np.errstate(over="ignore", invalid="ignore"):
-            total = piece.sum()  # fast; NaN and infinities survive in it
-        if not np.isfinite(total) and not np.isfinite(piece).all():
-            return False
-    return True
-
-
-def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Contiguous values in a dtype, rounded to nearest, ties to even.
-
-    Raises:
-      ValueError: a value is too large for the dtype (or was not finite); the name is told.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        out = contiguous(values, dtype)
-    if out.dtype.itemsize < values.dtype.itemsize and not all_finite(out):
-        raise ValueError(f"tensor {name}: not every value is finite in {dtype}")
-    return out
-
-
-def _pieces(values: np.ndarray) -> Iterator[np.ndarray]:
-    """Views that cover the array, each of limited size where the first axis allows it."""
-    if values.ndim == 0:
-        yield values
-        return
-    row_bytes = max(1, values.nbytes // max(1, values.shape[0]))
-    step = max(1, _CHECK_BYTES // row_bytes)
-    for start in range(0, values.shape[0], step):
-        yield values[start : start + step]
-
-
-def is_stacked(path: Path) -> bool:
-    """Whether the first axis of a parameter (or adapter) counts layers."""
-    return "blocks" in path
-
-
-def pieces(path: Path, shape: Shape) -> list[Index]:
-    """Slices that together are a parameter: one per layer, or the whole."""
-    rest = (slice(None),) * (len(shape) - is_stacked(path))
-    if not is_stacked(path):
-        return [rest]
-    return [(slice(i, i + 1), *rest) for i in range(shape[0])]
-
-
 def to_devices(source: Source, shardings: Any, dtype: np.dtype) -> dict[str, Any]:
     """Parameters on devices; each process reads only the slices that its devices hold.
 
@@ -253,14 +191,14 @@ def _cached_reader(
         bounds = _bounds(index, shape)
         if bounds not in cache:
             out = np.empty([stop - start for start, stop in bounds], dtype)
-            fill(out, source, path, tuple(slice(*bound) for bound in bounds))
+            _fill(out, source, path, tuple(slice(*bound) for bound in bounds))
             cache[bounds] = out
         return cache[bounds]
 
     return read
 
 
-def fill(out: np.ndarray, source: Source, path: Path, index: Index) -> None:
+def _fill(out: np.ndarray, source: Source, path: Path, index: Index) -> None:
     """Reads a slice into an array, one layer at a time where layers are stacked."""
     if not is_stacked(path):
         out[...] = contiguous(source.read(path, index), out.dtype)

@@ -30,8 +30,8 @@ def make_case(make_config, local_scorer, tmp_path):
     """make_case(overrides) -> trainer on one device (or a mesh), with the shadow on."""
     one = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
-    def make(overrides=None, mesh=one) -> learners.Trainer:
-        config = make_config({"debug.shadow": True, **(overrides or {})})
+    def make(overrides=None, mesh=one, recipe=make_config) -> learners.Trainer:
+        config = recipe({"debug.shadow": True, **(overrides or {})})
         return learners.make(config, local_scorer(), mesh, tmp_path)
 
     with jax.set_mesh(one):
@@ -39,9 +39,10 @@ def make_case(make_config, local_scorer, tmp_path):
 
 
 @pytest.fixture
-def small_network(monkeypatch):
-    """A small policy in place of the DiT, for what comes after the velocity."""
-    small_policy.install(monkeypatch)
+def make_small_case(make_case, make_small_config, monkeypatch):
+    """The same with a small policy in place of the DiT, for what comes after the velocity."""
+    small_policy.install_in_small_network(monkeypatch)
+    return functools.partial(make_case, recipe=make_small_config)
 
 
 def assert_tiny(metrics):
@@ -56,8 +57,8 @@ def test_the_transformer_hardly_deviates(make_case):
     assert_tiny(case.learner._check(case.state, some_batch(case), case.learner.frozen))
 
 
-def test_a_healthy_run_hardly_deviates(make_case, small_network):
-    case = make_case()
+def test_a_healthy_run_hardly_deviates(make_small_case):
+    case = make_small_case()
     batches = iter(case.prompts)
     for _ in range(2):  # the second step has divergences from its references
         case.state, metrics = case.learner.step(case.state, next(batches))
@@ -66,10 +67,10 @@ def test_a_healthy_run_hardly_deviates(make_case, small_network):
 
 
 @pytest.mark.slow
-def test_a_mesh_of_eight_devices(make_case, small_network):
+def test_a_mesh_of_eight_devices(make_small_case):
     mesh = mesh_lib.make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
-        case = make_case({"trust_region.kind": "none"}, mesh)
+        case = make_small_case({"trust_region.kind": "none"}, mesh)
         assert_tiny(case.learner._check(case.state, some_batch(case), case.learner.frozen))
 
 
@@ -88,11 +89,12 @@ def biased_ratio(log_ratio, noise, mean_new, mean_old, std, **kwargs):
 
 
 @pytest.fixture
-def check(make_case, small_network):
+def check(make_case, monkeypatch):
     """check(recipe) -> deviations of the update's side compiled anew, at the second step of a run.
 
     The mask, λ and the KLs all count there.
     """
+    small_policy.install(monkeypatch)  # with as many parameters as the DiT the KLs count for more
     case = make_case({"trust_region.initial_weight": 0.5, "trust_region.final_weight": 0.5})
     case.steps(1)
     batch, checker = some_batch(case), case.learner._check
@@ -197,8 +199,8 @@ def test_lambda_follows_the_measured_kls(feedback):
     assert wrong == pytest.approx(float(state.weight), rel=1e-6)
 
 
-def test_the_other_settings_agree_too(make_case, small_network):
-    case = make_case(
+def test_the_other_settings_agree_too(make_small_case):
+    case = make_small_case(
         {
             "rollout.sde": "flow",
             "rollout.guidance": 2.5,

@@ -26,12 +26,14 @@ def make_plan(make_config):
     return make
 
 
-def scales(log_prob="gaussian", eta=0.8):
+def scales(log_prob="gaussian", eta=0.8, clamp=0.0):
     """N_t of Flow-GRPO's transition at all 7 steps: mean = x + dt·v - std²/(2σ)·(x + (1 - σ)·v)."""
     u = np.linspace(1, 0, 8)
     sigmas = 2 * u / (1 + u)
     sigma, after = sigmas[:-1], sigmas[1:]
     distance = np.where(sigma == 1, 1 - after, 1 - sigma)
+    if clamp:
+        distance = np.maximum(1 - sigma, clamp)
     std = eta * np.sqrt(sigma * (sigma - after) / distance)
     sensitivity = (sigma - after) + std**2 / (2 * sigma) * (1 - sigma)
     return sensitivity / std if log_prob == "gaussian" else sensitivity * std
@@ -72,6 +74,17 @@ def test_equalized_kl_weights_are_those_of_the_gaussian(make_plan, log_prob):
     n = scales()[:6]
     wanted = np.append((median_over(n, "lower") / n) ** 2, 0)
     np.testing.assert_allclose(made.kl_weights, wanted, rtol=1e-5)
+
+
+def test_a_clamp_reaches_weights_and_steps(make_plan):
+    made = make_plan({"rollout.clamp": 0.2, "trust_region.kl_time_weight": "equalized"})
+    n = scales(clamp=0.2)[:6]
+    wanted = np.append(median_over(n, "lower") / n, 0)
+    np.testing.assert_allclose(made.weights, wanted, rtol=1e-5)
+    np.testing.assert_allclose(made.kl_weights, wanted**2, rtol=1e-5)
+    # The steps of SAGE-GRPO that end above σ = 0.8 inject nothing: 12/13 and 10/12 are there.
+    made = make_plan({"rollout.sde": "precise", "rollout.clamp": 0.2})
+    np.testing.assert_array_equal(made.trained, [0, 0, 1, 1, 1, 1, 0])
 
 
 def test_a_window_at_the_start(make_plan):

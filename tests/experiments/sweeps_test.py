@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+from entry_process import run_all
 from PIL import Image
 
 from sage_grpo_jax.config import builder, schema
@@ -256,20 +257,19 @@ def test_a_damaged_sweep_file_is_named(text, tmp_path):
 
 
 def test_report_and_plan_from_the_command_line(swept):
-    command = [sys.executable, "-m", "sage_grpo_jax.report", f"--runs={swept}"]
     out = swept / "report"
-    result = subprocess.run(
-        [*command, f"--out={out}"], capture_output=True, text=True, check=True, cwd=ROOT
+    result, plan = run_all(
+        [
+            ["report", f"--runs={swept}", f"--out={out}"],
+            ["sweep", f"--config={RECIPE}", f"--workdir={swept}", "--plan"],
+        ],
+        ROOT,
     )
+    assert (result.status, plan.status) == (0, 0), (result, plan)
     assert "44 of 45 runs finished." in result.stdout
     assert (out / "sweep.md").read_text().strip() in result.stdout
     for name in ("heat_map.png", "curves.png"):
         assert np.asarray(Image.open(out / name)).std() > 5
-    plan = subprocess.run(
-        [sys.executable, "-m", "sage_grpo_jax.sweep", f"--config={RECIPE}", f"--workdir={swept}",
-         "--plan"],
-        capture_output=True, text=True, check=True, cwd=ROOT,
-    )  # fmt: skip
     assert "45 points, 44 finished; left: 1 runs, 90 steps" in plan.stdout
     # All finished runs took a minute; the last has as many references as the average one or more.
     assert "at the speed of the finished runs: 1:" in plan.stdout

@@ -7,7 +7,6 @@ import signal
 import jax
 import numpy as np
 import pytest
-import small_policy
 
 from sage_grpo_jax.config import methods
 from sage_grpo_jax.sampling import sources
@@ -30,7 +29,6 @@ OVERRIDES["data__test_prompts"] = ""
 @pytest.fixture
 def seen(runs, monkeypatch):
     """What was evaluated and sampled, by the run that ran last."""
-    small_policy.install(monkeypatch)
     record = {"evaluated": [], "sampled": []}
     evaluate, step = evaluation.evaluate, learner_lib.Learner.step
 

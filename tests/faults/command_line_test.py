@@ -23,7 +23,11 @@ def _run(*flags: str) -> subprocess.CompletedProcess:
     ("flags", "expected"),
     [
         ([f"{CONFIG}:method=ppo"], "error: method: got 'ppo'; allowed: sage, "),
-        ([CONFIG, "--config.rollout.etaa=1"], "error: unknown config field: 'etaa'"),
+        pytest.param(
+            [CONFIG, "--config.rollout.etaa=1"],
+            "error: unknown config field: 'etaa'",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             [CONFIG, "--config.rollout.group_size=2.5"],
             "error: flag --config.rollout.group_size=2.5: invalid literal for int()",

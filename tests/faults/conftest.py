@@ -51,7 +51,7 @@ class Runs:
     """Trains in this process; the scorer is a local one unless `service` is set."""
 
     def __init__(self, make_config) -> None:
-        self._make_config = make_config
+        self.make_config = make_config  # a test may put another in its place
         self.scorer: Any = LocalScorer()
         self.state: Any = None  # of the run that ended last
 
@@ -68,7 +68,7 @@ class Runs:
             "loss.micro_batch": 2,
         }
         dotted = {name.replace("__", "."): value for name, value in overrides.items()}
-        return self._make_config({**base, **dotted})
+        return self.make_config({**base, **dotted})
 
     def train(self, workdir: pathlib.Path, **overrides: Any) -> dict[str, Any] | None:
         """`loop.train`."""
@@ -91,9 +91,9 @@ class Runs:
 
 
 @pytest.fixture
-def runs(make_config, monkeypatch) -> Runs:
-    """Whole runs on one device."""
-    made = Runs(make_config)
+def runs(make_small_config, monkeypatch) -> Runs:
+    """Whole runs on one device; without the DiT, which has no part in this."""
+    made = Runs(make_small_config)
     mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     monkeypatch.setattr(input_checks, "make_mesh", lambda config: mesh)
     monkeypatch.setattr(programs_lib, "build", _cached_programs)
@@ -114,22 +114,24 @@ def runs(make_config, monkeypatch) -> Runs:
     return made
 
 
-_STRAIGHT: dict[str, Result] = {}
+_STRAIGHT: dict[str, Result] = {}  # by the folder of the network
 
 
 @pytest.fixture
 def straight(runs, tmp_path_factory) -> Result:
     """What a run leaves that nobody disturbs; made once."""
-    if "result" not in _STRAIGHT:
+    network = runs.config().model.transformer
+    if network not in _STRAIGHT:
         workdir = tmp_path_factory.mktemp("straight")
         runs.train(workdir)
-        _STRAIGHT["result"] = runs.result(workdir)
-    return _STRAIGHT["result"]
+        _STRAIGHT[network] = runs.result(workdir)
+    return _STRAIGHT[network]
 
 
 @pytest.fixture
-def refused(runs, tmp_path, monkeypatch):
+def refused(runs, make_config, tmp_path, monkeypatch):
     """refused(overrides) -> the message of a run that ends before anything expensive."""
+    runs.make_config = make_config  # the DiT's own limits count, and nothing is compiled
 
     def never(*args, **kwargs):
         raise AssertionError("something expensive was done before the input was checked")

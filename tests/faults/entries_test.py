@@ -110,6 +110,10 @@ CASES = _of_flags() | {
         ["train", SMALL, "--workdir=new", "--config.data.train_prompts="],
         "config.data.train_prompts: no file is named; allowed: a .txt",
     ),
+    "frames": (
+        ["train", SMALL, "--workdir=new", "--config.video.frames=6"],
+        "config.video.frames: got 6; allowed: 1 \\+ a multiple of 4",
+    ),
     "index": (
         ["sweep", RECIPES["sweep"], "--workdir=new", "--index=45"],
         "--index: got 45; allowed: 0 to 44",

@@ -7,9 +7,17 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import small_policy
 
 from sage_grpo_jax.common import files
 from sage_grpo_jax.training import checkpoint, evaluation, loop, metrics, workdir
+
+
+@pytest.fixture(autouse=True)
+def _parameters_of_the_dit(runs, make_config, monkeypatch):
+    """Checkpoints of as many arrays as the DiT has: orbax keeps small ones inside its own files."""
+    small_policy.install(monkeypatch)
+    runs.make_config = make_config
 
 
 def _full(*args, **kwargs):

@@ -36,6 +36,23 @@ def test_first_step_adds_what_the_formula_says():
         assert found.variances[0] - sigma_next**2 == pytest.approx(want, rel=1e-9)
 
 
+def test_a_clamp_makes_the_first_step_smaller():
+    """As above, Σ = eta²·σ·(σ - σ')/clamp at σ = 1: in the noise and in the mean."""
+    schedule = schedules.host_schedule(7, 3.0)
+    sigma_next = float(schedule.sigmas[1])
+    found = excess.point_mass("flow", schedule, 0.8, before_last(7), clamp=0.4)
+    variance = 0.8**2 * (1 - sigma_next) / 0.4
+    assert found.stds[0] ** 2 == pytest.approx(variance, rel=1e-9)
+    want = variance * (1 - sigma_next) + variance**2 / 4
+    assert found.variances[0] - sigma_next**2 == pytest.approx(want, rel=1e-9)
+    # λ of the second step reads the clamp too.
+    s, e = (float(x) for x in schedule.sigmas[1:3])
+    variance = 0.8**2 * s * (s - e) / 0.4
+    gain = e / s - variance / (2 * s) * (1 + (1 - s) / s)
+    want = gain**2 * found.variances[0] + variance
+    assert found.variances[1] == pytest.approx(want, rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("steps", "kind", "value"),
     [

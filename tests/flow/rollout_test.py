@@ -174,6 +174,26 @@ def test_initial_latents_can_be_given():
     np.testing.assert_array_equal(latents[:, 0], latents[:, 1])
 
 
+def test_a_clamp_bounds_the_noise():
+    """Flow-GRPO's std is eta·sqrt(σ/(1 - σ)·(σ - σ')), with 1 - σ at least the clamp."""
+    run = jax.jit(
+        lambda keys: rollout.rollout(
+            velocity_fn,
+            keys,
+            SHAPE,
+            schedules.make_schedule(T, 5.0),
+            "flow",
+            0.5,
+            np.ones(T, bool),
+            clamp=0.3,
+        )
+    )
+    sigmas = np.asarray(schedules.make_schedule(T, 5.0).sigmas, np.float64)
+    sigma, after = sigmas[:-1], sigmas[1:]
+    wanted = 0.5 * np.sqrt(sigma / np.maximum(1 - sigma, 0.3) * (sigma - after))
+    np.testing.assert_allclose(run(make_keys(2)).stds, wanted, rtol=1e-5)
+
+
 def test_bad_input():
     schedule = schedules.make_schedule(2, 1.0)
     always = np.ones(2, bool)

@@ -92,15 +92,18 @@ def test_the_first_places_of_the_published_settings():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"stay": 0}, "stay=0: must be at least 1"),
-        ({"stride": 0}, "stride=0: must be at least 1"),
-        ({"least_stay": 30}, "least_stay=30: must be at most stay=25"),
-        ({"threshold": -1}, "threshold=-1: must be at least 0"),
-        ({"rate": float("nan")}, "rate=nan: must be a finite number >= 0"),
+        ({"stay": 0}, "stay: got 0; allowed: at least 1"),
+        ({"stride": 0}, "stride: got 0; allowed: at least 1"),
+        ({"least_stay": 0}, "least_stay: got 0; allowed: at least 1"),
+        ({"least_stay": 30}, "least_stay: got 30; allowed: at most stay=25"),
+        ({"threshold": -1}, "threshold: got -1; allowed: at least 0"),
+        ({"rate": float("nan")}, "rate: got nan; allowed: at least 0"),
+        ({"stay": 2.5}, r"stay: got 2.5 \(float\); allowed: int"),
+        ({"restart": 1}, r"restart: got 1 \(int\); allowed: bool"),
     ],
 )
 def test_bad_motion(fields, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"^Motion\.{message}"):
         windows.Motion(**fields)
 
 

@@ -143,6 +143,17 @@ def test_nothing_leaks_from_behind_the_mask(seed, rubbish, objective):
     jax.tree.map(np.testing.assert_array_equal, dirty, clean)
 
 
+def test_nothing_leaks_operation_by_operation():
+    """XLA makes a choice of a product with a mask; without it 0·NaN is NaN."""
+    log_ratio, advantages, weights, mask = make_inputs()
+    broken = np.where(mask, log_ratio, np.float32(np.nan))
+    with jax.disable_jit():
+        clean, _ = loss.policy_loss(log_ratio, advantages, weights, CLIP, mask=mask)
+        dirty, metrics = loss.policy_loss(broken, advantages, weights, CLIP, mask=mask)
+    assert dirty == clean
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
 def test_empty_mask_and_huge_ratios_stay_finite():
     log_ratio, advantages, weights, mask = make_inputs()
     outputs = value_and_grad(log_ratio, advantages, weights, np.zeros_like(mask))

@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from sage_grpo_jax.models import hunyuan_video, model_config
 from sage_grpo_jax.models.hunyuan_video import Condition, HunyuanVideoConfig
-from sage_grpo_jax.weights import hunyuan_video_keys
+from sage_grpo_jax.weights.tables import hunyuan_video_keys
 
 TINY = HunyuanVideoConfig(
     in_channels=9,

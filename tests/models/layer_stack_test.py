@@ -1,5 +1,8 @@
 """A stack of layers, however it is run, against a loop in float64."""
 
+import types
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,3 +68,41 @@ def test_recomputation_is_in_the_program_where_it_is_asked_for():
             text = str(jax.make_jaxpr(jax.grad(run))(KERNELS))
             assert ("checkpoint" in text or "remat" in text) == remat
             assert ("scan[" in text) == (not unroll)
+
+
+class Block(nn.Module):
+    """x + tanh(x @ kernel) * what all blocks share."""
+
+    config: types.SimpleNamespace
+
+    @nn.compact
+    def __call__(self, x, shared):
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("embed", None))
+        kernel = self.param("kernel", init, (4, 4))
+        return x + jnp.tanh(x @ kernel) * shared, None
+
+
+class Model(nn.Module):
+    config: types.SimpleNamespace
+
+    @nn.compact
+    def __call__(self, x, shared, adapters=None):
+        return layer_stack.blocks(self, Block, x, (shared,), adapters, SCALE)
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_blocks_of_a_model(unroll):
+    """Parameters of their own below one key, and the same loop."""
+    model = Model(types.SimpleNamespace(num_layers=3, remat=False, unroll=unroll))
+    boxed = model.init(jax.random.key(0), X, jnp.ones(4))["params"]
+    assert boxed["blocks"]["kernel"].names == ("layers", "embed", None)
+    kernels = nn.unbox(boxed)["blocks"]["kernel"]
+    assert kernels.shape == (3, 4, 4)
+    assert len(np.unique(np.round(kernels, 4))) == kernels.size
+
+    shared, want = np.arange(4.0), X.astype(np.float64)
+    for kernel in np.asarray(kernels, np.float64) + SCALE * DOWN.astype(np.float64) @ UP:
+        want = want + np.tanh(want @ kernel) * shared
+    params, adapters = {"blocks": {"kernel": kernels}}, {"down": DOWN, "up": UP}
+    got = model.apply({"params": params}, X, jnp.asarray(shared), adapters)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

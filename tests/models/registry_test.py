@@ -10,7 +10,7 @@ import pytest
 
 import sage_grpo_jax
 from sage_grpo_jax.models import door, hunyuan_video, lora, registry, vae
-from sage_grpo_jax.weights import tables
+from sage_grpo_jax.weights import layouts
 
 PACKAGE = pathlib.Path(sage_grpo_jax.__file__).parent
 PROTOCOLS = {registry.TRANSFORMER: door.VideoModel, registry.AUTOENCODER: door.VideoAutoencoder}
@@ -62,7 +62,7 @@ def test_adapter_layers_are_the_dense_layers_of_the_released_models(name):
     assert len(set(model.ADAPTER_LAYERS)) == len(model.ADAPTER_LAYERS)
     found = set()
     for config in {model.Config(), *model.RELEASED.values()}:
-        shapes = tables.parameter_shapes(config)
+        shapes = layouts.parameter_shapes(config)
         for path in chosen:
             assert (*path.split("/"), "kernel") in shapes
         found |= {
@@ -78,11 +78,11 @@ def test_weight_tables_hold_for_the_released_config(name):
     config, module = registry.named(name).Config(), registry.tables_of(name)
     assert next(iter(module.LAYOUTS)) == "diffusers"
     for layout, entry in module.LAYOUTS.items():
-        rows, shapes = tables.key_table(config, layout)
+        rows, shapes = layouts.key_table(config, layout)
         names = {there: () for row in rows for there in row.names()}
         assert len(shapes) == len(rows)
         assert entry.mark in names
-        assert tables.recognise(names) == (name, layout)
+        assert layouts.recognise(names) == (name, layout)
     fields = set(config.__dataclass_fields__)
     assert set(module.SHAPELESS) <= fields
 
@@ -136,4 +136,4 @@ def test_no_other_module_names_a_family():
 
 FAMILIES = ("hunyuan", "wan")
 # Files of the first family that carry no name of it.
-OWN = ("double_stream.py", "text_refiner.py", "vae.py", "vae_layers.py")
+OWN = ("double_stream.py", "text_refiner.py", "vae.py")

@@ -1,4 +1,4 @@
-"""Tiled encoding and decoding against diffusers' tiled AutoencoderKLHunyuanVideo15."""
+"""Tiled decoding against diffusers' tiled AutoencoderKLHunyuanVideo15."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from sage_grpo_jax.models import vae_tiling
 from sage_grpo_jax.models.vae import VaeConfig
-from sage_grpo_jax.weights import hunyuan_vae_keys
+from sage_grpo_jax.weights.tables import hunyuan_vae_keys
 
 # A latent is 2 pixels wide: tiles of 8 latents are cheap, and 1/8 of them is one latent.
 CONFIG = VaeConfig(
@@ -71,17 +71,13 @@ def _to_numpy(x: torch.Tensor) -> np.ndarray:
 )
 def test_tiles_equal_diffusers(model, params, height, width, overlap):
     model.enable_tiling(TILE, TILE, TILE // 2, TILE // 2, tile_overlap_factor=overlap)
-    latents, video = _draw(1, 2, height, width, 2), _draw(1, 3, 2 * height, 2 * width, 3)
+    latents = _draw(1, 2, height, width, 2)
     with torch.no_grad():
         want = model.decode(_to_torch(latents)).sample
         whole = model.decoder(_to_torch(latents))
-        posterior = model.encode(_to_torch(video)).latent_dist
 
     got = vae_tiling.decode_tiled(params, latents, CONFIG, tile=TILE, overlap=overlap)
     np.testing.assert_allclose(got, _to_numpy(want), rtol=0, atol=2e-5)
-    mean, logvar = vae_tiling.encode_tiled(params, video, CONFIG, tile=TILE, overlap=overlap)
-    np.testing.assert_allclose(mean, _to_numpy(posterior.mean), rtol=0, atol=2e-5)
-    np.testing.assert_allclose(logvar, _to_numpy(posterior.logvar), rtol=0, atol=2e-5)
     assert np.abs(got - _to_numpy(whole)).max() > 1e-2  # tiling is not a no-op
 
 
@@ -147,6 +143,6 @@ def test_tiles_that_do_not_come_out_whole_are_refused(params, tile, overlap, mes
         vae_tiling.decode_tiled(params, _draw(1, 1, 9, 9, 2), CONFIG, tile=tile, overlap=overlap)
 
 
-def test_bad_clips_are_refused(params):
-    with pytest.raises(ValueError, match="height=17"):
-        vae_tiling.encode_tiled(params, _draw(1, 3, 17, 40, 3), CONFIG, tile=TILE)
+def test_bad_latents_are_refused(params):
+    with pytest.raises(ValueError, match="channels=3: must be latent_channels=2"):
+        vae_tiling.decode_tiled(params, _draw(1, 1, 9, 9, 3), CONFIG, tile=TILE)

@@ -22,7 +22,7 @@ from wan_oracle import (
 
 from sage_grpo_jax.models import wan
 from sage_grpo_jax.models.wan import WanConfig
-from sage_grpo_jax.weights import wan_keys
+from sage_grpo_jax.weights.tables import wan_keys
 
 
 @dataclasses.dataclass(frozen=True)

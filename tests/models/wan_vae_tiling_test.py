@@ -1,4 +1,4 @@
-"""Tiled encoding and decoding against diffusers' tiled AutoencoderKLWan."""
+"""Tiled decoding against diffusers' tiled AutoencoderKLWan."""
 
 import functools
 
@@ -37,26 +37,18 @@ def params(model):
     return oracle.to_ours(CONFIG, {k: v.detach() for k, v in model.state_dict().items()})
 
 
-def _tiled(function, params, x, **options):
-    tiled = functools.partial(function, config=CONFIG, tile=TILE, overlap=0.25, **options)
-    return jax.jit(tiled, compiler_options=FAST_COMPILE)(params, x)
-
-
 def test_tiles_equal_diffusers(model, params, monkeypatch):
     # Each tile is coded in pieces of time, as large ones are.
     monkeypatch.setattr(wan_vae, "_PIXELS", 1)
-    latents, video = 2 * draw((1, 3, 4, 12, 2), 0), draw((2, 5, 24, 8, 3), 1)
+    latents = 2 * draw((1, 3, 4, 12, 2), 0)
     with torch.no_grad():
         whole = model.decode(channels_first(latents)).sample
         model.enable_tiling(TILE, TILE, STRIDE, STRIDE)
         want = model.decode(channels_first(latents)).sample
-        posterior = model.encode(channels_first(video)).latent_dist
 
-    got = _tiled(vae_tiling.decode_tiled, params, latents)
+    tiled = functools.partial(vae_tiling.decode_tiled, config=CONFIG, tile=TILE, overlap=0.25)
+    got = jax.jit(tiled, compiler_options=FAST_COMPILE)(params, latents)
     np.testing.assert_allclose(got, channels_last(want), rtol=0, atol=2e-5)
-    mean, logvar = _tiled(vae_tiling.encode_tiled, params, video)
-    np.testing.assert_allclose(mean, channels_last(posterior.mean), rtol=0, atol=2e-5)
-    np.testing.assert_allclose(logvar, channels_last(posterior.logvar), rtol=0, atol=2e-5)
     assert np.abs(got - channels_last(whole)).max() > 1e-2  # tiling is not a no-op
 
 
@@ -70,8 +62,6 @@ def test_tiles_that_do_not_come_out_whole_are_refused(params, tile, overlap, mes
                                     overlap=overlap)  # fmt: skip
 
 
-def test_bad_clips_and_latents_are_refused(params):
-    with pytest.raises(ValueError, match="height=17"):
-        vae_tiling.encode_tiled(params, draw((1, 3, 17, 40, 3), 0), CONFIG, tile=TILE)
-    with pytest.raises(ValueError, match="channels=3: must be z_dim=2"):
+def test_bad_latents_are_refused(params):
+    with pytest.raises(ValueError, match="channels=3: must be latent_channels=2"):
         vae_tiling.decode_tiled(params, draw((1, 1, 9, 9, 3), 0), CONFIG, tile=TILE)

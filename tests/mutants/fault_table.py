@@ -5,7 +5,7 @@ name = "drift-sign"            # unique in its file; the file names the group
 file = "sage_grpo_jax/flow/sde.py"
 old = 'a - b'                  # occurs exactly once in the file
 new = 'a + b'
-tests = ["tests/flow/sde_test.py"]      # files, or FILE::FUNCTION; one of them must fail
+tests = ["tests/flow/sde_test.py"]      # one must fail; also FILE::FUNCTION, FILE::FUNCTION[CASE]
 equivalent = "why no test can see it"   # only where that is so; it is then not run
 """
 
@@ -109,6 +109,7 @@ def check(fault: Fault, root: pathlib.Path = ROOT) -> None:
         file, _, function = test.partition("::")
         if not (root / file).is_file():
             raise TableError(f"{fault.name}: there is no {file}")
+        function = function.partition("[")[0]
         defined = re.search(rf"^def {re.escape(function)}\(", (root / file).read_text(), re.M)
         if function and not defined:
             raise TableError(f"{fault.name}: {file} has no {function}")

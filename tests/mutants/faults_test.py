@@ -1,5 +1,6 @@
 """The table of faults fits the tree; a fault that breaks the whole program is no kill."""
 
+import contextlib
 import pathlib
 import textwrap
 
@@ -113,7 +114,6 @@ def tree(tmp_path, monkeypatch) -> pathlib.Path:
 def test_outcomes(tree, tmp_path):
     copy = mutation.Tree(tree, tmp_path / "copy", "small")
     assert not (tmp_path / "copy" / ".git").exists()
-    mutation.check_unchanged(copy, ["code_test.py"], 600)
     before = (tree / "small" / "code.py").read_text()
     loop, endless = "range(n)", "iter(int, 1)"
     cases = {
@@ -125,10 +125,14 @@ def test_outcomes(tree, tmp_path):
         "hangs": fault(old=loop, new=endless),
     }
     # Only the one that hangs waits for its time limit.
-    found = {
-        name: mutation.try_fault(copy, case, case.tests, 5 if name == "hangs" else 600)
-        for name, case in cases.items()
-    }
+    confirmed = mutation.Confirmed()
+    with copy:
+        found = {
+            name: mutation.try_fault(
+                copy, case, case.tests, 5 if name == "hangs" else 600, confirmed
+            )
+            for name, case in cases.items()
+        }
     assert {name: (result.outcome, result.error) for name, result in found.items()} == {
         "killed": (mutation.KILLED, "AssertionError"),
         "survived": (mutation.SURVIVED, ""),
@@ -148,22 +152,48 @@ def test_outcomes(tree, tmp_path):
 
 def test_tests_that_fail_anyway_and_foreign_packages_are_refused(tree, tmp_path):
     (tree / "wrong_test.py").write_text("def test_wrong():\n    assert False\n")
-    copy = mutation.Tree(tree, tmp_path / "copy", "small")
-    with pytest.raises(mutation.TreeError, match=r"without any fault wrong_test.py::test_wrong"):
-        mutation.check_unchanged(copy, ["wrong_test.py"], 600)
+    with mutation.Tree(tree, tmp_path / "copy", "small") as copy:
+        anyway = mutation.try_fault(copy, fault(), ["wrong_test.py"], 600, mutation.Confirmed())
+    assert (anyway.outcome, anyway.test) == (mutation.DOUBTFUL, "wrong_test.py::test_wrong")
+    assert run._summarise([anyway], 0) == 2
     # A package that was installed from elsewhere, as an editable install does it.
-    foreign = mutation.Tree(tree, tmp_path / "other", "json")
-    with pytest.raises(mutation.TreeError, match=r"the tests imported .*json, not the copy"):
+    with (
+        mutation.Tree(tree, tmp_path / "other", "json") as foreign,
+        pytest.raises(mutation.TreeError, match=r"the tests imported .*json, not the copy"),
+    ):
         foreign.test(["code_test.py"], 600)
 
 
 def test_several_copies_share_the_work(tree, tmp_path):
-    trees = [mutation.Tree(tree, tmp_path / f"copy{i}", "small") for i in range(2)]
     faults = [fault(name=f"a/{i}", new=f"a + b + {i}") for i in range(4)]
     told = []
-    results = mutation.try_all(trees, faults, 600, None, told.append)
+    with contextlib.ExitStack() as stack:
+        trees = [mutation.Tree(tree, tmp_path / f"copy{i}", "small") for i in range(2)]
+        trees = [stack.enter_context(copy) for copy in trees]
+        results = mutation.try_all(trees, faults, 600, None, told.append)
     assert told == results
     outcomes = {result.fault: result.outcome for result in results}
     assert outcomes == {"a/0": mutation.SURVIVED} | dict.fromkeys(
         ("a/1", "a/2", "a/3"), mutation.KILLED
     )
+
+
+def test_faults_come_in_the_order_of_the_filters():
+    faults = [fault(name=name) for name in ("a/sign", "a/step", "b/sign")]
+    names = [f.name for f in run._chosen(faults, ["b/", "sign"])]
+    assert names == ["b/sign", "a/sign"]
+    assert run._chosen(faults, []) == faults
+    with pytest.raises(fault_table.TableError, match="no fault has 'axis' in its name"):
+        run._chosen(faults, ["sign", "axis"])
+
+
+def test_faulty_programs_do_not_go_among_those_of_the_tests(tmp_path, monkeypatch):
+    (tmp_path / "of tests").mkdir()
+    (tmp_path / "of tests" / "program").write_bytes(b"compiled")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "of tests"))
+    environment = run._compiled(tmp_path / "copy")
+    assert environment["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "copy")
+    assert (tmp_path / "copy" / "program").read_bytes() == b"compiled"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "not yet there"))
+    run._compiled(tmp_path / "empty")
+    assert not list((tmp_path / "empty").iterdir())

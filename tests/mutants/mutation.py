@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+import compileall
 import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+import py_compile
 import queue
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fault_table import Fault
 
 PACKAGE = "sage_grpo_jax"
 # Outcomes. A fault that breaks the program everywhere (a name that is not there, a module that
 # cannot be imported) says nothing about the tests: it is an error of the table, not a kill.
-KILLED, TIMEOUT, SURVIVED, BROKEN = "killed", "timeout", "SURVIVED", "BROKEN"
+# Nor does a test that fails without the fault too.
+KILLED, TIMEOUT, SURVIVED = "killed", "timeout", "SURVIVED"
+BROKEN, DOUBTFUL = "BROKEN", "DOUBTFUL"
 _BREAKS = ("NameError", "UnboundLocalError", "ImportError", "ModuleNotFoundError", "SyntaxError")
 _LEFT_OUT = ("runs", "build", "__pycache__")
 
 
 class TreeError(RuntimeError):
-    """The tests cannot be run, or fail without any fault; one line and what pytest wrote."""
+    """The tests cannot be run; one line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +51,44 @@ class Result:
 
 
 class Tree:
-    """A copy of a tree in a temporary folder, in which tests run."""
+    """A copy of a tree in a temporary folder, in which tests run. Close it."""
 
-    def __init__(self, source: pathlib.Path, folder: pathlib.Path, package: str = PACKAGE) -> None:
+    def __init__(
+        self,
+        source: pathlib.Path,
+        folder: pathlib.Path,
+        package: str = PACKAGE,
+        libraries: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """
         Args:
           source: the tree; only read.
           folder: gets the copy; must not exist.
           package: in the tree; the tests must import it from the copy.
+          libraries: modules from elsewhere that are imported once for all tests.
+          environment: of the tests, beside that of this process.
         """
         self._root, self._package = folder.resolve(), package
         shutil.copytree(source, self._root, ignore=_ignored, symlinks=True)
+        # Bytecode is recognised by seconds and size, as a rule: a quick change of a sign has both
+        # alike. Here it is recognised by a checksum of the source, now and when it is made anew.
+        checked = py_compile.PycInvalidationMode.CHECKED_HASH
+        compileall.compile_dir(self._root / package, quiet=2, invalidation_mode=checked)
         self._report = self._root.with_suffix(".json")
-        self._process: subprocess.Popen | None = None
+        self._environment = {**os.environ, **(environment or {}), **self._paths()}
+        self._libraries = tuple(libraries)
+        self._warm: subprocess.Popen | None = None
+        self._group: int | None = None  # of the processes of the tests that run now
+
+    def __enter__(self) -> Tree:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+        if self._warm is not None:
+            self._warm.kill()
+            self._warm.communicate()
 
     @contextlib.contextmanager
     def fault(self, fault: Fault) -> Iterator[None]:
@@ -82,9 +111,8 @@ class Tree:
           TreeError: another package than the copy's was tested.
         """
         self._report.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header"]
-        command += ["-p", "no:cacheprovider", "-p", "first_failure", *tests]
-        code, output = self._run(command, timeout)
+        options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "first_failure"]
+        code, output = self._run([*options, *tests], timeout)
         report = json.loads(self._report.read_text()) if self._report.exists() else {}
         package = report.get("package", str(self._root / self._package))
         if pathlib.Path(package) != self._root / self._package:
@@ -93,40 +121,56 @@ class Tree:
 
     def stop(self) -> None:
         """Ends the tests that run now, and whatever they started."""
-        if self._process is not None:
+        if self._group is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+                os.killpg(self._group, signal.SIGKILL)
 
-    def _run(self, command: list[str], timeout: float) -> tuple[int | None, str]:
+    def _run(self, arguments: list[str], timeout: float) -> tuple[int | None, str]:
         """Exit code (None: ended by us) and output."""
-        with tempfile.TemporaryFile("w+") as output:
-            self._process = subprocess.Popen(
-                command,
-                cwd=self._root,
-                env=self._environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                code = self._process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                code = None
-            finally:
-                self.stop()
-                self._process.wait()
-            output.seek(0)
-            return code, output.read()
+        output = self._root.with_suffix(".log")
+        if self._warm is None:
+            self._warm = self._started()
+        self._send({"arguments": arguments, "output": str(output)})
+        self._group = self._receive()["pid"]
+        late = threading.Event()
+        timer = threading.Timer(timeout, lambda: (late.set(), self.stop()))
+        timer.start()
+        try:
+            code = self._receive()["code"]
+        finally:
+            timer.cancel()
+            self.stop()  # what the tests left behind
+            self._group = None
+        return None if late.is_set() else code, output.read_text(errors="replace")
 
-    def _environment(self) -> dict[str, str]:
+    def _started(self) -> subprocess.Popen:
+        """The process that has imported the libraries."""
+        program = pathlib.Path(__file__).with_name("warm.py")
+        return subprocess.Popen(
+            [sys.executable, str(program), *self._libraries],
+            cwd=self._root,
+            env=self._environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def _send(self, request: dict) -> None:
+        self._warm.stdin.write(json.dumps(request) + "\n")
+        self._warm.stdin.flush()
+
+    def _receive(self) -> dict:
+        line = self._warm.stdout.readline()
+        if not line:
+            raise TreeError(f"the process that runs the tests ended with {self._warm.wait()}")
+        return json.loads(line)
+
+    def _paths(self) -> dict[str, str]:
         plugin = str(pathlib.Path(__file__).resolve().parent)
         return {
-            **os.environ,
             # Before an editable install, which leads to the tree itself.
             "PYTHONPATH": os.pathsep.join([str(self._root), plugin]),
-            # Bytecode is recognised by seconds and size: a quick change of a sign has both alike.
-            "PYTHONDONTWRITEBYTECODE": "1",
             "MUTATION_REPORT": str(self._report),
             "MUTATION_PACKAGE": self._package,
         }
@@ -139,22 +183,32 @@ def _ignored(folder: str, names: list[str]) -> list[str]:
     return hidden + places
 
 
-def check_unchanged(tree: Tree, tests: Sequence[str], timeout: float) -> float:
-    """Seconds that the tests take without a fault.
+class Confirmed:
+    """What tests do without a fault: they are run once."""
 
-    Raises:
-      TreeError: they do not pass.
-    """
-    started = time.monotonic()
-    code, report, output = tree.test(tests, timeout)
-    if code != 0:
-        what = f"{report['test']} fails" if "test" in report else f"pytest ended with {code}"
-        raise TreeError(f"without any fault {what}:\n{output[-4000:]}")
-    return time.monotonic() - started
+    def __init__(self) -> None:
+        self._passed: dict[tuple[str, ...], bool] = {}
+
+    def pass_in(self, tree: Tree, tests: Sequence[str], timeout: float) -> bool:
+        if tuple(tests) not in self._passed:
+            code, _, _ = tree.test(tests, timeout)
+            self._passed[tuple(tests)] = code == 0
+        return self._passed[tuple(tests)]
 
 
-def try_fault(tree: Tree, fault: Fault, tests: Sequence[str], timeout: float) -> Result:
-    """Runs the tests with the fault in the tree."""
+def try_fault(
+    tree: Tree, fault: Fault, tests: Sequence[str], timeout: float, confirmed: Confirmed
+) -> Result:
+    """Runs the tests with the fault in the tree; the one that notices it also without."""
+    result = _faulty(tree, fault, tests, timeout)
+    if result.noticed:
+        noticed = [result.test] if result.test else tests
+        if not confirmed.pass_in(tree, noticed, timeout):
+            return dataclasses.replace(result, outcome=DOUBTFUL)
+    return result
+
+
+def _faulty(tree: Tree, fault: Fault, tests: Sequence[str], timeout: float) -> Result:
     started = time.monotonic()
     with tree.fault(fault):
         code, report, output = tree.test(tests, timeout)
@@ -186,6 +240,7 @@ def try_all(
       tests: what runs for every fault; None: what each one names.
       tell: is called with each result as it comes.
     """
+    confirmed = Confirmed()
     idle: queue.Queue[Tree] = queue.Queue()
     for tree in trees:
         idle.put(tree)
@@ -193,7 +248,7 @@ def try_all(
     def one(fault: Fault) -> Result:
         tree = idle.get()
         try:
-            return try_fault(tree, fault, tests or fault.tests, timeout)
+            return try_fault(tree, fault, tests or fault.tests, timeout, confirmed)
         finally:
             idle.put(tree)
 

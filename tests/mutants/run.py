@@ -1,16 +1,19 @@
 """Puts faults into copies of this tree, one at a time, and tells which ones no test notices.
 
 Called by launch/mutants.sh. Exit codes: 0 all noticed; 1 a fault survived (or broke the program,
-which says nothing); 2 the table does not fit the tree, or tests fail without any fault.
+which says nothing); 2 the table does not fit the tree, or a test fails without the fault too.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import shutil
 import signal
 import sys
 import tempfile
@@ -18,6 +21,23 @@ import tempfile
 import fault_table
 import mutation
 
+# What tests import from elsewhere, and what takes a second or starts no threads.
+_LIBRARIES = (
+    "hypothesis",
+    "jax",
+    "flax.linen",
+    "optax",
+    "chex",
+    "orbax.checkpoint",
+    "grain",
+    "ml_collections",
+    "grpc",
+    "safetensors.numpy",
+    "tensorboardX",
+    "torch",
+    "diffusers",
+    "transformers",
+)
 _ASSERTIONS = ("AssertionError", "Failed")  # pytest.raises and pytest.fail raise the second
 
 
@@ -70,7 +90,11 @@ def _chosen(faults: list[fault_table.Fault], filters: list[str]) -> list[fault_t
     for text in filters:
         if not any(text in fault.name for fault in faults):
             raise fault_table.TableError(f"no fault has {text!r} in its name; see --list")
-    return [f for f in faults if not filters or any(text in f.name for text in filters)]
+    if not filters:
+        return faults
+    # In the order of the filters.
+    found = {f.name: f for text in filters for f in faults if text in f.name}
+    return list(found.values())
 
 
 def _try(faults: list[fault_table.Fault], options: argparse.Namespace) -> int:
@@ -79,21 +103,37 @@ def _try(faults: list[fault_table.Fault], options: argparse.Namespace) -> int:
         print(f"{len(faults)} equivalent faults; nothing to run")
         return 0
     tests = ["tests"] if options.full else None
-    named = tests or list(dict.fromkeys(test for fault in run for test in fault.tests))
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        trees = [
-            mutation.Tree(fault_table.ROOT, pathlib.Path(folder) / f"tree{i}")
-            for i in range(min(options.jobs, len(run)))
-        ]
-        print(f"{len(named)} files or tests without a fault ...", flush=True)
-        # All of them at once may take longer than those of one fault.
-        seconds = mutation.check_unchanged(trees[0], named, 10 * options.timeout)
-        print(f"... pass, in {seconds:.0f} s; {len(run)} faults", flush=True)
+    with contextlib.ExitStack() as stack:
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mutants-")))
+        environment = _compiled(folder / "compiled")
+        trees = []
+        for i in range(min(options.jobs, len(run))):
+            tree = mutation.Tree(
+                fault_table.ROOT, folder / f"tree{i}", libraries=_LIBRARIES, environment=environment
+            )
+            trees.append(stack.enter_context(tree))
+        print(f"{len(run)} faults", flush=True)
         results = mutation.try_all(trees, run, options.timeout, tests, _tell)
     if options.json:
         rows = [dataclasses.asdict(result) for result in results]
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
     return _summarise(results, len(faults) - len(run))
+
+
+def _compiled(folder: pathlib.Path) -> dict[str, str]:
+    """A copy of the compiled programs of the tests, so that faulty ones do not go among them.
+
+    It also takes those that compile at once: every fault would compile them again.
+    """
+    variable = "JAX_COMPILATION_CACHE_DIR"
+    name = f"sage_grpo_jax_test_cache_{os.getuid()}"  # as in tests/conftest.py
+    source = pathlib.Path(os.environ.get(variable, pathlib.Path(tempfile.gettempdir()) / name))
+    folder.mkdir()
+    if source.is_dir():
+        for path in source.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # Tests beside us may have removed it.
+                shutil.copy2(path, folder / path.name)
+    return {variable: str(folder), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 def _tell(result: mutation.Result) -> None:
@@ -107,12 +147,15 @@ def _summarise(results: list[mutation.Result], equivalent: int) -> int:
     print(
         f"\n{len(results)} faults: {counts[mutation.KILLED]} killed ({asserted} by an assertion, "
         f"the others by another exception), {counts[mutation.TIMEOUT]} by timeout, "
-        f"{counts[mutation.SURVIVED]} survived, {counts[mutation.BROKEN]} broke the program; "
+        f"{counts[mutation.SURVIVED]} survived, {counts[mutation.BROKEN]} broke the program, "
+        f"{counts[mutation.DOUBTFUL]} noticed by a test that fails without it too; "
         f"{equivalent} equivalent ones were not run"
     )
     for result in results:
         if not result.noticed:
             print(f"  {result.outcome} {result.fault} {result.error}")
+    if counts[mutation.DOUBTFUL]:
+        return 2
     return 0 if all(result.noticed for result in results) else 1
 
 

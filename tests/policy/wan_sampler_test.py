@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import wan_pair
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import WanPipeline
 
 from sage_grpo_jax import weights
 from sage_grpo_jax.parallel import mesh as mesh_lib
@@ -28,14 +28,6 @@ SETTINGS = Settings(
     tiling="off",
 )
 LATENTS, TOKENS = (3, 8, 16, 4), 512
-
-
-class Euler(FlowMatchEulerDiscreteScheduler):
-    """On the sigmas of Wan's own code, which the pipeline does not ask its scheduler for."""
-
-    def set_timesteps(self, num_inference_steps, device=None):
-        sigmas = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1]
-        super().set_timesteps(sigmas=sigmas, device=device)
 
 
 def draw(seed: int, *shape: int) -> np.ndarray:
@@ -61,7 +53,8 @@ def embeds(batch: PromptBatch, count: int) -> torch.Tensor:
 
 def of_diffusers(pair, batch, negative, initial) -> tuple[np.ndarray, np.ndarray]:
     """Latents [B, T, H, W, C] and uint8 frames of the pipeline."""
-    pipeline = WanPipeline(None, None, pair.vae, Euler(shift=SETTINGS.shift), pair.transformer)
+    scheduler = wan_pair.Euler(shift=SETTINGS.shift)
+    pipeline = WanPipeline(None, None, pair.vae, scheduler, pair.transformer)
     pipeline.set_progress_bar_config(disable=True)
     last = {}
 

@@ -181,13 +181,13 @@ def test_distillation_aims_at_the_guided_velocity(finished):
     batch = pretraining_flow.noisy_batch(key, data, config.distill)
     texts = [*moving_shapes.train_captions(), ""]
 
+    compiled = jax.jit(hunyuan_video.velocity, static_argnums=4)
+
     def velocity(rows):
         condition = hunyuan_video.Condition(text=data.text[rows], text_mask=data.mask[rows])
         timestep = 1000.0 * batch.sigma
-        return np.asarray(
-            hunyuan_video.velocity(teacher, batch.noisy, timestep, condition, config.transformer),
-            np.float64,
-        )
+        found = compiled(teacher, batch.noisy, timestep, condition, config.transformer)
+        return np.asarray(found, np.float64)
 
     def with_shape(text, k):
         for shape in spec.SHAPES:
@@ -211,7 +211,7 @@ def test_distillation_aims_at_the_guided_velocity(finished):
         for draw in itertools.product(range(2), repeat=len(rows))
     ]
 
-    loss_fn = pretraining_flow.distill_loss_fn(config.transformer, config.distill)
+    loss_fn = jax.jit(pretraining_flow.distill_loss_fn(config.transformer, config.distill))
     found, _ = loss_fn(teacher, key, jnp.zeros((), jnp.int32), teacher, *data)
     nearest = losses_of_draws[np.argmin(np.abs(np.array(losses_of_draws) - found))]
     np.testing.assert_allclose(found, nearest, rtol=1e-4)
@@ -450,37 +450,3 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
             (),
             tmp_path,
         )
-
-
-@pytest.mark.parametrize(
-    ("section", "change", "message"),
-    [
-        ("vae", {"steps": 0}, r"VaeStageConfig.steps is 0; allowed: at least 1"),
-        ("vae", {"step": 1}, r"vae: unknown fields \['step'\]"),
-        ("flow", {"caption_drop": 1.0}, r"caption_drop is 1.0; allowed: 0 <= value < 1"),
-        ("flow", {"optimizer": "sgd"}, r"optimizer is 'sgd'; allowed: adamw, muon"),
-        ("flow", {"shift": -1.0}, r"shift is -1.0; allowed: a number above 0"),
-        (
-            "latents",
-            {"num_clips": 13},
-            r"num_clips is 13; allowed: a positive multiple of .* \(4\)",
-        ),
-        ("report", {"sampling_steps": ()}, r"sampling_steps is \(\); allowed"),
-        ("report", {"sheet_rows": 99}, r"sheet_rows is 99; allowed: at most"),
-    ],
-)
-def test_bad_settings(section, change, message):
-    config = dataclasses.asdict(tiny_config())
-    config[section] |= change
-    with pytest.raises(ValueError, match=message):
-        pretraining_config.from_mapping(config)
-
-
-def test_missing_settings():
-    config = dataclasses.asdict(tiny_config())
-    del config["flow"]["batch_size"]
-    with pytest.raises(ValueError, match=r"flow: missing fields \['batch_size'\]"):
-        pretraining_config.from_mapping(config)
-    del config["vae"]
-    with pytest.raises(ValueError, match=r"missing sections \['vae'\]"):
-        pretraining_config.from_mapping(config)

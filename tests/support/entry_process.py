@@ -1,9 +1,12 @@
 """Runs many commands whole, one after another: a process that has imported them forks for each.
 
-Importing takes seconds, a mistake in the flags milliseconds. As a script it reads a JSON list of
-[entry, flags...] and writes a JSON list of results.
+Importing takes seconds, a mistake in the flags milliseconds, so one such process serves all tests.
+As a script it reads lines, each a JSON list of a folder and commands [entry, flags...], and answers
+each with a line: the JSON list of their results.
 """
 
+import atexit
+import functools
 import json
 import os
 import pathlib
@@ -51,23 +54,37 @@ LIMIT_BYTES = 4096
 
 def run_all(commands: list[list[str]], folder: pathlib.Path) -> list[Result]:
     """The results of the commands, `[entry, flag, ...]` each, run in `folder`."""
-    done = subprocess.run(
-        [sys.executable, __file__],
-        input=json.dumps(commands),
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=folder,
-    )
-    return [Result(*values) for values in json.loads(done.stdout)]
+    server = _server()
+    server.stdin.write(json.dumps([str(folder), commands]) + "\n")
+    server.stdin.flush()
+    answer = server.stdout.readline()
+    assert answer, "the process that runs commands has died"
+    return [Result(*values) for values in json.loads(answer)]
 
 
-def _run(entry: str, *flags: str) -> Result:
+@functools.cache
+def _server() -> subprocess.Popen:
+    """The process that has imported the commands; it ends when nobody can write to it any more."""
+    line = [sys.executable, __file__]
+    server = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def end() -> None:
+        server.stdin.close()
+        server.wait()
+        server.stdout.close()
+
+    atexit.register(end)
+    return server
+
+
+def _run(folder: str, entry: str, *flags: str) -> Result:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if child == 0:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
+            os.chdir(folder)
             _become(entry, flags)
         _, status = os.waitpid(child, 0)
         texts = []
@@ -105,8 +122,13 @@ def _become(entry: str, flags: tuple[str, ...]) -> None:
 
 
 if __name__ == "__main__":
+    import gc
     import importlib
 
     for name in _HEAVY:
         importlib.import_module(name)
-    print(json.dumps([_run(*command) for command in json.load(sys.stdin)]))
+    gc.collect()
+    gc.freeze()  # what is imported stays; nobody need look through it, nor copy its pages
+    for line in sys.stdin:
+        folder, commands = json.loads(line)
+        print(json.dumps([_run(folder, *command) for command in commands]), flush=True)

@@ -23,8 +23,10 @@ from sage_grpo_jax.models import hunyuan_video, lora, vae
 from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 from sage_grpo_jax.models.vae import VaeConfig
 from sage_grpo_jax.training import checkpoint, state
-from sage_grpo_jax.weights import conversion, orbax_io, safetensors_io, store, writing
-from sage_grpo_jax.weights.sources import FiniteSource, Source, TreeSource, pieces
+from sage_grpo_jax.weights import conversion, store
+from sage_grpo_jax.weights.formats import orbax_io, safetensors_io
+from sage_grpo_jax.weights.formats.source import Source, pieces
+from sage_grpo_jax.weights.sources import FiniteSource, TreeSource
 
 DIT = HunyuanVideoConfig(
     in_channels=5,
@@ -70,7 +72,7 @@ def _params(config):
 def _write_model(config, format: str, **options) -> Callable[[pathlib.Path], None]:
     def write(folder: pathlib.Path) -> None:
         source = TreeSource(_params(config))
-        writing.write_model(folder, config, source, format, **options)
+        store.write_model(folder, config, source, format, **options)
 
     return write
 

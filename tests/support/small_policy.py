@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import two_experts
 
 from sage_grpo_jax.models import hunyuan_video
 
@@ -12,6 +13,16 @@ from sage_grpo_jax.models import hunyuan_video
 def install(monkeypatch: Any) -> None:
     """Puts `velocity` in place of the DiT's in every program that is traced from here on."""
     monkeypatch.setattr(hunyuan_video, "velocity", velocity)
+
+
+def install_in_small_network(monkeypatch: Any) -> None:
+    """The same for configs of `make_small_config`: few parameters, conditions as the DiT's."""
+
+    def make_condition(arrays: Any, config: Any, latent_frames: int) -> hunyuan_video.Condition:
+        return hunyuan_video.Condition(arrays["text"], arrays["text_mask"].astype(bool))
+
+    monkeypatch.setattr(two_experts, "velocity", velocity)
+    monkeypatch.setattr(two_experts, "make_condition", make_condition)
 
 
 def velocity(params, latents, timestep, condition, config=None, adapters=None, scale=1.0):

@@ -7,6 +7,7 @@ from concurrent import futures
 import jax
 import numpy as np
 import pytest
+import two_experts
 
 from sage_grpo_jax import weights
 from sage_grpo_jax.config import builder, schema
@@ -106,6 +107,28 @@ def make_config(tiny_overrides):
         return builder.from_config_dict(config)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_experts(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with the weights of `two_experts`, random."""
+    folder, config = tmp_path_factory.mktemp("experts") / "transformer", two_experts.Config()
+    shapes = jax.eval_shape(lambda key: two_experts.init_params(config, key), KEY)
+    rng = np.random.default_rng(0)
+    with pytest.MonkeyPatch.context() as patch:
+        two_experts.register(patch)
+        weights.save(jax.tree.map(lambda s: _draw(s, rng), shapes), folder, config=config)
+    return folder
+
+
+@pytest.fixture
+def make_small_config(make_config, tiny_experts, monkeypatch):
+    """`make_config` for what comes before and after the velocity: in place of the DiT, whose many
+    parameters take long to compile an optimizer for, the network of a hundred numbers.
+    """
+    two_experts.register(monkeypatch)
+    given = {"model.transformer": str(tiny_experts)}
+    return lambda overrides=None: make_config({**given, **(overrides or {})})
 
 
 @dataclasses.dataclass

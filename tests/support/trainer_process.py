@@ -57,7 +57,7 @@ def start(
 
 def finish(process: subprocess.Popen, workdir: pathlib.Path) -> None:
     """Waits for a good end."""
-    code = process.wait(timeout=300)
+    code = process.wait(timeout=600)
     assert code == 0, workdir.with_suffix(".log").read_text()[-3000:]
 
 
@@ -70,7 +70,7 @@ def rows(workdir: pathlib.Path) -> list[dict]:
     ]
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
+def wait_for(condition, process: subprocess.Popen, seconds: float = 600) -> None:
     """Until the condition holds, with the process alive."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from sage_grpo_jax.common import checked_json
 from sage_grpo_jax.models import lora, registry
 from sage_grpo_jax.models.door import EmbeddingNeeds
-from sage_grpo_jax.weights.key_table import Row, linear
-from sage_grpo_jax.weights.model_tables import ModelLayout
+from sage_grpo_jax.weights.tables.key_table import Row, linear
+from sage_grpo_jax.weights.tables.model_tables import ModelLayout
 
 CLASS_NAME = "TwoExperts3DModel"
 NAME = "model of two experts"

@@ -1,7 +1,8 @@
 """One update of the shipped policy in a process of its own: XLA as users have it, not as conftest.
 
-As a script it reads JSON overrides of the quick start's recipe and writes JSON: the metrics of the
-update, and the cosine of its gradient to that of the same loss without clipping.
+As a script it reads JSON overrides of the quick start's recipe and the names of objectives, and
+writes JSON: the metrics of the update with the first one, and the cosine of its gradient to that of
+the last one.
 """
 
 import importlib.util
@@ -15,12 +16,14 @@ import tempfile
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def measure(overrides: dict[str, object]) -> dict[str, float]:
-    """Metrics of one update and `cosine`; see above."""
+def measure(
+    overrides: dict[str, object], objectives: tuple[str, ...] = ("ppo",)
+) -> dict[str, float]:
+    """Metrics of one update and `cosine`; see above. "reinforce" is the loss without clipping."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(
         [sys.executable, __file__],
-        input=json.dumps(overrides),
+        input=json.dumps([overrides, objectives]),
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -48,11 +51,11 @@ def _main() -> None:
 
     from sage_grpo_jax.parallel import mesh as mesh_lib
 
-    overrides = json.load(sys.stdin)
+    overrides, objectives = json.load(sys.stdin)
     mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     gradients, metrics, latents = [], {}, None
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
-        for objective in ("ppo", "reinforce"):
+        for objective in objectives:
             config = _config({**overrides, "loss.objective": objective})
             trainer = learners.make(config, None, mesh, pathlib.Path(folder))
             prompts = next(iter(trainer.prompts))
@@ -65,7 +68,7 @@ def _main() -> None:
             # gradient, but for a factor.
             moments = jax.tree.leaves(optax.tree.get(state.opt_state, "mu"))
             gradients.append(np.concatenate([np.ravel(m).astype(np.float64) for m in moments]))
-    a, b = gradients
+    a, b = gradients[0], gradients[-1]
     cosine = float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
     print(json.dumps({**metrics, "cosine": cosine}))
 

@@ -9,7 +9,7 @@ from flax import traverse_util
 
 from sage_grpo_jax.models.model_config import RUNTIME_FIELDS
 from sage_grpo_jax.models.wan import Condition, WanConfig
-from sage_grpo_jax.weights import wan_keys
+from sage_grpo_jax.weights.tables import wan_keys
 
 TINY = WanConfig(
     num_attention_heads=2,

@@ -3,10 +3,12 @@
 import pathlib
 from typing import NamedTuple
 
+import numpy as np
 import wan_oracle
 import wan_vae_oracle
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
+from sage_grpo_jax.models.wan import WanConfig
 from sage_grpo_jax.models.wan_vae import WanVaeConfig
 
 TRANSFORMER = wan_oracle.TINY
@@ -30,9 +32,22 @@ class Pair(NamedTuple):
     vae: AutoencoderKLWan
 
 
-def make_pair(folder: pathlib.Path, vae: WanVaeConfig = VAE, **saving: str) -> Pair:
+class Euler(FlowMatchEulerDiscreteScheduler):
+    """On the sigmas of Wan's own code, which diffusers' pipeline does not ask its scheduler for."""
+
+    def set_timesteps(self, num_inference_steps, device=None):
+        sigmas = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1]
+        super().set_timesteps(sigmas=sigmas, device=device)
+
+
+def make_pair(
+    folder: pathlib.Path,
+    vae: WanVaeConfig = VAE,
+    transformer: WanConfig = TRANSFORMER,
+    **saving: str,
+) -> Pair:
     """Saves both; `saving` goes to `save_pretrained`."""
-    pair = Pair(folder, wan_oracle.make_oracle(TRANSFORMER), wan_vae_oracle.reference(vae))
+    pair = Pair(folder, wan_oracle.make_oracle(transformer), wan_vae_oracle.reference(vae))
     pair.transformer.save_pretrained(folder / "transformer", **saving)
     pair.vae.save_pretrained(folder / "vae", **saving)
     return pair

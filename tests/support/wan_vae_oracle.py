@@ -11,7 +11,8 @@ from flax import traverse_util
 
 from sage_grpo_jax.models import wan_vae
 from sage_grpo_jax.models.wan_vae import WanVaeConfig
-from sage_grpo_jax.weights import key_table, wan_vae_keys
+from sage_grpo_jax.weights.formats.source import Path, Shape
+from sage_grpo_jax.weights.tables import key_table, wan_vae_keys
 
 
 def reference(config: WanVaeConfig, seed: int = 0) -> AutoencoderKLWan:
@@ -32,7 +33,7 @@ def reference(config: WanVaeConfig, seed: int = 0) -> AutoencoderKLWan:
 
 
 @functools.lru_cache  # tracing a model takes seconds
-def shapes(config: WanVaeConfig) -> dict[key_table.Path, key_table.Shape]:
+def shapes(config: WanVaeConfig) -> dict[Path, Shape]:
     """The shape of each of our parameters."""
     abstract = jax.eval_shape(functools.partial(wan_vae.init_params, config), jax.random.key(0))
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(abstract).items()}

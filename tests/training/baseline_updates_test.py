@@ -142,8 +142,9 @@ class Case:
         assert self.config.rollout.sde == "flow"
         sigmas = np.asarray(self.plan.schedule.sigmas, np.float64)
         x, s = self.state_after(t), sigmas[t]
-        dt, eta = sigmas[t + 1] - s, self.config.rollout.eta
-        g = eta * np.sqrt(s / (1 - (sigmas[1] if s == 1 else s)))
+        dt, eta, clamp = sigmas[t + 1] - s, self.config.rollout.eta, self.config.rollout.clamp
+        distance = max(1 - s, clamp) if clamp else 1 - (sigmas[1] if s == 1 else s)
+        g = eta * np.sqrt(s / distance)
         v = self.guided(params, x, t, constant)
         mean = x * (1 + g**2 * dt / (2 * s)) + v * (1 + g**2 * (1 - s) / (2 * s)) * dt
         return mean, g * np.sqrt(-dt)
@@ -217,11 +218,12 @@ def test_each_update_has_its_share_of_the_samples(tiny_policy):
     assert 0.1 < metrics[1]["ratio/clip_fraction"] < 0.9
 
 
-@pytest.mark.parametrize("choice", ["first", "random"])
-def test_samples_are_trained_at_their_own_steps(tiny_policy, choice):
+@pytest.mark.parametrize(("choice", "clamp"), [("first", 0.0), ("random", 0.2)])
+def test_samples_are_trained_at_their_own_steps(tiny_policy, choice, clamp):
     case = Case(
         **FLOW,
         **{
+            "rollout.clamp": clamp,
             "rollout.last_step": "stochastic",
             "rollout.trained_fraction": 0.5,
             "rollout.trained_choice": choice,
@@ -229,7 +231,8 @@ def test_samples_are_trained_at_their_own_steps(tiny_policy, choice):
     )
     assert case.steps.positions == 3
     # All six steps inject noise, whichever are trained.
-    assert (np.asarray(case.trajectory.stds) > 0).all()
+    stds = [case.transition(OLD, t)[1] for t in range(6)]
+    np.testing.assert_allclose(np.asarray(case.trajectory.stds).T, stds, rtol=1e-5)
     (before, after), _ = case.updates(case.state())
     steps_of = [{0, 1, 2}] * BATCH
     if choice == "random":

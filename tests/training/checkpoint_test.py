@@ -162,6 +162,18 @@ def test_a_flipped_bit_that_the_format_does_not_notice_is_noticed(tmp_path, capl
     np.testing.assert_array_equal(params["w"], saved[1])
 
 
+def test_an_error_leaves_the_iterator_where_it_was(tmp_path):
+    _save_noise(tmp_path, 2)
+    for step in ("1", "2"):
+        _flip_a_bit(tmp_path / checkpoint.FOLDER / step)
+    saver = checkpoint.Checkpoints(tmp_path, every=1, keep=9)
+    iterator = iter(grain.MapDataset.range(10).to_iter_dataset())
+    with pytest.raises(checkpoint.StorageError, match=r"step 2: .* do not have their checksum"):
+        saver.restore(_ABSTRACT, iterator)
+    saver.close()
+    assert next(iterator) == 0
+
+
 def test_another_mesh_finds_the_same_checksums(tmp_path):
     (saved,) = _save_noise(tmp_path, 1)
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"))

@@ -43,9 +43,9 @@ class Compilations(logging.Handler):
 
 
 def test_programs_compile_once_and_none_after_the_first_step(
-    make_config, local_scorer, one_device, tmp_path
+    make_small_config, local_scorer, one_device, tmp_path
 ):
-    config = make_config({"loss.updates_per_rollout": 2})
+    config = make_small_config({"loss.updates_per_rollout": 2})
     trainer = learners.make(config, local_scorer(), one_device, tmp_path)
     learner, state, batches = trainer.learner, trainer.state, iter(trainer.prompts)
     with Compilations() as compiled:

@@ -42,7 +42,8 @@ def test_first_step_starts_at_ratio_one_and_no_divergence(
 
 def test_mesh_does_not_change_the_training(make_config, local_scorer, one_device, tmp_path):
     # Adam turns the rounding of a gradient near 0 into a whole step: a small rate keeps it small.
-    rate = {"optimizer.learning_rate": 1e-5}
+    # The trust region on a mesh is in loop_test.py.
+    rate = {**NO_KL, "optimizer.learning_rate": 1e-5}
     trainer = make_trainer(make_config(rate), local_scorer(), one_device, tmp_path / "one")
     metrics = trainer.steps(2)
     mesh = mesh_lib.make_mesh(2, 2, 2)
@@ -109,9 +110,9 @@ def assert_same_leaves(found, wanted, tolerance: float) -> None:
         assert np.abs(ours - theirs).max() <= limit, place
 
 
-def test_a_failed_sample_has_no_influence(make_config, local_scorer, one_device, tmp_path):
+def test_a_failed_sample_has_no_influence(make_small_config, local_scorer, one_device, tmp_path):
     """Whatever its latents and advantage are: the gradient is the mean over the other samples."""
-    config = make_config({**NO_KL, "optimizer.grad_clip": 1e6})
+    config = make_small_config({**NO_KL, "optimizer.grad_clip": 1e6})
     trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
     batch = next(iter(trainer.prompts))
     latents = trainer.rollout(batch).latents
@@ -166,17 +167,17 @@ def test_the_gate_stops_before_anything_is_applied(make_config, local_scorer, on
         trainer.steps(1)
 
 
-def test_several_updates_move_the_ratio(make_config, local_scorer, one_device, tmp_path):
-    config = make_config({"loss.updates_per_rollout": 3})
+def test_several_updates_move_the_ratio(make_small_config, local_scorer, one_device, tmp_path):
+    config = make_small_config({"loss.updates_per_rollout": 3})
     trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
     (metrics,) = trainer.steps(1)
     assert metrics["ratio/max_deviation"] > config.loss.clip_range
     assert metrics["ratio/clip_fraction"] > 0
 
 
-def test_the_trust_region_counts_in_elements(make_config, local_scorer, one_device, tmp_path):
+def test_the_trust_region_counts_in_elements(make_small_config, local_scorer, one_device, tmp_path):
     """Summed log-probabilities and KLs are n times the mean; what steers λ is not."""
-    config = make_config({"loss.log_prob_reduction": "sum", "optimizer.learning_rate": 1e-4})
+    config = make_small_config({"loss.log_prob_reduction": "sum", "optimizer.learning_rate": 1e-4})
     trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
     first, second = trainer.steps(2)
     assert first["update/applied"] == second["update/applied"] == 1
@@ -206,8 +207,8 @@ def test_equalized_kl_weighs_steps_by_their_sensitivity(make_config, local_score
 
 
 @pytest.mark.parametrize("method", BASELINES)
-def test_the_other_methods_run(make_config, local_scorer, one_device, tmp_path, method):
-    config = make_config(methods.METHODS[method])
+def test_the_other_methods_run(make_small_config, local_scorer, one_device, tmp_path, method):
+    config = make_small_config(methods.METHODS[method])
     trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
     (metrics,) = trainer.steps(1)
     assert metrics["update/applied"] == 1
@@ -225,23 +226,24 @@ def test_the_other_methods_run(make_config, local_scorer, one_device, tmp_path, 
         assert abs(metrics["kl/previous"]) <= 1e-7
 
 
-def test_accumulation_equals_one_batch(make_config, local_scorer, one_device, tmp_path):
+def test_accumulation_equals_one_batch(make_small_config, local_scorer, one_device, tmp_path):
     found = []
-    for size in (4, 8, 16):
-        config = make_config({**NO_KL, "loss.micro_batch": size, "optimizer.grad_clip": 1e6})
+    for size in (8, 16):
+        config = make_small_config({**NO_KL, "loss.micro_batch": size, "optimizer.grad_clip": 1e6})
         trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
         (metrics,) = trainer.steps(1)
         assert metrics["advantage/nonzero_fraction"] == 1
         found.append(gradient(trainer.state))
-    assert_same_leaves(found[0], found[2], 1e-4)
-    assert_same_leaves(found[1], found[2], 1e-4)
+    assert_same_leaves(found[0], found[1], 1e-4)
 
 
-def test_guidance_in_batch_equals_in_sequence(make_config, local_scorer, one_device, tmp_path):
+def test_guidance_in_batch_equals_in_sequence(
+    make_small_config, local_scorer, one_device, tmp_path
+):
     found = []
     for mode in ("batch", "sequential"):
         guidance = {"rollout.guidance": 2.5, "rollout.guidance_mode": mode}
-        config = make_config({**NO_KL, **guidance})
+        config = make_small_config({**NO_KL, **guidance})
         trainer = make_trainer(config, local_scorer(), one_device, tmp_path)
         (metrics,) = trainer.steps(1)
         found.append([metrics[n] for n in ("reward/overall", "grad/norm")])
@@ -279,8 +281,10 @@ def test_adapters_train_and_leave_the_base_alone(make_config, local_scorer, one_
     assert adapters < 0.2 * sum(x.size for x in jax.tree.leaves(base))
 
 
-def test_random_windows_and_shared_initial_noise(make_config, local_scorer, one_device, tmp_path):
-    config = make_config(
+def test_random_windows_and_shared_initial_noise(
+    make_small_config, local_scorer, one_device, tmp_path
+):
+    config = make_small_config(
         {
             **NO_KL,
             "rollout.window": "random_k",

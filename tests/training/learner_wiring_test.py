@@ -208,6 +208,10 @@ def test_noise_prompt_clip_and_advantage_of_each_sample(make_learner):
     for key, weights in sums.items():
         total = sum(w * metrics[f"reward/{n.lower()}"] for n, w in weights.items())
         assert metrics[f"reward/{key}"] == pytest.approx(total, rel=1e-5)
+    weighted = np.array([sum(w * reward(n, b) for n, w in WEIGHTS.items()) for b in range(P * G)])
+    groups = [weighted[b : b + G][valid[b : b + G]] for b in range(0, P * G, G)]
+    spread = np.mean([group.std() for group in groups])
+    assert metrics["reward/group_std"] == pytest.approx(spread, rel=1e-5)
     assert metrics["reward/valid_fraction"] == np.mean(valid)
     assert metrics["advantage/nonzero_fraction"] == np.mean(wanted != 0)
 
@@ -344,9 +348,10 @@ def test_another_reward_model_ends_the_run_and_other_failures_do_not(make_learne
 
 def test_an_evaluation_has_its_own_noise_and_keeps_clips_with_prompts(make_learner):
     """More prompts than a batch holds, so that the last batch is filled up."""
-    learner, script = make_learner()
+    learner, script = make_learner(failing=frozenset({5}))
     prompts = prompt_batch(9, repeat=2)
     found = evaluation.evaluate(learner, {}, prompts)
+    assert found.metrics["eval/reward/valid_fraction"] == 16 / 18  # the sixth of each batch fails
     keys = np.concatenate(script.keys)
     seed = learner.config.eval.seed
     for row in range(18):
@@ -357,7 +362,8 @@ def test_an_evaluation_has_its_own_noise_and_keeps_clips_with_prompts(make_learn
         # The clip shows the place in its batch, and has the scores of that.
         np.testing.assert_array_equal(found.videos[row], row % 12)
         for name, values in found.scores.items():
-            assert values[row] == pytest.approx(reward(name, row % 12))
+            wanted = float("nan") if row % 12 == 5 else reward(name, row % 12)
+            assert values[row] == pytest.approx(wanted, nan_ok=True)
     for request, (number, prompt, fps) in script.submitted.items():
         batch, name, row = request.removeprefix("eval").split("/")
         assert (number, fps) == (int(row), 8.0)

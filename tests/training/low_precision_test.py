@@ -23,11 +23,17 @@ OVERRIDES = {
 
 
 @pytest.mark.parametrize(
-    "updates",
-    [1, pytest.param(3, marks=pytest.mark.slow)],
+    ("updates", "objectives"),
+    [
+        (1, ("ppo",)),
+        # Also that the gradient is that of the loss without clipping, which compiles as long again.
+        pytest.param(1, ("ppo", "reinforce"), marks=pytest.mark.slow),
+        pytest.param(3, ("ppo", "reinforce"), marks=pytest.mark.slow),
+    ],
 )
-def test_the_ratio_starts_at_one_and_nothing_is_clipped(updates):
-    found = update_process.measure({**OVERRIDES, "loss.updates_per_rollout": updates})
+def test_the_ratio_starts_at_one_and_nothing_is_clipped(updates, objectives):
+    overrides = {**OVERRIDES, "loss.updates_per_rollout": updates}
+    found = update_process.measure(overrides, objectives)
     # Without a mismatch there would be nothing to see here: 200 times the clip range.
     assert found["ratio/rollout_mismatch"] > 5e-3
     steps = [found[f"ratio/rollout_mismatch/step_{t:02d}"] for t in range(19)]

@@ -31,6 +31,17 @@ def make_trainer(make_config, local_scorer, one_device, tmp_path):
 
 
 @pytest.fixture
+def make_small_trainer(make_small_config, local_scorer, one_device, tmp_path):
+    """make_small_trainer(overrides) -> trainer without a DiT."""
+
+    def make(overrides):
+        config = make_small_config({**NO_KL, **overrides})
+        return learners.make(config, local_scorer(), one_device, tmp_path, learners.compiled)
+
+    return make
+
+
+@pytest.fixture
 def make_plan(make_config):
     def make(overrides):
         config = make_config({**NO_KL, **overrides})
@@ -97,6 +108,30 @@ def test_what_is_not_finite_is_never_in_tolerance(make_plan):
     assert not metrics["ratio/rollout_shift"] <= np.inf
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("deviation", "shift", "passes"),
+    [
+        (0.0, 0.0, True),
+        (1e-6, 1e-3, True),  # as much as is allowed
+        (2e-6, 0.0, False),
+        (0.0, 2e-3, False),
+        (NAN, 0.0, False),
+        (0.0, NAN, False),
+    ],
+)
+def test_the_limits_hold_for_the_first_update_alone(deviation, shift, passes):
+    metrics = {"ratio/max_deviation": deviation, "ratio/rollout_shift": shift}
+    metrics = {name: jnp.float32(value) for name, value in metrics.items()}
+    limits = ratio.Tolerances(np.float32(1e-6), np.float32(1e-3))
+    assert bool(ratio.in_tolerance(metrics, limits, None)) == passes
+    first, later = (ratio.OldMeans(None, jnp.int32(turn)) for turn in (0, 1))
+    assert bool(ratio.in_tolerance(metrics, limits, first)) == passes
+    assert bool(ratio.in_tolerance(metrics, limits, later))
+
+
 def rollout_means(trainer, batch, trajectory) -> np.ndarray:
     """x' - std·ε of the trained steps, float64 [K, B, ...]."""
     plan, keys = trainer.learner.plan, trainer.learner.sample_keys(batch, 0)
@@ -115,8 +150,8 @@ def in_order(plan, values: np.ndarray) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-def test_later_updates_use_the_means_of_the_first(make_trainer):
-    trainer = make_trainer({"loss.updates_per_rollout": 2})
+def test_later_updates_use_the_means_of_the_first(make_small_trainer):
+    trainer = make_small_trainer({"loss.updates_per_rollout": 2})
     learner, batch = trainer.learner, next(iter(trainer.prompts))
     trajectory = trainer.rollout(batch)
     update_batch = trainer.update_batch(batch, trajectory.latents)
@@ -164,10 +199,10 @@ def test_later_updates_use_the_means_of_the_first(make_trainer):
     assert later["ratio/clip_fraction"] == pytest.approx(clipped, abs=1.5 / log_ratio.size)
 
 
-def test_recorded_means_of_windows_and_masked_samples(make_trainer):
+def test_recorded_means_of_windows_and_masked_samples(make_small_trainer):
     """NaN latents of a failed sample stay out, also where samples train at different steps."""
     window = {"rollout.window": "random_k", "rollout.window_size": 2}
-    trainer = make_trainer({**window, "loss.updates_per_rollout": 2})
+    trainer = make_small_trainer({**window, "loss.updates_per_rollout": 2})
     batch = next(iter(trainer.prompts))
     latents = trainer.rollout(batch).latents.at[:, 5].set(jnp.nan)
     valid = np.arange(trainer.learner.config.batch_size) != 5

@@ -1,4 +1,4 @@
-"""A model that training never heard of: two experts, by noise level, through the door alone."""
+"""A model that nobody ever heard of: two experts, by noise level, through the door alone."""
 
 import dataclasses
 
@@ -9,9 +9,14 @@ import two_experts
 from learners import make
 
 from sage_grpo_jax import weights
+from sage_grpo_jax.data import media
 from sage_grpo_jax.flow import noise, schedules
-from sage_grpo_jax.models import lora
+from sage_grpo_jax.models import frames, lora
+from sage_grpo_jax.policy import sampler
+from sage_grpo_jax.sampling import outputs, sources
+from sage_grpo_jax.sampling import run as sampling_run
 from sage_grpo_jax.weights import conversion
+from sage_grpo_jax.worlds.moving_shapes import word_embeddings
 
 CONFIG = two_experts.Config()
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -48,9 +53,26 @@ def expert_velocity(params, latents, timestep: float, text):
     return x + shift[:, None, None, None]
 
 
-def mean_text(batch) -> np.ndarray:
-    mask = batch.mask[..., None].astype(np.float64)
-    return (batch.text * mask).sum(1) / np.maximum(mask.sum(1), 1)
+def mean_text(text: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The mean of the tokens of each prompt."""
+    mask = mask[..., None].astype(np.float64)
+    return (text * mask).sum(1) / np.maximum(mask.sum(1), 1)
+
+
+def euler(config, initial, text: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    """Four steps of the evaluation's ODE with guidance 2, in float64."""
+    schedule = schedules.make_schedule(4, config.rollout.shift)
+    chosen = np.asarray(schedule.timesteps) >= CONFIG.boundary
+    assert chosen.any()
+    assert not chosen.all()
+
+    params, other = random_params(0), np.broadcast_to(negative, text.shape)
+    x = np.asarray(initial, np.float64)
+    for t, timestep in enumerate(np.asarray(schedule.timesteps)):
+        away = expert_velocity(params, x, timestep, other)
+        v = away + 2.0 * (expert_velocity(params, x, timestep, text) - away)
+        x = x + (float(schedule.sigmas[t + 1]) - float(schedule.sigmas[t])) * v
+    return x
 
 
 def test_each_step_is_sampled_by_its_expert(make_expert_config, local_scorer, one_device, tmp_path):
@@ -61,19 +83,37 @@ def test_each_step_is_sampled_by_its_expert(make_expert_config, local_scorer, on
     keys = noise.sample_keys(5, 0, 0, np.arange(16, dtype=np.uint32), np.zeros(16, np.uint32))
     found = np.asarray(trainer.learner.sample(trainer.state.params, prompts, keys))
 
-    schedule = schedules.make_schedule(4, config.rollout.shift)
-    chosen = np.asarray(schedule.timesteps) >= CONFIG.boundary
-    assert chosen.any()
-    assert not chosen.all()
+    initial = noise.initial_noise(keys, trainer.learner.plan.latent_shape)
+    negative = trainer.prompts.negative
+    texts = mean_text(prompts.text, prompts.mask), mean_text(negative.text, negative.mask)
+    np.testing.assert_allclose(found, euler(config, initial, *texts), **CLOSE)
 
-    params, text = random_params(0), mean_text(prompts)
-    other = np.broadcast_to(mean_text(trainer.prompts.negative), text.shape)
-    x = np.asarray(noise.initial_noise(keys, trainer.learner.plan.latent_shape), np.float64)
-    for t, timestep in enumerate(np.asarray(schedule.timesteps)):
-        away = expert_velocity(params, x, timestep, other)
-        v = away + 2.0 * (expert_velocity(params, x, timestep, text) - away)
-        x = x + (float(schedule.sigmas[t + 1]) - float(schedule.sigmas[t])) * v
-    np.testing.assert_allclose(found, x, **CLOSE)
+
+def test_the_frames_of_sample_are_those_of_its_experts(make_expert_config, tmp_path, monkeypatch):
+    """From captions to frames, two seeds each; the latents against Euler steps in float64."""
+    clips = {}
+    monkeypatch.setattr(media, "write_clip", lambda path, clip, _: clips.update({path.name: clip}))
+    monkeypatch.setattr(outputs, "write_sheet", lambda *args: None)
+    config, captions = make_expert_config({"eval.num_steps": 4}), ["a red disk", "a blue square"]
+    (tmp_path / "prompts.txt").write_text("\n".join(captions))
+    request = sampling_run.Request(
+        sources.Source(), str(tmp_path / "prompts.txt"), tmp_path / "out", seeds=(0, 5)
+    )
+    assert sampling_run.sample(config, request, jax.devices()[:1]) == 4
+
+    *texts, negative = mean_text(*word_embeddings.encode_padded([*captions, ""], CONFIG.text_dim))
+    ids, seeds = ["000001", "000001", "000002", "000002"], [0, 5, 0, 5]
+    keys = jax.random.wrap_key_data(sampler.key_data(seeds, ids))
+    vae = weights.load_config(config.model.vae)
+    initial = noise.initial_noise(keys, frames.latent_shape(vae, 5, 32, 32))
+    latents = euler(config, initial, np.repeat(texts, 2, axis=0), negative)
+    vae_params = weights.load(config.model.vae, vae)
+    want = np.asarray(frames.decode_frames(vae_params, latents.astype(np.float32), vae))
+    assert want.std() > 5
+    for row, (id_, seed) in enumerate(zip(ids, seeds, strict=True)):
+        found = clips[f"{row // 2:03d}_{id_}_seed{seed}.mp4"]
+        # A value may lie on the border between two levels.
+        assert np.abs(found.astype(int) - want[row]).max() <= 1
 
 
 @pytest.mark.parametrize(("window_size", "trained"), [(2, ("high",)), (3, ("high", "low"))])

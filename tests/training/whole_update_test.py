@@ -84,7 +84,12 @@ CASES = {
         "trust_region.previous_estimator": "log_ratio",
         "optimizer.learning_rate": 0.01,
     },
-    "adapters": {"lora.rank": 2, "lora.alpha": 3.0, "lora.learning_rate": 0.05},
+    "adapters": {
+        "lora.rank": 2,
+        "lora.alpha": 3.0,
+        "lora.learning_rate": 0.05,
+        "lora.targets": "proj,high/text",
+    },
 }
 
 
@@ -157,6 +162,9 @@ def check_step(trainer, problem, scorer, batch, index: int) -> None:
     assert np.abs(videos.astype(int) - as_pixels(outcome.videos).astype(int)).max() <= 1
     for name, value in outcome.metrics.items():
         assert metrics[name] == pytest.approx(float(value), rel=5e-4, abs=2e-7), name
+    elements = sum(leaf.size for leaf in jax.tree.leaves(before["params"]))
+    rms = metrics["grad/norm"] / np.sqrt(elements)
+    assert metrics["grad/rms_over_eps"] == pytest.approx(rms / problem.config.optimizer.eps)
     # The moments hold the gradient, leaf by leaf.
     assert_leaves_agree(after["mu"], outcome.mu, 5e-4)
     assert_leaves_agree(after["nu"], outcome.nu, 1e-3)
@@ -185,10 +193,10 @@ def check_region(config, before: dict, after: dict, outcome: textbook.Outcome) -
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_is_that_of_the_papers(make_config, one_device, tmp_path, monkeypatch, name):
-    small_policy.install(monkeypatch)
+def test_a_step_is_that_of_the_papers(make_small_config, one_device, tmp_path, monkeypatch, name):
+    small_policy.install_in_small_network(monkeypatch)
     scorer = TableScorer()
-    config = make_config({**BASE, "num_steps": STEPS, **CASES[name]})
+    config = make_small_config({**BASE, "num_steps": STEPS, **CASES[name]})
     trainer = learners.make(config, scorer, one_device, tmp_path, build_programs)
     batches = iter(trainer.prompts)
     problem, weights = make_problem(trainer), set()

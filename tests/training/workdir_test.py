@@ -62,3 +62,11 @@ def test_other_rewards_are_another_run(begun, weights, said):
     with pytest.raises(ValueError, match=said) as error:
         workdir.claim(dataclasses.replace(config, rewards=rewards), folder)
     assert "\n" not in str(error.value)
+
+
+def test_a_run_is_finished_after_its_last_step(make_config, tmp_path):
+    config = make_config({"num_steps": 5})
+    assert workdir.finished(config, tmp_path) is None
+    for steps, wanted in ((4, None), (5, {"steps": 5}), (6, {"steps": 6})):
+        (tmp_path / "summary.json").write_text(json.dumps({"steps": steps}))
+        assert workdir.finished(config, tmp_path) == wanted

@@ -20,7 +20,8 @@ from sage_grpo_jax.common import command_line
 from sage_grpo_jax.models import lora, wan
 from sage_grpo_jax.models.wan import WanConfig
 from sage_grpo_jax.models.wan_vae import WanVaeConfig
-from sage_grpo_jax.weights import configs, facts, tables, tensor_files
+from sage_grpo_jax.weights import configs, layouts
+from sage_grpo_jax.weights.formats import tensor_files
 
 INPUTS = make_inputs(wan_pair.TRANSFORMER, (2, 4, 2), (3, 7))
 MODELS = {"transformer": WanTransformer3DModel, "vae": AutoencoderKLWan}
@@ -180,14 +181,14 @@ def test_what_we_train_diffusers_computes(pair, tmp_path):
 
 @functools.cache
 def shapes(config, layout):
-    rows, parameters = tables.key_table(config, layout)
+    rows, parameters = layouts.key_table(config, layout)
     return {name: row.shape_there(parameters[row.ours]) for row in rows for name in row.names()}
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
 @pytest.mark.parametrize("name", ["1.3B", "14B", "vae"])
 def test_released_models_need_no_config(name, layout):
-    assert facts.infer_config(layout, shapes(CONFIGS[name], layout)) == CONFIGS[name]
+    assert configs.infer_config(layout, shapes(CONFIGS[name], layout)) == CONFIGS[name]
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
@@ -195,7 +196,7 @@ def test_released_models_need_no_config(name, layout):
 def test_each_field_is_compared_with_the_tensors(name, layout):
     config = CONFIGS[name]
     tensors = shapes(config, layout)
-    facts.check_config(config, layout, tensors)
+    configs.check_config(config, layout, tensors)
     other = {
         "num_layers": 7,
         "ffn_dim": 64,
@@ -214,14 +215,14 @@ def test_each_field_is_compared_with_the_tensors(name, layout):
     for field, value in tried.items():
         shown = "hidden_size" if field == "num_attention_heads" else field
         with pytest.raises(ValueError, match=rf"{shown}=.*, the tensors say"):
-            facts.check_config(dataclasses.replace(config, **{field: value}), layout, tensors)
+            configs.check_config(dataclasses.replace(config, **{field: value}), layout, tensors)
 
 
 def test_what_cannot_be_inferred():
     with pytest.raises(ValueError, match=r"num_attention_heads .* \[1536, 5120\], not for 24 \("):
-        facts.infer_config("original", shapes(wan_pair.TRANSFORMER, "original"))
+        configs.infer_config("original", shapes(wan_pair.TRANSFORMER, "original"))
     with pytest.raises(ValueError, match=r"latents_mean is not in the tensors"):
-        facts.infer_config("diffusers", shapes(wan_pair.VAE, "diffusers"))
+        configs.infer_config("diffusers", shapes(wan_pair.VAE, "diffusers"))
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
@@ -231,8 +232,8 @@ def test_one_missing_tensor_is_that_and_nothing_else(config, layout):
     names = sorted(whole)
     for name in names[:: max(1, len(names) // 40)]:
         part = {other: shape for other, shape in whole.items() if other != name}
-        if tables.recognise(part) is not None:
-            facts.check_config(config, layout, part)
+        if layouts.recognise(part) is not None:
+            configs.check_config(config, layout, part)
 
 
 def test_config_json_of_the_authors(tmp_path):

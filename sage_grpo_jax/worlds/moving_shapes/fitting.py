@@ -153,8 +153,9 @@ def _stack_along_motion(videos_NxFxHxWx3: jax.Array) -> jax.Array:
 def _shifts(axis: int) -> np.ndarray:
     """Linear interpolation at position + travel, for the motions along one axis.
 
-    Returns: f32[motion, F, from, to]; motions in the order of (direction, speed). What comes from
-    outside the frame is zero; allowed start positions never look there.
+    Returns:
+      f32[motion, F, from, to]; motions in the order of (direction, speed). What comes from outside
+      the frame is zero; allowed start positions never look there.
     """
     # How far each motion has come in each frame: [motion, F, 1, 1], pixels.
     step = (spec.DIRECTION_XY[:, None] * spec.PIXELS_PER_FRAME[:, None])[..., axis]
@@ -219,7 +220,8 @@ def _best_refined(video: jax.Array, candidates: ClipParameters) -> ClipParameter
 def _refine(video: jax.Array, parameters: ClipParameters) -> tuple[jax.Array, jax.Array]:
     """Projected Gauss-Newton over the start position of one clip; keeps the best point it met.
 
-    Returns: start f32[2], squared error (scalar).
+    Returns:
+      (start f32[2], squared error, a scalar).
     """
     low, high = (
         jnp.asarray(table)[
@@ -236,11 +238,11 @@ def _refine(video: jax.Array, parameters: ClipParameters) -> tuple[jax.Array, ja
     target = jnp.sum((video - ground) * contrast, axis=-1)  # [F, H, W]
     floor = jnp.sum((video - ground) ** 2)
 
-    def cover(start):
+    def cover(start: jax.Array) -> jax.Array:
         one = jax.tree.map(lambda leaf: leaf[None], parameters._replace(start=start))
         return coverage(one)[0]
 
-    def iterate(_, state):
+    def iterate(_: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         start, best, lowest = state
         # The error here, and how the coverage changes along both axes: [F, H, W] each.
         alpha, tangent = jax.linearize(cover, start)

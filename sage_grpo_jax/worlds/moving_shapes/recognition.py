@@ -8,6 +8,7 @@ that turns into another one from frame to frame is found (the best fit of a whol
 `fitting`, averages that away). No reward uses this module.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -100,7 +101,7 @@ def _coverage(frames_KxHxWx3: np.ndarray) -> np.ndarray:
     return np.clip(np.einsum("khwc,kc->khw", above, colour) / power[:, None, None], 0, 1)
 
 
-def _windows(coverage_KxHxW: np.ndarray):
+def _windows(coverage_KxHxW: np.ndarray) -> Iterator[np.ndarray]:
     """Windows f32[K, side, side] around the centroids, moved by every offset of the search."""
     # The centroid of each frame, as the nearest pixel.
     rows, columns = np.arange(spec.HEIGHT), np.arange(spec.WIDTH)

@@ -28,7 +28,8 @@ def render(parameters: ClipParameters) -> jax.Array:
     The edges are anti-aliased: a pixel at signed distance d (in pixels) from the outline shows
     clip(0.5 - d, 0, 1) of the shape and the rest of the background.
 
-    Returns: f32[N, F, H, W, 3] in [0, 1].
+    Returns:
+      f32[N, F, H, W, 3] in [0, 1].
     """
     chex.assert_rank(parameters.start, 2)
     chex.assert_equal_shape_prefix(list(parameters), 1)

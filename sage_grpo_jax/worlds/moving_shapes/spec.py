@@ -9,7 +9,8 @@ the centre of pixel (row i, column j) is (j + 0.5, i + 0.5).
 
 import itertools
 import re
-from typing import NamedTuple
+import types
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -111,6 +112,7 @@ def parse_caption(text: str) -> Words:
 
 
 def example_caption() -> str:
+    """A caption to show what they look like."""
     return caption(Words("large", "red", "disk", "left", "fast", "dark"))
 
 
@@ -194,7 +196,9 @@ def indices(words: Words) -> tuple[int, ...]:
     return tuple(choices.index(word) for choices, word in zip(CHOICES, words, strict=True))
 
 
-def signed_distances(radius, x, y, xp=np):
+def signed_distances(
+    radius: Any, x: Any, y: Any, xp: types.ModuleType = np
+) -> tuple[Any, Any, Any]:
     """Signed distances, in pixels, of the points (x, y) from a disk, a square and a triangle at 0.
 
     Negative inside. Outside the corners of the square and the triangle it is the distance to the
@@ -211,7 +215,8 @@ def signed_distances(radius, x, y, xp=np):
 def start_range_table(num_frames: int = NUM_FRAMES) -> tuple[np.ndarray, np.ndarray]:
     """The start positions for which the whole object stays in the frame in every frame.
 
-    Returns: (low, high), each f32[shape, size, direction, speed, 2], positions (x, y) in pixels.
+    Returns:
+      (low, high), each f32[shape, size, direction, speed, 2], positions (x, y) in pixels.
     """
     # How far the object reaches, [shape, 1, 1, 1, side] times [size, ...], and where it gets to in
     # the clip, [direction, speed, 2]; a motion to the left or up has negative travel.

@@ -57,7 +57,8 @@ def encode(text: str, dim: int = DIM) -> np.ndarray:
 def encode_padded(texts: Sequence[str], dim: int = DIM) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings of several prompts, padded with zeros to the longest.
 
-    Returns: (text f32[N, L, dim], mask bool[N, L], true on words).
+    Returns:
+      (text f32[N, L, dim], mask bool[N, L], true on words).
     """
     encoded = [encode(text, dim) for text in texts]
     length = max(len(tokens) for tokens in encoded)

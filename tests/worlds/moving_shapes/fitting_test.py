@@ -26,7 +26,7 @@ def pixels(videos: np.ndarray) -> np.ndarray:
 
 
 def test_real_clips_are_on_the_manifold_and_recovered():
-    parameters = moving_shapes.sample_parameters(jax.random.key(5), 5 * CHUNK, "all")
+    parameters = moving_shapes.sample_parameters(jax.random.key(5), 3 * CHUNK, "all")
     videos = moving_shapes.to_uint8(moving_shapes.render(parameters))
     fitted, residual = fit(videos)
     assert residual.dtype == np.float32
@@ -40,7 +40,7 @@ def test_distance_of_noise_is_its_level(clips):
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(clips.shape)
     before = np.asarray(manifold_distance(clips))
-    for level in (0.02, 0.1, 0.3):
+    for level in (0.02, 0.3):
         noisy = (clips / 255 + level * noise).astype(np.float32)
         _, residual = fit(noisy)  # not clipped: the level is known
         np.testing.assert_allclose(residual, level, rtol=0.02)

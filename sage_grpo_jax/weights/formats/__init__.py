@@ -1,0 +1,1 @@
+"""File formats: safetensors, PyTorch's zip archives, orbax. They know no model."""
