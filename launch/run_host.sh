@@ -21,7 +21,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 readonly NOT_FINISHED=75
 run_dir=${RUN_DIR:-$HOME/sage_grpo_jax_run}
 venv=${VENV:-$HOME/sage_grpo_jax_venv}
-interrupted=
+child="" interrupted="" # of `hand_on_signals`
 
 # The command of this worker: in the repository, with the interpreter of setup_host.sh.
 prepare() {
@@ -31,10 +31,16 @@ prepare() {
   export PATH PYTHONUNBUFFERED=1
 }
 
-# await PID: its exit status, into `status`. Signals are handed on; it may need time to save.
+# Signals are handed on to the command. Called before it starts: one may come at any moment.
+hand_on_signals() {
+  child="" interrupted=""
+  trap 'interrupted=yes; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT HUP
+}
+
+# await PID: its exit status, into `status`. It may need time to save.
 await() {
-  local child=$1
-  trap 'interrupted=yes; kill -TERM "$child" 2>/dev/null || true' TERM INT HUP
+  child=$1
+  [[ -z $interrupted ]] || kill -TERM "$child" 2>/dev/null || true # one that came before it
   while
     interrupted=
     status=0
@@ -77,6 +83,7 @@ start() {
 supervise() {
   local log=$1 status
   shift
+  hand_on_signals
   "$@" &
   await "$!"
   translate "$log"
@@ -85,19 +92,19 @@ supervise() {
 }
 
 foreground() {
-  local folder status child
+  local folder status
   prepare "$@"
   if [[ $DRY_RUN == yes ]]; then
     quoted "$@"
     return
   fi
+  hand_on_signals
   folder=$(mktemp -d)
   mkfifo "$folder/pipe"
   tee "$folder/log" <"$folder/pipe" &
   local copier=$!
   "$@" >"$folder/pipe" 2>&1 &
-  child=$!
-  await "$child"
+  await "$!"
   wait "$copier" # the last line is in the log then
   translate "$folder/log"
   rm -r "$folder"

@@ -85,6 +85,8 @@ def _validate_sampler(config: Config) -> None:
     rollout = config.rollout
     matched = bool(rollout.eta_match.kind)  # eta is not read
     kind, stochastic = sde.KINDS[rollout.sde], kinds.stochastic_kinds()
+
+    # A group whose videos are all equal has no better and no worse.
     noiseless = not kind.stochastic or (rollout.eta == 0 and not matched)
     if noiseless and config.loss.objective != "nft":
         raise ValueError(
@@ -97,11 +99,14 @@ def _validate_sampler(config: Config) -> None:
             f"config.rollout.same_initial_noise: got True with sde={rollout.sde!r} and "
             f"eta={rollout.eta}, which makes the videos of a group equal; allowed: False"
         )
+
     if (rollout.window == "all") != (rollout.window_size == 0):
         raise ValueError(
             f"config.rollout: window={rollout.window!r} with window_size={rollout.window_size}; "
             "allowed: all with 0, the others with at least 1"
         )
+
+    # The noise level, and what only some kinds of SDE read
     if matched and rollout.eta_match.eta == 0:
         raise ValueError("config.rollout.eta_match.eta: got 0; allowed: more than 0")
     if rollout.eta > kind.highest_eta and not matched:
@@ -205,6 +210,8 @@ def _validate_rewards(rewards: RewardsConfig) -> None:
             f"config.rewards.weights: got {tuple(rewards.weights.values())} for "
             f"{', '.join(rewards.weights) or 'no reward'}; allowed: one of them not 0"
         )
+
+    # Where the server is: ours, or one that runs already
     if bool(rewards.address) == rewards.spawn:
         raise ValueError(
             f"config.rewards: spawn={rewards.spawn} with address="
@@ -221,6 +228,7 @@ def _validate_rewards(rewards: RewardsConfig) -> None:
             f"config.rewards.backend: got {rewards.backend!r}; allowed: {', '.join(BACKENDS)}, or "
             "package.module:Class"
         )
+
     if 0 < rewards.silence_seconds < 1:
         raise ValueError(
             f"config.rewards.silence_seconds: got {rewards.silence_seconds}; allowed: at least 1, "

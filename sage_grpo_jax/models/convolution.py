@@ -158,11 +158,15 @@ def kernel_gradient(x: jax.Array, g: jax.Array, window: tuple[int, int, int]) ->
     batch, _, height, width, out_channels = g.shape
     channels = x.shape[-1]
     block = _row_block(width, max(channels, out_channels))
+
+    # [B, T, H, W' / block, (block + kw - 1) * C]: kw taps reach kw - 1 pixels beyond the block.
     x_blocks = _overlapping_blocks(x, width // block, block, kw)
     g_blocks = g.reshape(batch, -1, height, width // block, block * out_channels)
     # Shifting g rather than x in time: dw[t] = sum_s x[s] g[s - t].
     g_blocks = jnp.concatenate([_pad_frames(g_blocks, t, kt - 1 - t) for t in range(kt)], axis=-1)
-    g_blocks = g_blocks.reshape(-1, g_blocks.shape[-1])
+    g_blocks = g_blocks.reshape(-1, g_blocks.shape[-1])  # [blocks, kt * block * O]
+
+    # One product over all blocks for each tap along the height, which sees x from its row on.
     pairs = jnp.stack(
         [
             lax.dot_general(
@@ -174,6 +178,8 @@ def kernel_gradient(x: jax.Array, g: jax.Array, window: tuple[int, int, int]) ->
             for i in range(kh)
         ]
     ).reshape(kh, block + kw - 1, channels, kt, block, out_channels)
+
+    # At tap j, pixel n of a block of g meets pixel n + j of the block of x.
     taps = [sum(pairs[:, j + n, :, :, n] for n in range(block)) for j in range(kw)]
     return jnp.stack(taps).transpose(3, 1, 0, 2, 4)  # [kw, kh, C, kt, O] -> [kt, kh, kw, C, O]
 

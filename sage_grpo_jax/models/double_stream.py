@@ -21,7 +21,7 @@ class Stream(nn.Module):
 
     config: HunyuanVideoConfig
 
-    def setup(self):
+    def setup(self) -> None:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         width = config.hidden_size
         self.modulation = Modulation(6, width)
@@ -38,7 +38,12 @@ class Stream(nn.Module):
         """shift, scale, gate of attention, then of the MLP; float32 [B, 1, D] each."""
         return self.modulation(vector_BxD)
 
-    def qkv(self, x_BxNxD: jax.Array, modulation: tuple[jax.Array, ...], rope=None) -> Qkv:
+    def qkv(
+        self,
+        x_BxNxD: jax.Array,
+        modulation: tuple[jax.Array, ...],
+        rope: tuple[jax.Array, jax.Array] | None = None,
+    ) -> Qkv:
         """Queries (scaled), keys and values [B, N, heads, head_dim]; `rope`: (cos, sin) tables."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         shift, scale = modulation[:2]
@@ -67,7 +72,13 @@ class Block(nn.Module):
     config: HunyuanVideoConfig
 
     @nn.compact
-    def __call__(self, carry, vector_BxD, key_mask_BxS, rope):
+    def __call__(
+        self,
+        carry: tuple[jax.Array, jax.Array],
+        vector_BxD: jax.Array,
+        key_mask_BxS: jax.Array | None,
+        rope: tuple[jax.Array, jax.Array],
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
         image_BxNxD, text_BxLxD = carry
         image_stream = Stream(self.config, name="image")
         text_stream = Stream(self.config, name="text")

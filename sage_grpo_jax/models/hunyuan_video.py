@@ -198,7 +198,10 @@ class _Transformer(nn.Module):
     def _text_tokens(
         self, condition: Condition, timestep_B: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """All text-side tokens [B, S, D] and their mask [B, S]."""
+        """All text-side tokens [B, S, D] and their mask [B, S].
+
+        Nothing after this sees their places, so that any order will do.
+        """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         type_embed = self.param(
             "cond_type_embed", nn.with_logical_partitioning(normal, (None, "embed")),
@@ -215,26 +218,34 @@ class _Transformer(nn.Module):
         )
         tokens = [refiner(condition.text, condition.text_mask, timestep_B) + type_embed[TEXT]]
         masks = [condition.text_mask]
+
         if condition.byt5 is not None:
             mapper = ByT5Mapper(config.hidden_size, dtype, name="byt5_embed")
             tokens.append(mapper(condition.byt5) + type_embed[BYT5])
             mask = condition.byt5_mask
             masks.append(jnp.ones(condition.byt5.shape[:2], bool) if mask is None else mask)
+
         if condition.image is not None:
             projection = ImageProjection(config.hidden_size, dtype, name="image_embed")
             tokens.append(projection(condition.image) + type_embed[IMAGE])
             mask = condition.image_mask
             if mask is None:
+                # Zeros are no image, as in diffusers, which asks whether the whole batch is zero.
                 given = jnp.any(condition.image != 0, axis=(1, 2))
                 mask = jnp.broadcast_to(given[:, None], condition.image.shape[:2])
             masks.append(mask)
+
         return jnp.concatenate(tokens, axis=1), jnp.concatenate(masks, axis=1).astype(bool)
 
 
-def _check_inputs(latents, timestep, condition: Condition, config: HunyuanVideoConfig) -> None:
+def _check_inputs(
+    latents: jax.Array, timestep: jax.Array, condition: Condition, config: HunyuanVideoConfig
+) -> None:
     transformer.check_inputs(
         latents, timestep, condition.text, condition.text_mask, config, config.text_embed_dim
     )
+
+    # A part may be absent; where it is there, the model must be one that can take it.
     batch = latents.shape[0]
     for name, width in (("byt5", config.text_embed_2_dim), ("image", config.image_embed_dim)):
         value, mask = getattr(condition, name), getattr(condition, f"{name}_mask")
@@ -247,6 +258,7 @@ def _check_inputs(latents, timestep, condition: Condition, config: HunyuanVideoC
         require_shape(f"condition.{name}", value, (batch, None, width))
         if mask is not None:
             require_shape(f"condition.{name}_mask", mask, value.shape[:2])
+
     if condition.latents is not None:
         extra = config.in_channels - config.out_channels
         require_shape("condition.latents", condition.latents, (*latents.shape[:4], extra))

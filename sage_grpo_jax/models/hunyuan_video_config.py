@@ -77,13 +77,18 @@ class HunyuanVideoConfig:
     remat: bool = True
     unroll: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        # jit takes configs as static arguments: the list that JSON has would not hash.
         object.__setattr__(self, "rope_axes_dim", tuple(self.rope_axes_dim))
+
         for field, most in _BOUNDS.items():
             value = getattr(self, field)
             require(value is None or 1 <= value <= most, field, value, f"1 to {most}")
+        # The channels beyond those of the latents are the condition's.
         require(self.in_channels >= self.out_channels, "in_channels", self.in_channels,
                  f"at least out_channels={self.out_channels}")  # fmt: skip
+
+        # Each axis turns pairs of channels of its own.
         axes = self.rope_axes_dim
         require(
             len(axes) == 3
@@ -94,6 +99,7 @@ class HunyuanVideoConfig:
             f"three even numbers that sum to attention_head_dim={self.attention_head_dim}",
         )
         require(0 < self.rope_theta < math.inf, "rope_theta", self.rope_theta, "positive, finite")
+
         width = self.hidden_size * self.mlp_ratio
         require(1 <= width <= 1 << 20, "mlp_ratio", self.mlp_ratio,
                  f"such that {self.hidden_size} times it is 1 to {1 << 20}")  # fmt: skip

@@ -45,7 +45,7 @@ def blocks(
         )
         return stack(config, name="blocks")(carry, *shared)[0]
 
-    def apply(params, carry):
+    def apply(params: Any, carry: Any) -> Any:
         return block(config, parent=None).apply({"params": params}, carry, *shared)[0]
 
     return run(
@@ -82,7 +82,7 @@ def run(
       scale: of the adapters.
     """
 
-    def layer(carry, given):
+    def layer(carry: Any, given: tuple[Any, Any]) -> tuple[Any, None]:
         params, adapters = given
         if adapters is not None:
             params = lora.merge_layer(params, adapters, scale)

@@ -90,7 +90,7 @@ def dense(
     )
 
 
-def float32_dense(features: int, axes: tuple[str | None, str | None], **kwargs) -> nn.Dense:
+def float32_dense(features: int, axes: tuple[str | None, str | None], **kwargs: Any) -> nn.Dense:
     """A dense layer that computes in float32 at the highest precision."""
     return dense(features, axes, jnp.float32, precision=HIGHEST, **kwargs)
 

@@ -45,7 +45,7 @@ class LoraConfig:
     alpha: float
     targets: tuple[str, ...] = TARGETS
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
         if self.rank < 1:
             raise ValueError(f"lora.rank: got {self.rank}; allowed: at least 1")

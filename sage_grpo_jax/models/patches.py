@@ -81,6 +81,8 @@ def pad_tokens(x_BxNxD: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x, jnp.broadcast_to(jnp.arange(count + padding) < count, x.shape[:2])
 
 
-def _dense_init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+def _dense_init(
+    key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
+) -> jax.Array:
     """Xavier for a patch kernel, seen as the dense layer that it is."""
     return xavier(key, (math.prod(shape[:-1]), shape[-1]), dtype).reshape(shape)

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -75,7 +76,7 @@ class VaeConfig:
     scaling_factor: float = 1.03682
     dtype: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
         _validate(self)
 
@@ -177,7 +178,9 @@ def _validate_widths(config: VaeConfig) -> None:
         _validate_resampling(require, widths[level_up], config.upsampled_width(level), temporal)
 
 
-def _validate_resampling(require, coarse: int, fine: int, temporal: bool) -> None:
+def _validate_resampling(
+    require: Callable[[bool, str], None], coarse: int, fine: int, temporal: bool
+) -> None:
     factor = 8 if temporal else 4
     require(coarse % factor == 0, f"{coarse} must be a multiple of {factor}")
     # At temporal levels half a run of channels serves the first frame, so the run must be even.

@@ -133,7 +133,12 @@ def _tiled(
     return jnp.concatenate(lines, axis=2)
 
 
-def _run(function, x: jax.Array, rows, columns) -> dict[tuple[int, int], jax.Array]:
+def _run(
+    function: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    rows: list[tuple[int, int]],
+    columns: list[tuple[int, int]],
+) -> dict[tuple[int, int], jax.Array]:
     """The output of each tile (row, column); one loop for all tiles of a shape."""
     by_shape: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for i, (_, height) in enumerate(rows):
@@ -144,7 +149,7 @@ def _run(function, x: jax.Array, rows, columns) -> dict[tuple[int, int], jax.Arr
         size = (*x.shape[:2], height, width, x.shape[4])
         corners = jnp.array([(rows[i][0], columns[j][0]) for i, j in places])
 
-        def one(corner: jax.Array, size=size) -> jax.Array:
+        def one(corner: jax.Array, size: tuple[int, ...] = size) -> jax.Array:
             return function(lax.dynamic_slice(x, (0, 0, corner[0], corner[1], 0), size))
 
         results = lax.map(one, corners)

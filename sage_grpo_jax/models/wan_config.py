@@ -70,20 +70,24 @@ class WanConfig:
     remat: bool = True
     unroll: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        # jit takes configs as static arguments: the list that JSON has would not hash.
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
         patch = self.patch_size
         fits = len(patch) == 3 and all(1 <= size <= 64 for size in patch)
         require(fits, "patch_size", patch, "three numbers of 1 to 64")
+
         # Ahead of the widths: these are other models, and nothing else is wrong with their files.
         for field in _IMAGE_FIELDS:
             value = getattr(self, field)
             require(value is None, field, value, "null: image-to-video models are not supported")
+
         for field, most in _BOUNDS.items():
             value = getattr(self, field)
             require(1 <= value <= most, field, value, f"1 to {most}")
         require(self.in_channels == self.out_channels, "in_channels", self.in_channels,
                 f"out_channels={self.out_channels}: text-to-video has no other input")  # fmt: skip
+
         for field in ("attention_head_dim", "freq_dim"):
             value = getattr(self, field)
             require(value % 2 == 0, field, value, "even: channels turn in pairs")

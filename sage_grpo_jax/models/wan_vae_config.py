@@ -68,7 +68,7 @@ class WanVaeConfig:
     out_channels: int = 3
     dtype: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in _LISTS:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         _validate(self)

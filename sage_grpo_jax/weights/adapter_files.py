@@ -70,16 +70,16 @@ class _Settings(NamedTuple):
 
 
 class _AdapterSource(Source):
-    """Adapters of a file, all at one rank and scale; a layer that the file has not is zero."""
+    """Adapters of a file, all at one rank and scale; a layer that the file has not is zero.
+
+    Args:
+      pairs: by path in the tree and layer (None: not stacked).
+      shapes: of the adapters, by path, ending in down or up.
+    """
 
     def __init__(
         self, pairs: Mapping[tuple[Path, int | None], _Pair], shapes: Mapping[Path, Shape]
-    ):
-        """
-        Args:
-          pairs: by path in the tree and layer (None: not stacked).
-          shapes: of the adapters, by path, ending in down or up.
-        """
+    ) -> None:
         self.shapes, self._pairs = dict(shapes), pairs
 
     def read(self, path: Path, index: Index) -> np.ndarray:

@@ -56,7 +56,7 @@ class Job:
     run_step: pathlib.Path | None = None
     find_base: Callable[[str], pathlib.Path] = pathlib.Path
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("src_format", "dst_format"):
             if getattr(self, field) not in FORMATS:
                 raise ValueError(f"{field}={getattr(self, field)!r}: must be one of {FORMATS}")

@@ -31,23 +31,23 @@ from sage_grpo_jax.weights.tables.key_table import Row, check_tensors
 
 
 class TensorSource(Source):
-    """The tensors of a checkpoint in another layout."""
+    """The tensors of a checkpoint in another layout.
+
+    Args:
+      rows: key table of the layout.
+      shapes: of our parameters.
+      tensors: of the checkpoint.
+
+    Raises:
+      ValueError: tensors missing, unexpected, misshapen, or not of a float type.
+    """
 
     def __init__(
         self,
         rows: Sequence[Row],
         shapes: Mapping[Path, Shape],
         tensors: Mapping[str, StoredTensor],
-    ):
-        """
-        Args:
-          rows: key table of the layout.
-          shapes: of our parameters.
-          tensors: of the checkpoint.
-
-        Raises:
-          ValueError: tensors missing, unexpected, misshapen, or not of a float type.
-        """
+    ) -> None:
         check_tensors(rows, shapes, {name: tensor.shape for name, tensor in tensors.items()})
         wrong = [f"{n} is {t.dtype}" for n, t in tensors.items() if str(t.dtype) not in FLOATS]
         if wrong:
@@ -79,7 +79,7 @@ class TensorSource(Source):
 class TreeSource(Source):
     """Parameters in memory; reads one whole parameter from the devices at a time."""
 
-    def __init__(self, params: Any):
+    def __init__(self, params: Any) -> None:
         self._flat = traverse_util.flatten_dict(params)
         self.shapes = {path: tuple(value.shape) for path, value in self._flat.items()}
         self._held: tuple[Path, np.ndarray] | None = None
@@ -92,18 +92,18 @@ class TreeSource(Source):
 
 
 class MergedSource(Source):
-    """Base weights with adapters added: W + scale A B in float32, slice by slice."""
+    """Base weights with adapters added: W + scale A B in float32, slice by slice.
 
-    def __init__(self, base: Source, adapters: Source, scale: float):
-        """
-        Args:
-          base: the parameters of the model.
-          adapters: the adapters (models/lora.py).
-          scale: alpha / rank.
+    Args:
+      base: the parameters of the model.
+      adapters: the adapters (models/lora.py).
+      scale: alpha / rank.
 
-        Raises:
-          ValueError: adapters of layers that the base lacks, or of other widths.
-        """
+    Raises:
+      ValueError: adapters of layers that the base lacks, or of other widths.
+    """
+
+    def __init__(self, base: Source, adapters: Source, scale: float) -> None:
         self.shapes, self._base, self._adapters, self._scale = base.shapes, base, adapters, scale
 
         for path, shape in adapters.shapes.items():
@@ -138,14 +138,14 @@ class MergedSource(Source):
 
 
 class FiniteSource(Source):
-    """Refuses values that are not finite, naming the file and the tensor."""
+    """Refuses values that are not finite, naming the file and the tensor.
 
-    def __init__(self, source: Source, where: str | os.PathLike):
-        """
-        Args:
-          source: to be read.
-          where: it lies, for messages.
-        """
+    Args:
+      source: to be read.
+      where: it lies, for messages.
+    """
+
+    def __init__(self, source: Source, where: str | os.PathLike) -> None:
         self.shapes, self._source, self._where = source.shapes, source, where
 
     def read(self, path: Path, index: Index) -> np.ndarray:

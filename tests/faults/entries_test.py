@@ -111,7 +111,14 @@ CASES = _of_flags() | {
         "config.data.train_prompts: no file is named; allowed: a .txt",
     ),
     "frames": (
-        ["train", SMALL, "--workdir=new", "--config.video.frames=6"],
+        [
+            "train",
+            SMALL,
+            "--workdir=new",
+            "--config.video.frames=6",
+            "--config.eval.manifold_distance=False",
+            "--config.eval.shape_identity=False",
+        ],
         "config.video.frames: got 6; allowed: 1 \\+ a multiple of 4",
     ),
     "index": (

@@ -1,5 +1,6 @@
 """launch/run_host.sh: real processes that end, are told to end, and are killed."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -132,10 +133,17 @@ def test_in_a_container_the_signal_is_handed_on_and_the_save_awaited(stubs, numb
         env=stubs.environment(),
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
+        # A shell cannot trap what is ignored when it starts, as SIGINT is in a background job.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=600)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert out == "stopped at step 3; the same command goes on\n"
     assert process.returncode == 75
     assert list(stubs.home.iterdir()) == []

@@ -1,9 +1,11 @@
 """Entries as modules, for tests that call a function of one, and whole in this process."""
 
+import contextlib
 import importlib
 import runpy
 import sys
 import types
+from collections.abc import Iterator
 
 from absl import flags
 
@@ -25,15 +27,34 @@ def run_entry(name: str, *arguments: str) -> None:
       SystemExit: flags that cannot be parsed.
       Exception: what the entry raises.
     """
-    before, argv = set(flags.FLAGS), sys.argv
+    argv = sys.argv
     sys.argv = [name, *arguments]  # where recipes look for their overrides
+    with _without_flags_of_entries():
+        before = set(flags.FLAGS)
+        try:
+            entry = runpy.run_module(f"sage_grpo_jax.{name}")
+            command_line.parse_flags(sys.argv)
+            entry["main"]()
+        finally:
+            sys.argv = argv
+            _forget_flags(name, before)
+
+
+@contextlib.contextmanager
+def _without_flags_of_entries() -> Iterator[None]:
+    """Entries that other tests have imported may have flags of the same names."""
+    aside = {}
+    for flag in list(flags.FLAGS):
+        module = flags.FLAGS.find_module_defining_flag(flag)
+        if module.startswith("sage_grpo_jax."):
+            aside[flag] = module, flags.FLAGS[flag]
+            delattr(flags.FLAGS, flag)
     try:
-        entry = runpy.run_module(f"sage_grpo_jax.{name}")
-        command_line.parse_flags(sys.argv)
-        entry["main"]()
+        yield
     finally:
-        sys.argv = argv
-        _forget_flags(name, before)
+        for flag, (module, value) in aside.items():
+            flags.FLAGS[flag] = value
+            flags.FLAGS.register_flag_by_module(module, value)
 
 
 def _forget_flags(name: str, before: set[str]) -> None:

@@ -193,6 +193,14 @@ class OrbaxSource(Source):
 
     Where arrays were stored in chunks over several layers (those of a training run are: a chunk is
     what a device held), the parameter that is being read is kept whole, and no other.
+
+    Args:
+      path: a checkpoint: a tree, or, with `inside`, one of several checkpointables.
+      inside: name of the checkpointable, then keys down to the parameters.
+      dtypes: that the parameters may have.
+
+    Raises:
+      ValueError: no orbax checkpoint, damaged records, or nothing of these names in it.
     """
 
     def __init__(
@@ -200,16 +208,7 @@ class OrbaxSource(Source):
         path: str | os.PathLike,
         inside: tuple[str, ...] = (),
         dtypes: Collection[str] = FLOATS,
-    ):
-        """
-        Args:
-          path: a checkpoint: a tree, or, with `inside`, one of several checkpointables.
-          inside: name of the checkpointable, then keys down to the parameters.
-          dtypes: that the parameters may have.
-
-        Raises:
-          ValueError: no orbax checkpoint, damaged records, or nothing of these names in it.
-        """
+    ) -> None:
         path = pathlib.Path(path).resolve()
         self._folder = path / (inside[0] if inside else TREE)
         record = self._folder / METADATA
@@ -325,7 +324,7 @@ def _tensor_context() -> tensorstore.Context:
 class _WithoutClosedLoops:
     """A `sys.unraisablehook` without what reads and writes say that orbax no longer waits for."""
 
-    def __init__(self, hook: Callable[[Any], None]):
+    def __init__(self, hook: Callable[[Any], None]) -> None:
         self._hook = hook
 
     def __call__(self, raised: Any) -> None:

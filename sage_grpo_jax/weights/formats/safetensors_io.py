@@ -161,6 +161,17 @@ class Writer:
 
     The files have diffusers' names: STEM.safetensors or, where they would exceed `max_shard_size`,
     STEM-00001-of-0000N.safetensors and an index. Not atomic: write into a temporary folder.
+
+    Args:
+      folder: an existing folder.
+      stem: of the file names.
+      shapes: of all tensors, by name; decides their order.
+      dtype: float32, float16, bfloat16 or float64.
+      max_shard_size: bytes of data in a file; None: one file. A larger tensor has its own file.
+      metadata: goes into the headers.
+
+    Raises:
+      ValueError: another dtype.
     """
 
     def __init__(
@@ -171,16 +182,7 @@ class Writer:
         dtype: np.dtype,
         max_shard_size: int | None = None,
         metadata: Mapping[str, str] | None = None,
-    ):
-        """
-        Args:
-          folder: an existing folder.
-          stem: of the file names.
-          shapes: of all tensors, by name; decides their order.
-          dtype: float32, float16, bfloat16 or float64.
-          max_shard_size: bytes of data in a file; None: one file. A larger tensor has its own file.
-          metadata: goes into the headers.
-        """
+    ) -> None:
         self._dtype = np.dtype(dtype)
         if self._dtype not in _WRITTEN:
             raise ValueError(f"dtype={dtype}: must be one of {[str(d) for d in _WRITTEN]}")

@@ -41,7 +41,7 @@ def read_file(path: pathlib.Path) -> dict[str, StoredTensor]:
 
 
 class _Archive:
-    def __init__(self, path: pathlib.Path, archive: zipfile.ZipFile):
+    def __init__(self, path: pathlib.Path, archive: zipfile.ZipFile) -> None:
         self._file, self._archive = File(path), archive
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(pickles) != 1:

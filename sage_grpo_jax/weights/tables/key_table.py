@@ -86,7 +86,7 @@ class Row:
     part: tuple[int, int] = (0, 1)
     swapped: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in LAYOUTS:
             raise ValueError(f"row {self.theirs}: kind={self.kind!r}: use one of {list(LAYOUTS)}")
         if (self.stacked is not None) != ("{i}" in self.theirs):
