@@ -313,15 +313,17 @@ def _at_default_precision(function: Callable[..., jax.Array]) -> Callable[..., j
     default = functools.partial(jax.default_matmul_precision, "default")
 
     @jax.custom_vjp
-    def plain(query, key, value, segments):
+    def plain(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
         with default():
             return function(query, key, value, segments)
 
-    def forward(query, key, value, segments):
+    def forward(
+        query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array
+    ) -> tuple[jax.Array, Callable]:
         with default():
             return jax.vjp(lambda *qkv: function(*qkv, segments), query, key, value)
 
-    def backward(pull_back, gradient):
+    def backward(pull_back: Callable, gradient: jax.Array) -> tuple[jax.Array | None, ...]:
         with default():
             return (*pull_back(gradient), None)
 
