@@ -67,7 +67,7 @@ class Side:
         self.starts = self.learner.window_starts(self.batch, 0)
 
     def rollout(self, params: Any = None, step: int = 0) -> jax.Array:
-        """The trajectory [T + 1, B, ...]; another step has other noise."""
+        """The trajectory [T + 1, B, N]; another step has other noise."""
         params = self.state.params if params is None else params
         keys = self.learner.sample_keys(self.batch, step)
         return self.programs.rollout(

@@ -93,7 +93,7 @@ class Ours:
         self.starts = self.learner.window_starts(batch, 0)
 
     def rollout(self) -> jax.Array:
-        """The trajectory [T + 1, B, ...]."""
+        """The trajectory [T + 1, B, N]."""
         found = self.programs.rollout(
             self.state.params, self.condition, self.learner.frozen, self.keys, self.starts
         )
@@ -248,7 +248,8 @@ def to_torch(x: Any) -> torch.Tensor:
 
 
 def to_ours(states: list[torch.Tensor]) -> np.ndarray:
-    return np.stack([x.permute(0, 2, 3, 4, 1).numpy() for x in states])
+    """Flat states [T + 1, B, N], channels last."""
+    return np.stack([x.permute(0, 2, 3, 4, 1).flatten(1).numpy() for x in states])
 
 
 class Times:

@@ -61,6 +61,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # share a sample (mesh.context=4 on 64), fewer take more of it or a smaller micro_batch.
     config.loss.micro_batch = 16
     config.optimizer.update(learning_rate=1e-5, weight_decay=0.01)
+    # The network computes in bfloat16: references in float32 would be rounded where they are used.
+    config.trust_region.reference_dtype = "bfloat16"
 
     # A sidecar with the reward model, see serve_rewards.
     config.rewards.update(backend="video_align", spawn=False, address="localhost:6789")

@@ -62,6 +62,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.eval.update(every=50, num_prompts=32, num_steps=50)
     config.checkpoint.update(every=5, keep=3)
 
+    # The network computes in bfloat16: references in float32 would be rounded where they are used.
+    config.trust_region.reference_dtype = "bfloat16"
     methods.apply(config, args["method"])
     return config
 

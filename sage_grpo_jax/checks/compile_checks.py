@@ -52,11 +52,6 @@ def lower_programs(config: schema.Config, mesh: jax.sharding.Mesh) -> dict[str, 
     keys = shape((batch,), jax.random.key(0).dtype, rows)
     starts = shape((batch,), jnp.int32, rows)
     latent_shape = programs.plan.latent_shape
-    trajectory = shape(
-        (1 if programs.plan.is_forward else config.rollout.num_steps + 1, batch, *latent_shape),
-        jnp.float32,
-        sharding.batch_sharding(mesh, 1),
-    )
 
     # What does not change: VAE, negative prompt, base weights
     vae_params = jax.tree.map(
@@ -64,7 +59,7 @@ def lower_programs(config: schema.Config, mesh: jax.sharding.Mesh) -> dict[str, 
         networks_lib.abstract_params(networks.vae),
     )
     update_batch = update_lib.UpdateBatch(
-        trajectory,
+        programs_lib.abstract_states(programs.plan, mesh),
         keys,
         condition(batch, rows),
         shape((batch,), jnp.float32, rows),

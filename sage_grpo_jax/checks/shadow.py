@@ -132,7 +132,9 @@ class Shadow:
         step = noisy[np.asarray(batch.starts)[rows] + place]
 
         # A masked sample may hold NaN, and 0 · NaN in a sum is NaN: its latents count as 0.
-        valid, latents = np.asarray(batch.valid), np.asarray(batch.latents)
+        valid = np.asarray(batch.valid)
+        latents = np.asarray(batch.latents)
+        latents = latents.reshape(*latents.shape[:2], *plan.latent_shape)
         of_sample = valid[rows].reshape(-1, *[1] * (latents.ndim - 2))
 
         # λ, by the count and the measured KLs alone, and the references

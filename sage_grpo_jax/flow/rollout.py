@@ -20,7 +20,7 @@ VelocityFn = Callable[[jax.Array, jax.Array], jax.Array]
 class Trajectory(NamedTuple):
     """All states of a rollout. The injected noise is not stored: `noise.step_noise` repeats it."""
 
-    latents: jax.Array  # f32[T + 1, B, ...], from noise to data
+    latents: jax.Array  # f32[T + 1, B, ...], from noise to data; kept flat f32[T + 1, B, N]
     # f32[T], or [T, B] where samples differ: std of the noise that each step injected, 0 where it
     # was deterministic.
     stds: jax.Array
@@ -37,6 +37,7 @@ def rollout(
     *,
     clamp: float = 0.0,
     initial_latents: jax.Array | None = None,
+    flat: bool = False,
 ) -> Trajectory:
     """Samples one video latent per key and keeps the whole chain, in float32.
 
@@ -53,6 +54,8 @@ def rollout(
         inject nothing.
       clamp: of the stochastic steps, see `sde.step_coefficients`.
       initial_latents: f32[B, *latent_shape] at σ = 1; drawn from the keys by default.
+      flat: keep every state as N numbers a sample. A TPU pads the last two axes of an array to
+        tiles of 8 x 128: whole states would take several times what they weigh.
     """
     noise_lib.check_keys(keys)
     sde.check_kind_and_eta(kind, eta)
@@ -68,6 +71,9 @@ def rollout(
         initial_latents = noise_lib.initial_noise(keys, latent_shape)
     initial_latents = initial_latents.astype(jnp.float32)
     chex.assert_shape(initial_latents, (*keys.shape, *latent_shape))
+
+    def kept(latents: jax.Array) -> jax.Array:
+        return latents.reshape(latents.shape[0], -1) if flat else latents
 
     # The chain
     def step(
@@ -88,12 +94,12 @@ def rollout(
 
         noise = noise_lib.step_noise(keys, t, latent_shape)
         latents = mean + std.reshape(std.shape + axes) * noise
-        return latents, (latents, std)
+        return latents, (kept(latents), std)
 
     steps = jnp.arange(timesteps.shape[0])
     inputs = (steps, sigmas[:-1], sigmas[1:], timesteps, stochastic)
     _, (later_latents, stds) = jax.lax.scan(step, initial_latents, inputs)
-    return Trajectory(jnp.concatenate([initial_latents[None], later_latents]), stds)
+    return Trajectory(jnp.concatenate([kept(initial_latents)[None], later_latents]), stds)
 
 
 def behaviour_mean(next_latents: jax.Array, noise: jax.Array, std: Any) -> jax.Array:

@@ -30,6 +30,7 @@ KINDS = ("none", "fixed", "stepwise", "moving", "dual", "fixed_stepwise")
 FEEDBACKS = ("tighten", "paper", "none")
 ESTIMATORS = ("closed_form", "log_ratio")
 TIME_WEIGHTS = ("uniform", "equalized", "step_length")
+REFERENCE_DTYPES = ("float32", "bfloat16")
 
 _FIXED_KINDS = ("fixed", "fixed_stepwise")
 _MOVING_KINDS = ("moving", "dual")
@@ -67,6 +68,9 @@ class TrustRegionConfig:
         at every step, as much as at the median step; `step_length`: times σ - σ', which turns
         the std of an Euler-Maruyama step in the denominator into the diffusion coefficient
         (Flow-GRPO).
+      reference_dtype: `float32`, or `bfloat16` for references of half the size. Meant for a network
+        that computes in bfloat16, which rounds them anyway where it uses them; elsewhere the KL to
+        a rounded reference is not zero where the policy has not moved.
       step_bound: an update is scaled down so that KL(π_new ‖ π) is expected to stay below this,
         from the measured KL of the last update and the lengths of both; 0: no bound.
     """
@@ -90,6 +94,7 @@ class TrustRegionConfig:
     down: float = fields.bounded(0.9, above=0, most=1)
     previous_estimator: str = fields.choice("closed_form", ESTIMATORS)
     kl_time_weight: str = fields.choice("uniform", TIME_WEIGHTS)
+    reference_dtype: str = fields.choice("float32", REFERENCE_DTYPES)
     step_bound: float = fields.bounded(0.0, least=0)
 
     def __post_init__(self) -> None:
@@ -175,8 +180,8 @@ def trust_region(config: TrustRegionConfig) -> optax.GradientTransformationExtra
 
     def init(params: Any) -> TrustRegionState:
         return TrustRegionState(
-            anchor=_copy(params) if config.has_anchor else None,
-            previous=_copy(params) if config.has_previous else None,
+            anchor=_copy(params, config) if config.has_anchor else None,
+            previous=_copy(params, config) if config.has_previous else None,
             weight=_warmup_weight(config, jnp.zeros([], jnp.int32)),
             history=jnp.zeros([config.history], jnp.float32),
             count=jnp.zeros([], jnp.int32),
@@ -209,7 +214,7 @@ def trust_region(config: TrustRegionConfig) -> optax.GradientTransformationExtra
         # holds, and becomes the previous policy; θ_k+1 is what a new anchor must be.
         return updates, TrustRegionState(
             anchor=_next_anchor(config, state.anchor, params, updates, count),
-            previous=_copy(params) if config.has_previous else None,
+            previous=_copy(params, config) if config.has_previous else None,
             weight=_next_weight(config, state.weight, history, count),
             history=history,
             count=count,
@@ -279,7 +284,11 @@ def _next_anchor(
     # Whether it is time depends on a count that only the device knows, hence a select.
     refresh = count % config.anchor_every == 0
     new_params = optax.apply_updates(params, updates)
-    return jax.tree.map(lambda new, old: jnp.where(refresh, new, old), new_params, anchor)
+
+    def leaf(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(refresh, _rounded(new, config), old)
+
+    return jax.tree.map(leaf, new_params, anchor)
 
 
 def _next_weight(
@@ -311,6 +320,12 @@ def _warmup_weight(config: TrustRegionConfig, count: jax.Array) -> jax.Array:
     return jnp.asarray(config.initial_weight + change * progress, jnp.float32)
 
 
-def _copy(params: Any) -> Any:
+def _copy(params: Any, config: TrustRegionConfig) -> Any:
     # Aliases would be donated twice with parameters and state; jit keeps jnp.copy a real copy.
-    return jax.tree.map(jnp.copy, params)
+    return jax.tree.map(lambda leaf: jnp.copy(_rounded(leaf, config)), params)
+
+
+def _rounded(leaf: jax.Array, config: TrustRegionConfig) -> jax.Array:
+    """A parameter as a reference keeps it; one that is smaller than that anyway stays as it is."""
+    narrow = config.reference_dtype == "bfloat16" and leaf.dtype == jnp.float32
+    return leaf.astype(jnp.bfloat16) if narrow else leaf

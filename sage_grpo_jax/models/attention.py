@@ -12,6 +12,7 @@ text alone (`cross_attention`) stay where they are.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -22,7 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask,
 )
 
-from sage_grpo_jax.models.layers import constrain, mesh_axes, mesh_axis_size
+from sage_grpo_jax.models.layers import constrain, current_platform, mesh_axes, mesh_axis_size
 
 IMPLEMENTATIONS = ("auto", "splash", "cudnn", "xla")
 LANES = 128  # the TPU's vector width: splash wants head and block sizes in multiples of it
@@ -183,13 +184,6 @@ def check(implementation: str, platform: str, head_size: int, dtype: jnp.dtype) 
         )
 
 
-def current_platform() -> str:
-    """Platform of the current mesh, be it only a topology to compile for; else the default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = getattr(device, "platform", None)
-    return platform if platform is not None else jax.default_backend()
-
-
 def xla_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, key_mask_BxS: jax.Array | None
 ) -> jax.Array:
@@ -302,4 +296,36 @@ def _splash_local(
         ids = splash_attention_kernel.SegmentIds(q=jnp.ones(queries, jnp.int32), kv=segments)
         return kernel(query, key, value, segment_ids=ids)
 
-    return jax.vmap(one_sample)(query_BxHxQxD, key_BxHxSxD, value_BxHxSxD, segments_BxS)
+    function = jax.vmap(one_sample)
+    if query_BxHxQxD.dtype != jnp.float32:
+        function = _at_default_precision(function)
+    return function(query_BxHxQxD, key_BxHxSxD, value_BxHxSxD, segments_BxS)
+
+
+def _at_default_precision(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`function(query, key, value, segments)` without the precision that the recipe names.
+
+    Products of bfloat16 numbers are exact at any precision, but Mosaic refuses them ("Bad lhs
+    type") where one is named: that of a recipe is meant for float32 products. The kernel has a
+    derivative of its own, whose two halves are traced when the gradient is taken; so the precision
+    is set within both, and not around the call alone.
+    """
+    default = functools.partial(jax.default_matmul_precision, "default")
+
+    @jax.custom_vjp
+    def plain(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
+        with default():
+            return function(query, key, value, segments)
+
+    def forward(
+        query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array
+    ) -> tuple[jax.Array, Callable]:
+        with default():
+            return jax.vjp(lambda *qkv: function(*qkv, segments), query, key, value)
+
+    def backward(pull_back: Callable, gradient: jax.Array) -> tuple[jax.Array | None, ...]:
+        with default():
+            return (*pull_back(gradient), None)
+
+    plain.defvjp(forward, backward)
+    return plain

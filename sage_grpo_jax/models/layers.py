@@ -26,6 +26,13 @@ zeros = nn.initializers.zeros_init()
 normal = nn.initializers.normal(stddev=0.02)
 
 
+def current_platform() -> str:
+    """Platform of the current mesh, be it only a topology to compile for; else the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = getattr(device, "platform", None)
+    return platform if platform is not None else jax.default_backend()
+
+
 def mesh_axis_size(*names: str) -> int:
     """Product of the sizes of these axes of the current mesh; 1 where there is none."""
     shape = dict(jax.sharding.get_abstract_mesh().shape)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sage_grpo_jax.models.layers import current_platform
+
 
 def rotary_angles(
     grid: tuple[int, int, int], axes_dim: tuple[int, int, int], theta: float
@@ -75,10 +77,26 @@ def float64_rotary_tables(
 def apply_rotary(x_BxNxHxD: jax.Array, cos_NxD: jax.Array, sin_NxD: jax.Array) -> jax.Array:
     """Rotates the channel pairs of queries or keys; float32. The tables get no gradient."""
     chex.assert_rank([x_BxNxHxD, cos_NxD, sin_NxD], [4, 2, 2])
-    even = jnp.arange(x_BxNxHxD.shape[-1]) % 2 == 0
-    # Swapping neighbours by two rolls keeps every access contiguous; strided slices do not.
-    swapped = jnp.where(even, jnp.roll(x_BxNxHxD, -1, axis=-1), jnp.roll(x_BxNxHxD, 1, axis=-1))
-    return x_BxNxHxD * cos_NxD[:, None, :] + swapped * sin_NxD[:, None, :]
+    swap = swapped_by_product if current_platform() == "tpu" else swapped_by_rolls
+    return x_BxNxHxD * cos_NxD[:, None, :] + swap(x_BxNxHxD) * sin_NxD[:, None, :]
+
+
+def swapped_by_rolls(x: jax.Array) -> jax.Array:
+    """Channels 2i and 2i + 1 of the last axis exchanged; every access is contiguous."""
+    even = jnp.arange(x.shape[-1]) % 2 == 0
+    return jnp.where(even, jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
+
+
+def swapped_by_product(x: jax.Array) -> jax.Array:
+    """The same bits as a product with a permutation, for finite float32 numbers.
+
+    A roll of the last axis is made of slices one lane wide, which a TPU keeps in memory padded to
+    its 128 lanes: most of the temporaries of an update. The highest precision makes products with
+    0 and 1 exact.
+    """
+    neighbours = np.arange(x.shape[-1]) ^ 1
+    permutation = jnp.asarray(np.eye(x.shape[-1], dtype=np.float32)[neighbours])
+    return jnp.matmul(x, permutation, precision=jax.lax.Precision.HIGHEST)
 
 
 def _forward(

@@ -53,7 +53,8 @@ def make_rollout(
     """(policy, condition [B], negative [1] or None, keys [B]) -> Trajectory of B samples.
 
     The function also takes `stochastic`, bool [T, B] where samples differ, in place of that of
-    `sampling`, and `initial_latents` float32 [B, t, h, w, C], in place of those of the keys.
+    `sampling`; `initial_latents` float32 [B, t, h, w, C], in place of those of the keys; and
+    `flat`, see `flow.rollout.rollout`.
     """
     usual = sampling.stochastic
     if usual is None:
@@ -67,6 +68,7 @@ def make_rollout(
         *,
         stochastic: Any = None,
         initial_latents: jax.Array | None = None,
+        flat: bool = False,
     ) -> rollout_lib.Trajectory:
         velocity = guided_velocity(
             policy, transformer, condition, negative, sampling.schedule, sampling.guidance
@@ -82,6 +84,7 @@ def make_rollout(
             usual if stochastic is None else stochastic,
             clamp=sampling.clamp,
             initial_latents=initial_latents,
+            flat=flat,
         )
 
     return rollout

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sage_grpo_jax.config import step_plan
 from sage_grpo_jax.config.plan import Plan
@@ -49,11 +50,20 @@ class Programs:
 
 
 def make_rollout(plan: Plan) -> Callable[..., rollout_lib.Trajectory]:
-    """(params, condition [B], frozen, keys [B], starts int32 [B]) -> Trajectory.
+    """(params, condition [B], frozen, keys [B], starts int32 [B]) -> flat Trajectory.
 
-    That of the forward process holds its last state only, [1, B, ...].
+    That of the forward process holds its last state only, [1, B, N]. The samples of a device go
+    through the network `loss.micro_batch` at a time (of the whole mesh), as in the update.
     """
     config = plan.config.rollout
+
+    def join(pieces: jax.Array) -> jax.Array:
+        """[pieces, T, m, ...] -> [T, B, ...], see `update.split_batch`; stds may lack the m."""
+        if pieces.ndim == 2:
+            return pieces[0]  # the steps inject the same noise in every sample
+        together = jnp.moveaxis(pieces, 0, 2)
+        return together.reshape(together.shape[0], -1, *together.shape[3:])
+
     sample = sampler.make_rollout(
         plan.transformer,
         sampler.Sampling(
@@ -79,19 +89,29 @@ def make_rollout(plan: Plan) -> Callable[..., rollout_lib.Trajectory]:
             # batch. The noise of the steps still comes from each sample's own key.
             first = jnp.repeat(keys[:: config.group_size], config.group_size)
             initial = noise.initial_noise(first, plan.latent_shape)
-        trajectory = sample(
-            micro_losses.policy_of(plan, params, frozen),
-            condition,
-            frozen.negative,
-            keys,
-            stochastic=step_plan.noisy_steps(plan.steps, starts),
-            initial_latents=initial,
-        )
 
-        # The loss noises the clean samples by itself: the other T states need not be kept.
-        if plan.is_forward:
-            return trajectory._replace(latents=trajectory.latents[-1:])
-        return trajectory
+        def piece(given: tuple[Any, ...]) -> rollout_lib.Trajectory:
+            condition, keys, starts, initial = given
+            trajectory = sample(
+                micro_losses.policy_of(plan, params, frozen),
+                condition,
+                frozen.negative,
+                keys,
+                stochastic=step_plan.noisy_steps(plan.steps, starts),
+                initial_latents=initial,
+                flat=True,
+            )
+            # The loss noises the clean samples by itself: the other T states need not be kept.
+            if plan.is_forward:
+                return trajectory._replace(latents=trajectory.latents[-1:])
+            return trajectory
+
+        size = plan.config.loss.micro_batch
+        given = (condition, keys, starts, initial)
+        if size == plan.config.batch_size:
+            return piece(given)
+        found = jax.lax.map(piece, update_lib.split_batch(given, size))
+        return jax.tree.map(join, found)
 
     return rollout
 
@@ -117,19 +137,39 @@ def make_sample(plan: Plan) -> Callable[..., jax.Array]:
     return sample
 
 
+def make_decode(plan: Plan) -> Callable[..., jax.Array]:
+    """(vae_params, latents [B, ...] or flat, piece, size) -> frames, see `sampler.make_decode`."""
+    model = plan.config.model
+    decode = sampler.make_decode(plan.vae, model.vae_tiling, model.matmul_precision)
+
+    def decode_piece(vae_params: Any, latents: jax.Array, piece: Any, size: int) -> jax.Array:
+        return decode(vae_params, latents.reshape(-1, *plan.latent_shape), piece, size)
+
+    return decode_piece
+
+
+def abstract_states(plan: Plan, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
+    """The flat states [T + 1, B, N] of a rollout: B over the batch axes, N over `context`."""
+    steps = 1 if plan.is_forward else plan.config.rollout.num_steps + 1
+    size = int(np.prod(plan.latent_shape))
+    within = "context" if size % mesh.shape["context"] == 0 else None
+    place = jax.NamedSharding(mesh, jax.P(*sharding.batch_sharding(mesh, 1).spec, within))
+    shape = (steps, plan.config.batch_size, size)
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+
+
 def build(blueprint: Blueprint) -> Programs:
     """Jits the programs with explicit shardings; call them under `jax.set_mesh(blueprint.mesh)`."""
     plan, mesh = blueprint.plan, blueprint.mesh
     # Samples are divided over the devices, along axis 1 where the steps come first.
     whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    trajectory = rollout_lib.Trajectory(sharding.batch_sharding(mesh, 1), whole)
+    trajectory = rollout_lib.Trajectory(abstract_states(plan, mesh).sharding, whole)
     placed = state_lib.shardings_of(blueprint.state)
     frozen = micro_losses.Frozen(whole, state_lib.shardings_of(blueprint.base))
     batch = update_lib.UpdateBatch(trajectory.latents, rows, rows, rows, rows, rows)
 
     old = ratio_lib.abstract_old_means(plan, mesh)
     old_placed = state_lib.shardings_of(old)
-    model = plan.config.model
 
     return Programs(
         blueprint=blueprint,
@@ -145,7 +185,7 @@ def build(blueprint: Blueprint) -> Programs:
         ),
         decode=jax.jit(
             # The piece is an argument and its size is not: one program decodes all pieces.
-            sampler.make_decode(plan.vae, model.vae_tiling, model.matmul_precision),
+            make_decode(plan),
             static_argnames="size",
             out_shardings=rows,
         ),

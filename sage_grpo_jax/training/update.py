@@ -28,7 +28,7 @@ Entry = Callable[[Index, jax.Array | None], tuple[Any, MicroResult]]
 class UpdateBatch(NamedTuple):
     """One rollout as the update sees it; B samples, T steps."""
 
-    # float32 [T+1, B, t, h, w, C]: the trajectory; for the forward process its last state alone.
+    # float32 [T+1, B, N]: the trajectory, each state flat; for the forward process its last state.
     latents: jax.Array
     keys: jax.Array  # typed keys [B]: the noise is drawn again from them
     condition: Any  # leaves [B, ...]
@@ -65,7 +65,7 @@ def take_micro_batch(
     valid, starts, keys = take(batch.valid), take(batch.starts), take(batch.keys)
     step = step_plan.trained_step(plan.steps, position, starts, keys)
 
-    # Their states
+    # Their states, flat
     def state(after: jax.Array) -> jax.Array:
         """The states after `after` steps, for one step or one of each sample."""
         if plan.is_forward:
@@ -79,7 +79,7 @@ def take_micro_batch(
 
     def clean(x: jax.Array) -> jax.Array:
         # The latents of a masked sample may be NaN, and 0 · NaN in the backward pass is NaN.
-        return jnp.where(valid.reshape(-1, *[1] * (x.ndim - 1)), x, 0.0)
+        return jnp.where(valid[:, None], x, 0.0).reshape(-1, *plan.latent_shape)
 
     return MicroBatch(
         step=step,

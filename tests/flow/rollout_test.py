@@ -22,10 +22,10 @@ def velocity_fn(latents, timestep):
     return jnp.tanh(chain) - 0.3 * latents + timestep[:, None, None, None] / 1000.0
 
 
-@functools.partial(jax.jit, static_argnames="kind")
-def sample(keys, stochastic, kind="precise", eta=0.5):
+@functools.partial(jax.jit, static_argnames=("kind", "flat"))
+def sample(keys, stochastic, kind="precise", eta=0.5, flat=False):
     schedule = schedules.make_schedule(T, 5.0)
-    return rollout.rollout(velocity_fn, keys, SHAPE, schedule, kind, eta, stochastic)
+    return rollout.rollout(velocity_fn, keys, SHAPE, schedule, kind, eta, stochastic, flat=flat)
 
 
 draw_step = jax.jit(noise.step_noise, static_argnames="shape")
@@ -223,3 +223,11 @@ def test_steps_may_be_stochastic_for_some_samples_only():
     for b in range(3):
         alone = sample(keys[b : b + 1], mask[:, b])
         np.testing.assert_allclose(together.latents[:, b], alone.latents[:, 0], rtol=1e-6)
+
+
+def test_flat_states_are_the_same_numbers():
+    keys, stochastic = make_keys(4), np.ones(T, bool)
+    whole, flat = sample(keys, stochastic), sample(keys, stochastic, flat=True)
+    assert flat.latents.shape == (T + 1, 4, 24)
+    np.testing.assert_array_equal(flat.latents.reshape(whole.latents.shape), whole.latents)
+    np.testing.assert_array_equal(flat.stds, whole.stds)

@@ -34,11 +34,26 @@ def buffers(tree):
     return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)]
 
 
-def test_trace_of_a_dual_trust_region():
+@pytest.mark.parametrize("dtype", tr.REFERENCE_DTYPES)
+def test_trace_of_a_dual_trust_region(dtype):
     """25 updates with donation against references kept by hand."""
     config = tr.TrustRegionConfig(
-        "dual", anchor_every=4, warmup_steps=5, initial_weight=0.0, final_weight=1.0, history=3
+        "dual",
+        anchor_every=4,
+        warmup_steps=5,
+        initial_weight=0.0,
+        final_weight=1.0,
+        history=3,
+        reference_dtype=dtype,
     )
+
+    def rounded(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), tree)
+
+    def assert_equal(found, kept):
+        jax.tree.map(np.testing.assert_array_equal, to_numpy(found), rounded(kept))
+        assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
+
     optimizer = make_optimizer(config)
     step = make_step(optimizer)
     params = make_params()
@@ -52,9 +67,11 @@ def test_trace_of_a_dual_trust_region():
             anchor = to_numpy(params)
         region = tr.find_state(state)
         assert region.count == k
-        jax.tree.map(np.testing.assert_array_equal, to_numpy(region.previous), previous)
-        jax.tree.map(np.testing.assert_array_equal, to_numpy(region.anchor), anchor)
+        assert_equal(region.previous, previous)
+        assert_equal(region.anchor, anchor)
         np.testing.assert_allclose(region.weight, min(k / 5, 1.0), rtol=1e-6)
+    # What is trained keeps its own precision.
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
 
 
 @pytest.mark.parametrize("feedback", tr.FEEDBACKS)

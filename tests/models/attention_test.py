@@ -97,6 +97,26 @@ def test_splash_kernel_matches_exact_softmax_and_xla_gradients(mesh_shape, keys,
         np.testing.assert_allclose(got, want, atol=atol)
 
 
+def test_splash_in_bfloat16_does_not_see_the_precision_of_the_recipe():
+    """Mosaic has no float32 contraction of bfloat16; forward, backward and under remat and scan."""
+    qkv = [x.astype(jnp.bfloat16) for x in make_qkv(1, 128, 1, 128)]
+    mask = jnp.asarray(some_mask(1, 128))
+
+    def layer(x, _):
+        out = attention.splash_attention(x, *qkv[1:], mask, interpret=True)
+        return out.astype(x.dtype), None
+
+    def loss(query):
+        with jax.default_matmul_precision("highest"):
+            out, _ = jax.lax.scan(jax.checkpoint(layer), query, None, length=2)
+        return jnp.sum(jnp.square(out.astype(jnp.float32)))
+
+    jaxpr = str(jax.make_jaxpr(jax.value_and_grad(loss))(qkv[0]))
+    assert jaxpr.count("pallas_call") >= 3
+    assert "dot_general" in jaxpr
+    assert "HIGHEST" not in jaxpr
+
+
 def test_joint_attention_on_a_mesh_exchanges_tokens_for_heads():
     image, text = Qkv(*make_qkv(4, 6, 2, 4)), Qkv(*make_qkv(4, 3, 2, 4, seed=2))
     mask = jnp.asarray(some_mask(4, 9))

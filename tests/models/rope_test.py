@@ -45,6 +45,13 @@ def test_rotation_gradient_and_padding():
     np.testing.assert_allclose(pull_back(jnp.asarray(g))[0], exact_rotation(g, -angles), atol=2e-6)
 
 
+def test_neighbours_swap_with_the_same_bits_in_both_forms():
+    x = np.random.default_rng(0).standard_normal((2, 5, 3, 12), np.float32) * np.float32(1e3)
+    want = x.reshape(2, 5, 3, 6, 2)[..., ::-1].reshape(x.shape)
+    for swap in (rope.swapped_by_rolls, rope.swapped_by_product):
+        np.testing.assert_array_equal(jax.jit(swap)(x), want)
+
+
 def test_float64_tables_are_rounded_once():
     grid, axes, theta = (1, 900, 2), (2, 4, 0), 10_000.0
     cos, sin = rope.float64_rotary_tables(grid, axes, theta, padded_length=1802)

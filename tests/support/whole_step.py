@@ -21,7 +21,8 @@ def build_programs(blueprint):
     """The real programs but for the VAE, which has no part in this."""
 
     def decode(vae_params, latents, piece, size):
-        return jnp.asarray(as_pixels(np.asarray(latents)[piece :: latents.shape[0] // size]))
+        chunk = np.asarray(latents)[piece :: latents.shape[0] // size]
+        return jnp.asarray(as_pixels(chunk.reshape(-1, *blueprint.plan.latent_shape)))
 
     programs = programs_lib.build(blueprint)
     return dataclasses.replace(programs, decode=decode)

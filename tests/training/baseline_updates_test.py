@@ -132,11 +132,16 @@ class Case:
         negative = velocity(constant or params, latents, time, other)
         return negative + scale * (positive - negative)
 
+    def state_after(self, t):
+        """x_t of the rollout, [B, t, h, w, C]; float64."""
+        flat = np.asarray(self.trajectory.latents[t], np.float64)
+        return flat.reshape(-1, *self.plan.latent_shape)
+
     def transition(self, params, t, constant=None):
         """(mean, std) of step t at the states of the rollout, as Flow-GRPO prints it."""
         assert self.config.rollout.sde == "flow"
         sigmas = np.asarray(self.plan.schedule.sigmas, np.float64)
-        x, s = np.asarray(self.trajectory.latents[t], np.float64), sigmas[t]
+        x, s = self.state_after(t), sigmas[t]
         dt, eta, clamp = sigmas[t + 1] - s, self.config.rollout.eta, self.config.rollout.clamp
         distance = max(1 - s, clamp) if clamp else 1 - (sigmas[1] if s == 1 else s)
         g = eta * np.sqrt(s / distance)
@@ -325,7 +330,7 @@ NFT = {
 def nft_loss(case, params, steps_of, members, reference=None):
     """The loss of scripts/train_nft_sd3.py for whole batches."""
     config, entries = case.config, []
-    clean = np.asarray(case.trajectory.latents[-1], np.float64)
+    clean = case.state_after(-1)
     axes = (1, 2, 3, 4)
     for t in range(config.rollout.num_steps):
         s = np.float64(case.plan.schedule.sigmas[t])

@@ -105,7 +105,9 @@ def rolled_out(case, params=None):
         learner.sample_keys(case.batch, 2),
         learner.window_starts(case.batch, 2),
     )
-    return np.asarray(found.latents, np.float64), np.asarray(found.stds, np.float64)
+    latents = np.asarray(found.latents, np.float64)
+    shape = case.trainer.learner.plan.latent_shape
+    return latents.reshape(*latents.shape[:2], *shape), np.asarray(found.stds, np.float64)
 
 
 def plain_rollout(case):

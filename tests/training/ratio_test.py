@@ -138,7 +138,8 @@ def rollout_means(trainer, batch, trajectory) -> np.ndarray:
     means = []
     for t in np.flatnonzero(plan.trained):
         draw = np.asarray(noise.step_noise(keys, t, plan.latent_shape), np.float64)
-        means.append(np.asarray(trajectory.latents[t + 1]) - np.asarray(trajectory.stds[t]) * draw)
+        after = np.asarray(trajectory.latents[t + 1]).reshape(draw.shape)
+        means.append(after - np.asarray(trajectory.stds[t]) * draw)
     return np.stack(means)
 
 

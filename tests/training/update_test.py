@@ -27,9 +27,10 @@ def rollout_of(plan, starts=0, valid=True):
     """An `UpdateBatch` whose latents say 100·(steps taken) + sample."""
     numbers = np.arange(SAMPLES, dtype=np.float32)
     taken = 100 * np.arange(plan.config.rollout.num_steps + 1, dtype=np.float32)
-    values = (taken[:, None] + numbers)[..., None, None, None, None]
+    values = (taken[:, None] + numbers)[..., None]
+    size = int(np.prod(plan.latent_shape))
     return update.UpdateBatch(
-        jnp.asarray(np.broadcast_to(values, (*values.shape[:2], *plan.latent_shape))),
+        jnp.asarray(np.broadcast_to(values, (*values.shape[:2], size))),
         jax.random.split(jax.random.key(0), SAMPLES),
         {"text": jnp.asarray(numbers)[:, None] + jnp.zeros(3)},
         jnp.asarray(-numbers),
