@@ -140,12 +140,12 @@ def make_sample(plan: Plan) -> Callable[..., jax.Array]:
 def make_decode(plan: Plan) -> Callable[..., jax.Array]:
     """(vae_params, latents [B, ...] or flat, piece, size) -> frames, see `sampler.make_decode`."""
     model = plan.config.model
-    decode = sampler.make_decode(plan.vae, model.vae_tiling, model.matmul_precision)
+    decode_clips = sampler.make_decode(plan.vae, model.vae_tiling, model.matmul_precision)
 
-    def decode_piece(vae_params: Any, latents: jax.Array, piece: Any, size: int) -> jax.Array:
-        return decode(vae_params, latents.reshape(-1, *plan.latent_shape), piece, size)
+    def decode(vae_params: Any, latents: jax.Array, piece: Any, size: int) -> jax.Array:
+        return decode_clips(vae_params, latents.reshape(-1, *plan.latent_shape), piece, size)
 
-    return decode_piece
+    return decode
 
 
 def abstract_states(plan: Plan, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:

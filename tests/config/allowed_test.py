@@ -117,6 +117,7 @@ ALLOWED = {
     "trust_region.down": "0 to 1, but greater than 0",
     "trust_region.previous_estimator": "closed_form, log_ratio",
     "trust_region.kl_time_weight": "uniform, equalized, step_length",
+    "trust_region.reference_dtype": "float32, bfloat16",
     "trust_region.step_bound": "at least 0",
     "optimizer.name": "adamw, muon",
     "optimizer.learning_rate": POSITIVE,
