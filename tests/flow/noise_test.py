@@ -37,6 +37,27 @@ def test_keys_follow_the_documented_counters():
     np.testing.assert_array_equal(jax.random.key_data(keys[6]), jax.random.key_data(key))
 
 
+def test_streams_keep_their_numbers():
+    """Golden: a run that goes on with another version must find the noise that it had."""
+    keys = noise.sample_keys(3, 7, 0, np.full(2, 12345, np.uint32), np.arange(2))
+    found = [
+        noise.initial_noise(keys, (3,)),
+        noise.step_noise(keys, 1, (3,)),
+        noise.forward_noise(keys, 1, (3,)),
+    ]
+    wanted = [
+        [[-0.6096, -1.6320, 0.5567], [-0.5733, -0.0620, 1.1325]],
+        [[0.5034, -0.3027, -0.4095], [-0.7985, -1.0256, -0.3810]],
+        [[-0.5052, -1.3589, -0.6244], [0.4826, -1.3232, -1.6816]],
+    ]
+    np.testing.assert_allclose(found, wanted, atol=6e-5)
+    assert noise.chosen_steps(keys, 20, 4).tolist() == [[2, 13, 15, 18], [4, 6, 12, 19]]
+    prompts = np.full(4, 12345, np.uint32)
+    starts = noise.window_starts(3, 7, np.arange(4, dtype=np.uint32), prompts, 50)
+    assert starts.tolist() == [10, 48, 40, 28]
+    assert jax.random.key_data(noise.adapter_key(3)).tolist() == [1024511538, 2603795180]
+
+
 def test_every_counter_changes_every_draw():
     def draws(**kwargs):
         keys = make_keys(**kwargs)

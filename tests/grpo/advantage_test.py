@@ -172,9 +172,10 @@ def test_a_reward_of_large_numbers_does_not_drown_the_others():
 
 
 def test_large_offset_costs_no_digits():
-    rewards = np.float32([[0.0, 1.0, 2.0, 5.0]] * 3)
+    # Sixteenths are exact next to a million, the sum of four of them is not.
+    rewards = np.float32([[0.0, 1.0, 3.0, 6.0]] * 3) / 16
     np.testing.assert_allclose(
-        advantages(rewards + 1e6, EVERYONE), advantages(rewards, EVERYONE), rtol=1e-6
+        advantages(rewards + np.float32(1e6), EVERYONE), advantages(rewards, EVERYONE), rtol=1e-6
     )
 
 

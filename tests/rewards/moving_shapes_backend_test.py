@@ -111,6 +111,17 @@ def test_scores_fall_with_every_step_of_a_degradation(parameters, clips, caption
         before = after
 
 
+def test_normalised_is_in_standard_deviations(clips, captions, monkeypatch):
+    video = np.asarray(clips[0])
+    raw = {n: s.raw for n, s in BACKEND.score(video, captions[0], 8.0).items()}
+    # A mean and a deviation from which every score of this clip is 2.5 deviations away.
+    deviations = {"VQ": 0.2, "MQ": 1.0, "TA": 3.0}
+    table = {name: (raw[name] - 2.5 * std, std) for name, std in deviations.items()}
+    monkeypatch.setattr(backend, "NORMALISATION", table)
+    for score in BACKEND.score(video, captions[0], 8.0).values():
+        assert score.normalised == pytest.approx(2.5, rel=1e-6)
+
+
 def test_overall_of_real_clips_is_above_every_degradation(parameters, clips, captions):
     real = sum(scores(clips, captions).values())
     degraded = {

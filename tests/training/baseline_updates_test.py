@@ -367,7 +367,13 @@ def test_the_update_of_diffusion_nft(tiny_policy, guidance):
             "trust_region.fixed_weight": 0.3,
         },
     )
-    assert case.trajectory.latents.shape[0] == 1  # clean samples alone
+    # Clean samples alone: the end of the chain along the ODE.
+    assert case.trajectory.latents.shape[0] == 1
+    sigmas = np.asarray(case.plan.schedule.sigmas, np.float64)
+    x = np.asarray(noise.initial_noise(case.keys, case.plan.latent_shape), np.float64)
+    for t in range(len(sigmas) - 1):
+        x = x + (sigmas[t + 1] - sigmas[t]) * case.guided(OLD, x, t)
+    np.testing.assert_allclose(case.state_after(-1), x, atol=1e-4)
     assert case.steps.positions == 3
     sampling = {name: jnp.float32(value) for name, value in OLD.items()}
     params = {name: jnp.float32(value) for name, value in OTHER.items()}
