@@ -18,8 +18,9 @@ PHASES = {
     "advantages": (learner_lib.Learner, "advantages", 2),
     "update": (learner_lib.Learner, "update", 2),
     "first evaluation": (scoring.Scoring, "score_videos", 1),
-    "evaluation in between": (scoring.Scoring, "score_videos", 2),
-    "last evaluation": (scoring.Scoring, "score_videos", 3),
+    # Before the first and after the last step the test prompts are scored too.
+    "evaluation in between": (scoring.Scoring, "score_videos", 3),
+    "last evaluation": (scoring.Scoring, "score_videos", 4),
     "samples": (evaluation, "save_samples", 2),
     "metrics": (metrics.MetricsWriter, "write", 2),
     "saving": (checkpoint.Checkpoints, "save", 1),

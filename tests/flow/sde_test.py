@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from sage_grpo_jax.flow import schedules, sde
+from sage_grpo_jax.flow import kinds, schedules, sde
 
 STEPS = (0, 1, 5, 9, 14, 19)
 # std per unit η at T = 20, shift 5; cps is at η = 0.5.
@@ -407,3 +407,17 @@ def test_steps_inside_the_clamp_are_deterministic():
 def test_bad_clamps(clamp):
     with pytest.raises(ValueError, match=r"clamp=.*: must be 0 to 0\.5"):
         sde.step_coefficients("flow", 0.9, 0.8, 0.5, clamp=clamp)
+
+
+@pytest.mark.parametrize("kind", kinds.clamped_kinds())
+@pytest.mark.parametrize("clamp", [0.0, 0.05])
+def test_the_gradient_scale_is_that_of_the_clamped_step(kind, clamp):
+    """|dmean/dv| by automatic differentiation over the std, where the clamp acts."""
+    step = {"sigma": 0.98, "sigma_next": 0.9, "eta": 0.7, "clamp": clamp}
+
+    def transition(v):
+        return sde.transition(kind, v, jnp.float32(0.4), **step)
+
+    slope = abs(jax.grad(lambda v: transition(v)[0])(jnp.float32(0.3)))
+    wanted = slope / transition(jnp.float32(0.3))[1]
+    assert sde.gradient_scale(kind, **step) == pytest.approx(float(wanted), rel=1e-4)

@@ -299,3 +299,21 @@ def test_log_ratio_estimator_keeps_no_parameters():
         tr.TrustRegionConfig("dual", previous_estimator="log_ratio", step_bound=1e-3)
     with pytest.raises(ValueError, match="step_bound"):
         tr.TrustRegionConfig("moving", step_bound=1e-3)
+
+
+@pytest.mark.parametrize(("multiple", "factor"), [(5.0, 1.1), (1.0, 1.0), (0.3, 0.9)])
+def test_feedback_acts_around_the_target(multiple, factor):
+    """The target is d²/2 of the shift d; only multiples of it count, however small it is."""
+    config = tr.TrustRegionConfig(
+        "moving",
+        initial_weight=1.0,
+        final_weight=1.0,
+        warmup_steps=0,
+        target_shift=0.02,
+        history=1,
+        up=1.1,
+        down=0.9,
+    )
+    transform, params = tr.trust_region(config), make_params()
+    _, state = transform.update(params, transform.init(params), params, kl=multiple * 0.02**2 / 2)
+    assert state.weight == pytest.approx(factor)

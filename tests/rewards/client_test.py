@@ -217,6 +217,15 @@ def test_answers_are_not_trusted(fault, code):
     assert len(script.times) == 1
 
 
+def test_other_rewards_than_those_asked_for_are_refused():
+    """A server that ignores the names would train on what it likes."""
+    with scripted(Script()) as address:
+        names = _one(address).scores
+        assert len(names) > 1
+        result = _one(address, reward_names=("not these",))
+    assert (result.ok, result.code, result.scores) == (False, types.DATA_LOSS, {})
+
+
 @pytest.mark.parametrize(
     "code",
     [CODE.UNAVAILABLE, CODE.RESOURCE_EXHAUSTED, CODE.DEADLINE_EXCEEDED, CODE.CANCELLED],
