@@ -205,7 +205,9 @@ class Progress:
         """Reports a finished step."""
         now = self._clock()
         left = "time left after the next step"
-        if self._warm is None:
+        if step == self._first:
+            pass  # made before this start, and written now: its evaluation had been cut off
+        elif self._warm is None:
             self._warm = now
         else:
             # The mean is over the steps after the first one, which compiled.

@@ -44,7 +44,7 @@ class Interrupting:
         monkeypatch.setattr(owner, name, call)
 
 
-SLOW = (1, 5, 8, 13, 16, 17, 21)
+SLOW = (1, 8, 9, 13, 16, 20, 24, 25, 32)
 
 
 class Waiting:
@@ -86,9 +86,9 @@ def test_sigterm_in_every_phase_loses_nothing(runs, straight, tmp_path, monkeypa
     runs.assert_same(tmp_path / "run", straight)
 
 
-# 4 scores a step and 4 an evaluation, which there is after steps 0, 2 and 3: the first and the last
-# score of the run, of a step in the middle, of an evaluation.
-@pytest.mark.parametrize("call", [10, 24, *(pytest.param(c, marks=pytest.mark.slow) for c in SLOW)])
+# 4 scores a step, 4 an evaluation after steps 0, 2 and 3, and 4 of the test prompts at both ends:
+# the first and the last score of the run, of a step in the middle, of an evaluation.
+@pytest.mark.parametrize("call", [10, 17, *(pytest.param(c, marks=pytest.mark.slow) for c in SLOW)])
 def test_sigterm_while_a_reward_is_awaited_loses_nothing(runs, straight, tmp_path, call):
     local, runs.scorer = runs.scorer, Waiting(runs.scorer)
     runs.scorer.never = {call}
