@@ -66,7 +66,7 @@ class Blueprint:
         # What is trained decides the shape of everything else: optimizer, trust region and averages
         # are trees like it. With LoRA that is the adapters alone, and so are the checkpoints.
         network, adapters = self.networks.transformer, self.config.lora.adapters
-        shapes, model = self._shapes, registry.of(network)
+        shapes, model = self.shapes, registry.of(network)
         if adapters is None:
             names = model.partition_names(network)
         else:
@@ -84,8 +84,8 @@ class Blueprint:
         return self._abstract_transformer(self._base_dtype)
 
     @functools.cached_property
-    def _shapes(self) -> Any:
-        """Of the transformer's parameters."""
+    def shapes(self) -> Any:
+        """The transformer's parameters as shapes."""
         return networks_lib.abstract_params(self.networks.transformer)
 
     @property
@@ -97,10 +97,10 @@ class Blueprint:
         """The transformer's parameters as shapes with shardings."""
         network = self.networks.transformer
         names = registry.of(network).partition_names(network)
-        shardings = sharding.parameter_shardings(self.mesh, names, self._shapes)
+        shardings = sharding.parameter_shardings(self.mesh, names, self.shapes)
         return jax.tree.map(
             lambda s, place: jax.ShapeDtypeStruct(s.shape, dtype, sharding=place),
-            self._shapes,
+            self.shapes,
             shardings,
         )
 
@@ -138,7 +138,7 @@ class Blueprint:
             return init(self.load_transformer())
 
         network = self.networks.transformer
-        shapes, model = self._shapes, registry.of(network)
+        shapes, model = self.shapes, registry.of(network)
         # Adapters to start from may have fewer layers and a lower rank than the trained ones; what
         # they lack is drawn as in a run without them.
         given, ratio = starting_adapters.load(settings, network, self.mesh)

@@ -33,8 +33,7 @@ def check(config: schema.Config) -> Blueprint:
     plan_lib.check_mesh(config, blueprint.mesh)
     _check_attention(networks, blueprint.mesh)
 
-    shapes = networks_lib.abstract_params(networks.transformer)
-    starting_adapters.check(config.lora, networks.transformer, shapes)
+    starting_adapters.check(config.lora, networks.transformer, blueprint.shapes)
     check_weights(networks)
     return blueprint
 

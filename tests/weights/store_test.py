@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import official_layout
 import pytest
 import safetensors.torch
 import torch
@@ -13,21 +14,8 @@ from diffusers import HunyuanVideo15Transformer3DModel
 
 from sage_grpo_jax import weights
 from sage_grpo_jax.models import hunyuan_video
-from sage_grpo_jax.models.hunyuan_video import HunyuanVideoConfig
 
-CONFIG = HunyuanVideoConfig(
-    in_channels=9,
-    out_channels=4,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    num_layers=3,
-    num_refiner_layers=2,
-    text_embed_dim=8,
-    text_embed_2_dim=6,
-    image_embed_dim=5,
-    rope_axes_dim=(4, 6, 6),
-    use_meanflow=True,
-)
+CONFIG = dataclasses.replace(official_layout.DIT, text_embed_2_dim=6, remat=True)
 NAME = "diffusion_pytorch_model.safetensors"
 
 
